@@ -1,0 +1,65 @@
+"""The checkpoint's tokenizer.json -> the bundle's, and the proof that the fast tokenizer gives the same ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer as OracleTokenizer
+
+from jql_engine.bundle import TokenizerInfo
+from jql_engine.data import DocumentBatch
+from jql_engine.errors import TokenizerError
+from jql_engine.tokens import Tokenizer
+
+UNLIMITED = 1 << 40
+
+
+def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
+    """Copy `source`/tokenizer.json to `target` without truncation and padding, and describe it for the manifest.
+
+    The description names no fast tokenizer; `prove_fast` does. Raises TokenizerError.
+    """
+    file = source / "tokenizer.json"
+    if not file.is_file():
+        raise TokenizerError(
+            f"{file} is missing; write it with AutoTokenizer.from_pretrained(...).save_pretrained({str(source)!r})"
+        )
+    try:
+        oracle = OracleTokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise TokenizerError(f"{file} is no tokenizer that `tokenizers` can read: {error}") from error
+    oracle.no_truncation()
+    oracle.no_padding()
+    oracle.save(str(target))
+    prefix, suffix = _around(oracle)
+    if not prefix + suffix:
+        raise TokenizerError(f"{file} puts no special token around a text; an empty text would have no token to pool")
+    added = sorted(token.content for token in oracle.get_added_tokens_decoder().values())
+    return TokenizerInfo(prefix, suffix, pad_id, None, oracle.token_to_id("\u2581"), added)
+
+
+def prove_fast(file: Path, info: TokenizerInfo, texts: Sequence[str]) -> TokenizerInfo:
+    """`info` with the fast tokenizer named if its ids equal the oracle's on all `texts`, else as it is."""
+    fast = TokenizerInfo(info.prefix, info.suffix, info.pad, f"tokie {version('tokie')}", info.lone_space, info.added_tokens)
+    documents = DocumentBatch.of(pa.array(texts, pa.large_string()))
+    try:
+        found = Tokenizer(file, fast, UNLIMITED).encode(documents)
+    except TokenizerError:
+        return info
+    expected = Tokenizer(file, info, UNLIMITED).encode(documents)
+    same = np.array_equal(found.ids, expected.ids) and np.array_equal(found.offsets, expected.offsets)
+    return fast if same else info
+
+
+def _around(oracle: OracleTokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after a text."""
+    content = oracle.encode("a", add_special_tokens=False).ids
+    whole = oracle.encode("a").ids
+    for start in range(len(whole) - len(content) + 1):
+        if whole[start : start + len(content)] == content:
+            return whole[:start], whole[start + len(content) :]
+    raise TokenizerError("the tokenizer's post-processor changes the ids of a text; only ids around it are supported")

@@ -1,0 +1,213 @@
+"""The bundle: what export hands to the runtime. Its format is an API of its own, for hosts in any language.
+
+A bundle is a directory that is complete by itself: no network, no torch, no model hub.
+
+    bundle.json              this manifest, UTF-8 JSON
+    tokenizer.json           Hugging Face `tokenizers` format, without truncation or padding
+    graphs/<variant>.onnx    one fused graph a variant, weights in graphs/<variant>.onnx.data (memory-mapped)
+    heads.safetensors        the stacked heads, fp32: hidden.weight [K, D], hidden.bias [K], output.weight [K, H],
+                             output.bias [H]; score = relu(e hidden.weight^T + hidden.bias) output.weight + output.bias
+                             for an embedding e [D]
+
+Fields of bundle.json:
+
+    format          int, this description is 1; a reader refuses a larger one
+    encoder         id, revision (or null), architecture, layers, hidden_size, files {name: sha256},
+                    unused_tensors [names in the checkpoint that scoring does not need]
+    heads           [{name, hidden_size, sha256 of the checkpoint}] in the order of the graph's output columns
+    pooling         "cls" or "mean"; the embedding is L2-normalised after it
+    max_tokens      longest input in tokens, `prefix` and `suffix` included
+    tokenizer       prefix, suffix: ids put around every document; pad: an id for padding; fast: the fast tokenizer
+                    proven identical on the probe documents ("tokie 0.1.4") or null; lone_space: the id of the piece
+                    that the fast tokenizer emits, wrongly, for a text that is empty once normalised, or null;
+                    added_tokens: literal texts that `tokenizers` cuts out of a document before normalising
+    variants        {name: {graph, layout, precision, provider, tolerance, parity}}
+    files           {relative path: {bytes, sha256}} of every file but bundle.json
+    created_with    {package: version}
+
+A document becomes ids: content = tokenize(text), cut to max_tokens - len(prefix) - len(suffix), between prefix and
+suffix. A graph takes, by its variant's layout,
+
+    exact     input_ids int64 [B, L], every document exactly L tokens
+    padded    input_ids int64 [B, L] and attention_mask int64 [B, L], 1 at tokens
+
+and returns scores float32 [B, H] and embedding float32 [B, D]. The identity of a bundle is the SHA-256 of bundle.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from jql_engine.data import Layout
+from jql_engine.errors import BundleError
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderInfo:
+    """Where the encoder came from, and its shape."""
+
+    id: str
+    revision: str | None
+    architecture: str
+    layers: int
+    hidden_size: int
+    files: dict[str, str]  # name -> sha256
+    unused_tensors: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadInfo:
+    """One regression head."""
+
+    name: str
+    hidden_size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerInfo:
+    """How a text becomes ids; see the module's description of the format."""
+
+    prefix: list[int]
+    suffix: list[int]
+    pad: int
+    fast: str | None
+    lone_space: int | None
+    added_tokens: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One graph of a bundle."""
+
+    graph: str
+    layout: Layout
+    precision: str
+    provider: str
+    tolerance: dict[str, float]
+    parity: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.layout not in get_args(Layout):
+            raise BundleError(f"layout {self.layout!r} is unknown; known are {', '.join(get_args(Layout))}")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of bundle.json."""
+
+    format: int
+    encoder: EncoderInfo
+    heads: list[HeadInfo]
+    pooling: str
+    max_tokens: int
+    tokenizer: TokenizerInfo
+    variants: dict[str, Variant]
+    files: dict[str, dict[str, Any]]
+    created_with: dict[str, str]
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> Manifest:
+        """Build from decoded JSON; KeyError and TypeError name what is missing or too much."""
+        return cls(
+            **{
+                **fields,
+                "encoder": EncoderInfo(**fields["encoder"]),
+                "heads": [HeadInfo(**head) for head in fields["heads"]],
+                "tokenizer": TokenizerInfo(**fields["tokenizer"]),
+                "variants": {name: Variant(**variant) for name, variant in fields["variants"].items()},
+            }
+        )
+
+    def to_json(self) -> str:
+        """The text of bundle.json."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle whose every file was found unchanged."""
+
+    path: Path
+    manifest: Manifest
+    hash: str  # SHA-256 of bundle.json
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read the manifest of the directory `path` and verify size and SHA-256 of every file it lists.
+
+        Raises BundleError: no bundle there, a newer format, a malformed manifest, a missing or changed file.
+        """
+        path = Path(path)
+        try:
+            raw = (path / MANIFEST).read_bytes()
+        except OSError as error:
+            raise BundleError(
+                f"{path} is no bundle: {MANIFEST} cannot be read ({error.strerror}); make one with jql-export"
+            ) from error
+        manifest = _parse(path, raw)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda item: _verify(path, *item), manifest.files.items()))
+        return cls(path, manifest, hashlib.sha256(raw).hexdigest())
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the heads, in the order of the score columns."""
+        return tuple(head.name for head in self.manifest.heads)
+
+    def graph(self, variant: str) -> Path:
+        """The graph file of a variant of this bundle."""
+        return self.path / self.manifest.variants[variant].graph
+
+
+def describe_files(path: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's `files` of the directory `path`, sorted by name."""
+    found = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return {
+        file.relative_to(path).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in found
+    }
+
+
+def sha256_of(file: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _parse(path: Path, raw: bytes) -> Manifest:
+    try:
+        fields = json.loads(raw)
+        version = fields["format"]
+        if not isinstance(version, int) or version > FORMAT:
+            raise BundleError(
+                f"{path} has bundle format {version}; this jql-engine reads up to {FORMAT}: "
+                "update jql-engine, or export the bundle again with this version"
+            )
+        return Manifest.parse(fields)
+    except BundleError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{path / MANIFEST} is damaged ({error!r}); export the bundle again") from error
+
+
+def _verify(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+    file = path / name
+    if not file.is_file():
+        raise BundleError(f"{path}: {name} is missing; copy the bundle again, or export it again")
+    size = file.stat().st_size
+    if size != expected["bytes"]:
+        raise BundleError(f"{path}: {name} has {size} bytes, the manifest says {expected['bytes']}; copy it again")
+    if (digest := sha256_of(file)) != expected["sha256"]:
+        raise BundleError(
+            f"{path}: {name} was changed: SHA-256 {digest[:12]}..., the manifest says {expected['sha256'][:12]}...; "
+            "copy or export the bundle again"
+        )

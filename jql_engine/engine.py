@@ -1,0 +1,86 @@
+"""Texts in, scores out: the loop that everything else here serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from jql_engine.batching import plan
+from jql_engine.bundle import Bundle
+from jql_engine.data import DocumentBatch, ScoreBatch, Scores, TokenBatch
+from jql_engine.errors import InputError
+from jql_engine.sessions import Session, open_session
+from jql_engine.tokens import Tokenizer
+
+Texts = Sequence[str | None] | pa.Array | pa.ChunkedArray
+
+
+class Engine:
+    """Scores texts with one bundle on one device; may be shared by threads."""
+
+    def __init__(
+        self, bundle: str | Path, device: str = "auto", variant: str | None = None, threads: int | None = None
+    ) -> None:
+        """Open the bundle directory `bundle` and load the graph that runs on `device`.
+
+        `device`: auto, cpu, cuda or cuda:N; `variant`: a graph of the bundle by name; `threads`: CPU threads, by
+        default every core this process may use. Raises BundleError, DeviceError, TokenizerError.
+        """
+        self.bundle = Bundle.open(bundle)
+        self.session: Session = open_session(self.bundle, device, variant, threads)
+        self.tokenizer = Tokenizer.of(self.bundle)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the heads, in the order of the score columns."""
+        return self.bundle.heads
+
+    def score(self, texts: Texts) -> Scores:
+        """Score `texts` (str, or null for no score), in their order; an empty string is scored.
+
+        Raises InputError for anything that is not text.
+        """
+        tokens = self.tokenizer.encode(DocumentBatch.of(as_texts(texts)))
+        return Scores.spread(self.score_tokens(tokens), self.heads, len(texts))
+
+    def score_tokens(self, tokens: TokenBatch) -> ScoreBatch:
+        """Score tokenized documents."""
+        scores = ScoreBatch.empty(tokens, len(self.heads))
+        for batch in plan(tokens, self.session.budget):
+            scores.put(batch.rows, self.session.run(batch).scores)
+        return scores
+
+    def embed(self, texts: Texts) -> NDArray[np.float32]:
+        """L2-normalised embeddings of `texts`, float32 [n, hidden size]; NaN for a null text."""
+        tokens = self.tokenizer.encode(DocumentBatch.of(as_texts(texts)))
+        embeddings = np.full((len(texts), self.bundle.manifest.encoder.hidden_size), np.nan, np.float32)
+        for batch in plan(tokens, self.session.budget):
+            embeddings[batch.rows] = self.session.run(batch).embeddings
+        return embeddings
+
+
+def as_texts(texts: Texts) -> pa.LargeStringArray:
+    """`texts` as an Arrow array; raises InputError that names the first item which is not text."""
+    if isinstance(texts, str):
+        raise InputError("score() takes a list of texts; for a single text write [text]")
+    if isinstance(texts, pa.ChunkedArray):
+        texts = texts.combine_chunks()
+    try:
+        return texts.cast(pa.large_string()) if isinstance(texts, pa.Array) else pa.array(texts, pa.large_string())
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, UnicodeEncodeError) as error:
+        raise InputError(f"texts must be str or None: {_first_wrong(texts)} ({error})") from error
+
+
+def _first_wrong(texts: Texts) -> str:
+    if isinstance(texts, pa.Array):
+        return f"found an Arrow array of {texts.type}"
+    for i, text in enumerate(texts):
+        if not (text is None or isinstance(text, str)):
+            return f"item {i} is {type(text).__name__}"
+        if text is not None and not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            return f"item {i} holds a lone surrogate, which is no Unicode text"
+    return "found something else"

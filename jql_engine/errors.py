@@ -1,0 +1,37 @@
+"""One error per cause; each message names the thing, what was found, what was expected and what to do."""
+
+
+class EngineError(Exception):
+    """Anything a user, a file or a machine did that this package cannot work with."""
+
+
+class BundleError(EngineError):
+    """A bundle is missing, damaged, incomplete or of a newer format."""
+
+
+class CheckpointError(EngineError):
+    """An encoder checkpoint cannot be turned into weights."""
+
+
+class HeadError(EngineError):
+    """A regression head cannot be read or does not fit the encoder."""
+
+
+class TokenizerError(EngineError):
+    """A tokenizer cannot be read or used."""
+
+
+class ParityError(EngineError):
+    """A graph or a tokenizer disagrees with its oracle: no bundle is written."""
+
+
+class DeviceError(EngineError):
+    """The requested device or execution provider is not active on this machine."""
+
+
+class InputError(EngineError):
+    """An input path, file, column or text cannot be read."""
+
+
+class OutputError(EngineError):
+    """The output cannot be written, or belongs to another job."""
