@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +73,7 @@ class EncoderSpec:
     norm_epsilon: float
     pad_id: int
     inverse_frequencies: Array | None  # [head size / 2] where positions is rope
+    counts_from_pad: bool = False  # XLM-R: a pad id, a literal "<pad>" too, has position row 0 and is not counted
 
     @property
     def head_size(self) -> int:
@@ -86,7 +88,7 @@ class EncoderWeights:
     spec: EncoderSpec
     word: Array  # [V, D]
     token_type: Array | None  # [D], the row of type 0
-    position: Array | None  # [max_positions, D] where positions is absolute
+    position: Array | None  # [max_positions, D] where positions is absolute; one row more where counts_from_pad
     embedding_norm: Norm
     layers: tuple[LayerWeights, ...]
     unused_tensors: tuple[str, ...]
@@ -102,7 +104,7 @@ class TensorFile:
         prefixes = [n.removesuffix(_WORD) for n in self._tensors if n.endswith(_WORD)]
         if len(prefixes) != 1:
             raise CheckpointError(
-                f"{directory}: expected one tensor named {_WORD} (a prefix may stand before it), found {len(prefixes)}; "
+                f"{directory}: expected one tensor named {_WORD}, after any prefix, found {len(prefixes)}; "
                 f"the checkpoint holds {_some(self._tensors)}"
             )
         self.prefix = prefixes[0]
@@ -197,9 +199,11 @@ def _read_bert(directory: Path, config: Mapping[str, Any]) -> EncoderWeights:
     _expect(directory, config, "is_decoder", False, None)
     tensors = TensorFile(directory)
     rows = _number(directory, config, "max_position_embeddings")
-    # XLM-R numbers positions from pad + 1: the rows before that serve no token, so 514 rows are 512 tokens.
-    first = _number(directory, config, "pad_token_id") + 1 if config["model_type"] == "xlm-roberta" else 0
-    spec = _spec(directory, config, "absolute", "gelu", rows - first)
+    # XLM-R numbers positions from pad + 1: 514 rows are 512 tokens. The row of pad itself serves pad ids.
+    counts_from_pad = config["model_type"] == "xlm-roberta"
+    first = _number(directory, config, "pad_token_id") if counts_from_pad else 0
+    spec = _spec(directory, config, "absolute", "gelu", rows - first - counts_from_pad)
+    spec = replace(spec, counts_from_pad=counts_from_pad)
     d, f = spec.hidden_size, spec.intermediate_size
 
     def layer(i: int) -> LayerWeights:
@@ -253,7 +257,10 @@ def _spec(
 
 def _inverse_frequencies(directory: Path, config: Mapping[str, Any], head_size: int) -> Array:
     """theta^(-2i/d) for i < d/2, RoFormer (arXiv:2104.09864) section 3.3; in fp32 as the reference computes it."""
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
+    rope = config.get("rope_parameters") or {
+        "rope_theta": config.get("rope_theta"),
+        **(config.get("rope_scaling") or {}),
+    }
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" or not rope.get("rope_theta"):
         raise CheckpointError(
@@ -276,7 +283,7 @@ def _finish(
     types = tensors.take("embeddings.token_type_embeddings.weight", (n_types, d)) if n_types else None
     position = None
     if first_position is not None:
-        rows = first_position + spec.max_positions
+        rows = first_position + spec.counts_from_pad + spec.max_positions
         position = tensors.take("embeddings.position_embeddings.weight", (rows, d))[first_position:]
     return EncoderWeights(
         spec,
@@ -300,7 +307,7 @@ def _open_tensors(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
         try:
             if name.endswith(".bin"):
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                return {key: lambda tensor=tensor: tensor for key, tensor in state.items()}
+                return {key: partial(_same, tensor) for key, tensor in state.items()}
             shards = {name}
             if name.endswith(".index.json"):
                 shards = set(_read_json(file)["weight_map"].values())
@@ -311,8 +318,12 @@ def _open_tensors(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
 
 
 def _open_shard(file: Path) -> dict[str, Callable[[], torch.Tensor]]:
-    shard = safe_open(file, framework="pt")
-    return {key: lambda key=key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118 (no mapping)
+    shard: Any = safe_open(file, framework="pt")  # untyped; reads a tensor when asked for it
+    return {key: partial(shard.get_tensor, key) for key in shard.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def export(
     encoder: Annotated[str, typer.Option(help="Checkpoint directory or hub id of the encoder.")],
-    head: Annotated[list[str], typer.Option(help="NAME=FILE.ckpt, a Lightning checkpoint of a regression head; repeat.")],
+    head: Annotated[
+        list[str], typer.Option(help="NAME=FILE.ckpt, a Lightning checkpoint of a regression head; repeat.")
+    ],
     out: Annotated[Path, typer.Option(help="The bundle to write.")],
     pooling: Annotated[str | None, typer.Option(help="cls or mean, where the checkpoint does not say it.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest input, special tokens included.")] = None,
@@ -28,13 +30,13 @@ def export(
     """Fuse an encoder and all regression heads into one graph and certify it against PyTorch."""
     pairs = [_head_option(value) for value in head]
     warnings.filterwarnings("ignore")  # torch and transformers warn of what this command checks itself
-    from transformers.utils import logging
-
     from jql_export.export import export_bundle, find_checkpoint
     from jql_export.heads import read_head
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet: Any = transformers_logging  # untyped
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
     bundle = export_bundle(
         find_checkpoint(encoder, revision),
         [read_head(name, file) for name, file in pairs],

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,14 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jql_export import parity, probes
+from jql_export.checkpoint import HUB_PATTERNS, EncoderWeights, read_encoder
+from jql_export.graph import VARIANTS, Pooling, write_graph
+from jql_export.heads import HeadWeights, StackedHeads, check_heads, stack
+from jql_export.reference import Reference
+from jql_export.settings import max_tokens_of, pooling_of
+from jql_export.tokenizer import prove_fast, write_tokenizer
+from jql_export.tolerances import TOLERANCES
 from safetensors.numpy import save_file
 
 from jql_engine.bundle import (
@@ -31,14 +38,6 @@ from jql_engine.bundle import (
 from jql_engine.errors import BundleError, CheckpointError
 from jql_engine.sessions.cpu import CpuSession
 from jql_engine.tokens import Tokenizer
-from jql_export import parity, probes
-from jql_export.checkpoint import HUB_PATTERNS, EncoderWeights, read_encoder
-from jql_export.graph import VARIANTS, Pooling, write_graph
-from jql_export.heads import HeadWeights, StackedHeads, check_heads, stack
-from jql_export.reference import Reference
-from jql_export.settings import max_tokens_of, pooling_of
-from jql_export.tokenizer import prove_fast, write_tokenizer
-from jql_export.tolerances import TOLERANCES
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +175,18 @@ def _manifest(
 def _variant(name: str) -> Variant:
     kind = VARIANTS[name]
     tolerance = asdict(TOLERANCES[kind.precision])
-    return Variant(f"graphs/{name}.onnx", kind.dialect.layout, kind.precision, kind.provider, tolerance, parity={})
+    return Variant(f"graphs/{name}.onnx", kind.layout, kind.precision, kind.provider, tolerance, parity={})
 
 
 @contextmanager
 def _written_aside(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its place once all went well."""
     if out.exists() and not (out.is_dir() and overwrite and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
-        what = "a bundle; give --overwrite to replace it" if (out / MANIFEST).is_file() else "no bundle; choose another --out"
+        what = (
+            "a bundle; give --overwrite to replace it"
+            if (out / MANIFEST).is_file()
+            else "no bundle; choose another --out"
+        )
         raise BundleError(f"{out} exists and is {what}")
     aside = out.with_name(f".{out.name}.{os.getpid()}.writing")
     try:

@@ -11,19 +11,19 @@ norm, MLP and pooling. Exact simplifications, all done here once:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnx
+from jql_export.checkpoint import Array, EncoderSpec, EncoderWeights, LayerWeights, Linear, Norm
+from jql_export.heads import StackedHeads
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from jql_engine.data import Layout
-from jql_export.checkpoint import Array, EncoderSpec, EncoderWeights, LayerWeights, Linear, Norm
-from jql_export.heads import StackedHeads
 
 Pooling = Literal["cls", "mean"]
 MICROSOFT = "com.microsoft"
@@ -55,11 +55,11 @@ class GraphWriter:
         return self.weight(f"ints.{'.'.join(map(str, values))}", np.array(values, np.int64))
 
     def project(self, x: str, name: str, linear: Linear) -> str:
-        """x weight^T, without the bias."""
+        """X weight^T, without the bias."""
         return self.op("MatMul", x, self.weight(f"{name}.weight", linear.weight.T))
 
     def project_and_add(self, x: str, name: str, linear: Linear) -> str:
-        """x weight^T + bias."""
+        """X weight^T + bias."""
         y = self.project(x, name, linear)
         return y if linear.bias is None else self.op("Add", y, self.weight(f"{name}.bias", linear.bias))
 
@@ -80,7 +80,9 @@ class Dialect(Protocol):
     ) -> str:
         """Context vectors of `queries` over x, before the output projection; `rotate` False at position 0."""
 
-    def add_norm(self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float) -> str:
+    def add_norm(
+        self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
+    ) -> str:
         """LayerNorm(residual + y + bias)."""
 
     def activate(self, g: GraphWriter, name: str, up: str, bias: Array | None) -> str:
@@ -98,8 +100,8 @@ class CpuDialect:
     """
 
     layout: Layout = "exact"
-    inputs = ("input_ids",)
-    opsets = {"": 20, MICROSOFT: 1}  # noqa: RUF012
+    inputs: tuple[str, ...] = ("input_ids",)
+    opsets: dict[str, int] = {"": 20, MICROSOFT: 1}  # noqa: RUF012
     ir_version = 10
 
     def prepare(self, g: GraphWriter, spec: EncoderSpec) -> None:
@@ -110,6 +112,7 @@ class CpuDialect:
     def attend(
         self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str, queries: str, rotate: bool
     ) -> str:
+        """See Dialect."""
         q = g.project_and_add(queries, f"{name}.query", layer.query)
         k = g.project_and_add(x, f"{name}.key", layer.key)
         v = g.project(x, f"{name}.value", layer.value)
@@ -123,17 +126,22 @@ class CpuDialect:
         inputs = (x, g.ints(0), "rope.cos", "rope.sin")
         return g.op("RotaryEmbedding", *inputs, domain=MICROSOFT, num_heads=spec.n_attention_heads)
 
-    def add_norm(self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float) -> str:
+    def add_norm(
+        self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
+    ) -> str:
+        """See Dialect."""
         scale, shift = g.weight(f"{name}.weight", norm.weight), g.weight(f"{name}.bias", norm.bias)
         extra = [] if bias is None else [g.weight(f"{name}.residual_bias", bias)]
         return g.op("SkipLayerNormalization", y, residual, scale, shift, *extra, domain=MICROSOFT, epsilon=eps)
 
     def activate(self, g: GraphWriter, name: str, up: str, bias: Array | None) -> str:
+        """See Dialect."""
         if bias is None:
             return g.op("Gelu", up, domain=MICROSOFT)
         return g.op("BiasGelu", up, g.weight(f"{name}.bias", bias), domain=MICROSOFT)
 
     def mean(self, g: GraphWriter, x: str) -> str:
+        """See Dialect."""
         return g.op("ReduceMean", x, g.ints(1), keepdims=0)
 
 
@@ -141,13 +149,15 @@ class StandardDialect:
     """ONNX opset 23 and nothing else: [B, L] padded, with a mask. For TensorRT, OpenVINO and any other runtime."""
 
     layout: Layout = "padded"
-    inputs = ("input_ids", "attention_mask")
-    opsets = {"": 23}  # noqa: RUF012
+    inputs: tuple[str, ...] = ("input_ids", "attention_mask")
+    opsets: dict[str, int] = {"": 23}  # noqa: RUF012
     ir_version = 11
 
     def prepare(self, g: GraphWriter, spec: EncoderSpec) -> None:
         """`attend`: bool [B, 1, L, L]; `attend_first`: its first query; `positions`: int64 [B, L] for RoPE."""
-        mask = g.op("Cast", g.op("Unsqueeze", "attention_mask", g.ints(1, 2)), to=TensorProto.BOOL, output="attend_first")
+        mask = g.op(
+            "Cast", g.op("Unsqueeze", "attention_mask", g.ints(1, 2)), to=TensorProto.BOOL, output="attend_first"
+        )
         shape = g.op("Shape", "input_ids")
         length = g.op("Gather", shape, g.ints(1))
         # The operator lets a mask broadcast over the queries; ONNX Runtime 1.32 on the CPU refuses one that does.
@@ -160,6 +170,7 @@ class StandardDialect:
     def attend(
         self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str, queries: str, rotate: bool
     ) -> str:
+        """See Dialect."""
         q = g.project_and_add(queries, f"{name}.query", layer.query)
         k = g.project_and_add(x, f"{name}.key", layer.key)
         v = g.project(x, f"{name}.value", layer.value)
@@ -170,15 +181,20 @@ class StandardDialect:
         mask = "attend" if queries == x else "attend_first"
         return g.op("Attention", q, k, v, mask, q_num_heads=heads, kv_num_heads=heads)
 
-    def add_norm(self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float) -> str:
+    def add_norm(
+        self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
+    ) -> str:
+        """See Dialect."""
         if bias is not None:
             y = g.op("Add", y, g.weight(f"{name}.residual_bias", bias))
         return _layer_norm(g, name, g.op("Add", y, residual), norm, eps)
 
     def activate(self, g: GraphWriter, name: str, up: str, bias: Array | None) -> str:
+        """See Dialect."""
         return g.op("Gelu", up if bias is None else g.op("Add", up, g.weight(f"{name}.bias", bias)))
 
     def mean(self, g: GraphWriter, x: str) -> str:
+        """See Dialect."""
         mask = g.op("Cast", g.op("Unsqueeze", "attention_mask", g.ints(2)), to=TensorProto.FLOAT)
         total = g.op("ReduceSum", g.op("Mul", x, mask), g.ints(1), keepdims=0)
         return g.op("Div", total, g.op("ReduceSum", mask, g.ints(1), keepdims=0))
@@ -188,14 +204,15 @@ class StandardDialect:
 class VariantKind:
     """What a --variant name stands for."""
 
-    dialect: type[CpuDialect] | type[StandardDialect]
+    dialect: Callable[[], Dialect]
+    layout: Layout
     precision: str
     provider: str  # the execution provider it is written for; "any" runs on the CPU too
 
 
 VARIANTS = {
-    "cpu-fp32": VariantKind(CpuDialect, "fp32", "cpu"),
-    "standard-fp32": VariantKind(StandardDialect, "fp32", "any"),
+    "cpu-fp32": VariantKind(CpuDialect, CpuDialect.layout, "fp32", "cpu"),
+    "standard-fp32": VariantKind(StandardDialect, StandardDialect.layout, "fp32", "any"),
 }
 
 
@@ -223,12 +240,23 @@ def _embed(g: GraphWriter, weights: EncoderWeights) -> str:
             position = position + weights.token_type
     x = g.op("Gather", g.weight("word", word), "input_ids")
     if position is not None:
-        length = g.op("Gather", g.op("Shape", "input_ids"), g.ints(1))
-        x = g.op("Add", x, g.op("Slice", g.weight("position", position), g.ints(0), length, g.ints(0)))
+        x = g.op("Add", x, _positions(g, weights.spec, g.weight("position", position)))
     return _layer_norm(g, "embedding_norm", x, weights.embedding_norm, weights.spec.norm_epsilon)
 
 
-def _layer(g: GraphWriter, d: Dialect, spec: EncoderSpec, name: str, layer: LayerWeights, x: str, cls_only: bool) -> str:
+def _positions(g: GraphWriter, spec: EncoderSpec, table: str) -> str:
+    if not spec.counts_from_pad:
+        length = g.op("Gather", g.op("Shape", "input_ids"), g.ints(1))
+        return g.op("Slice", table, g.ints(0), length, g.ints(0))
+    is_pad = g.op("Equal", "input_ids", g.weight("pad", np.array(spec.pad_id, np.int64)))
+    counted = g.op("Cast", g.op("Not", is_pad), to=TensorProto.INT64)
+    axis = g.weight("one", np.array(1, np.int64))
+    return g.op("Gather", table, g.op("Mul", g.op("CumSum", counted, axis), counted))
+
+
+def _layer(
+    g: GraphWriter, d: Dialect, spec: EncoderSpec, name: str, layer: LayerWeights, x: str, cls_only: bool
+) -> str:
     queries = g.op("Slice", x, g.ints(0), g.ints(1), g.ints(1)) if cls_only else x
     context = d.attend(g, name, layer, spec, x, queries, rotate=not cls_only)
     y = g.project(context, f"{name}.output", layer.output)

@@ -6,15 +6,15 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from jql_export.checkpoint import Array
+from jql_export.reference import Expected
+from jql_export.tolerances import LONG_TOKENS, Tolerance
 from numpy.typing import NDArray
 
 from jql_engine.batching import plan
 from jql_engine.data import Budget, TokenBatch
 from jql_engine.errors import ParityError
 from jql_engine.sessions import Session
-from jql_export.checkpoint import Array
-from jql_export.reference import Expected
-from jql_export.tolerances import LONG_TOKENS, Tolerance
 
 
 def certify(session: Session, tokens: TokenBatch, expected: Expected, tolerance: Tolerance) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def run_all(session: Session, tokens: TokenBatch, budget: Budget) -> tuple[Array
 def _largest(found: Array, expected: Array) -> NDArray[np.float64]:
     """Largest absolute difference of each document, float64 [N]; NaN counts as infinite."""
     difference = np.abs(found.astype(np.float64) - expected).max(axis=1)
-    return np.nan_to_num(difference, nan=np.inf)
+    return np.where(np.isnan(difference), np.inf, difference)
 
 
 def _check(variant: str, name: str, errors: NDArray[np.float64], limit: float, tokens: TokenBatch) -> None:

@@ -1,4 +1,4 @@
-"""Probe documents in many languages and of many lengths, on which graph and tokenizer are compared with their oracles."""
+"""Probe documents in many languages and of many lengths, on which graph and tokenizer meet their oracles."""
 
 from __future__ import annotations
 
@@ -39,16 +39,19 @@ SENTENCES = (
 )
 
 # Texts on which tokenizers are known to differ from each other.
+# fmt: off
 ODDITIES = (
-    "", " ", "   ", "\n", "\n\n", "\t", "\r\n\r\n", "\u00a0", "\u2003 \u2003", "\u200b", "\ufeff", "\u00ad", "\x00", "\x1f",
-    "\u2581", "\u2581\u2581", " \u2581 ", "a", " a", "a ", "  a  b  ", "a\n\nb", "line one\r\nline two\r\n", "a\u00a0b", "a\u200bb",
-    "<s>", "</s>", "<s> </s>", "<pad>", "<unk>", "text with </s> inside", "<mask>", " <mask> ", "<html><s>struck</s></html>",
-    "é", "e\u0301", "\ufb01ne \ufb02ow", "ＡＢＣ　１２３", "①②③ ㎏ ㍿ ½", "ﷺ", "ｶﾞｷﾞｸﾞ", "Å Å Å", "ẛ̣", "한글", "한글",
-    "😀", "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪", "𝒜𝓁𝑔𝑒𝒷𝓇𝒶", "\U0001f9ff\U00020000", "z̷̢a̶l̵g̸o̷", "\u202eabc\u202c", "�",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "!!!!!!!!!!??????????..........",
-    "https://example.org/a/very/long/path?with=query&and=%C3%A9#fragment", "3.14159265358979323846", "1,000,000.00 €",
-    "C:\\Users\\name\\file.txt", "{\"key\": [1, 2, {\"nested\": null}]}", "\\frac{a}{b} = \\sqrt{c^2}", "CamelCaseAndsnake_case",
-)  # fmt: skip
+    "", " ", "   ", "\n", "\n\n", "\t", "\r\n\r\n", "\u00a0", "\u2003 \u2003", "\u200b", "\ufeff", "\u00ad", "\x00",
+    "\x1f", "\u2581", "\u2581\u2581", " \u2581 ", "a", " a", "a ", "  a  b  ", "a\n\nb", "line one\r\nline two\r\n",
+    "a\u00a0b", "a\u200bb", "<s>", "</s>", "<s> </s>", "<pad>", "<unk>", "text with </s> inside", "<mask>",
+    " <mask> ", "<html><s>struck</s></html>", "é", "e\u0301", "\ufb01ne \ufb02ow", "ＡＢＣ　１２３", "①②③ ㎏ ㍿ ½", "ﷺ",
+    "ｶﾞｷﾞｸﾞ", "Å Å Å", "ẛ̣", "한글", "한글", "😀", "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪", "𝒜𝓁𝑔𝑒𝒷𝓇𝒶", "\U0001f9ff\U00020000", "z̷̢a̶l̵g̸o̷",
+    "\u202eabc\u202c", "�", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "!!!!!!!!!!??????????..........", "https://example.org/a/very/long/path?with=query&and=%C3%A9#fragment",
+    "3.14159265358979323846", "1,000,000.00 €", "C:\\Users\\name\\file.txt",
+    "{\"key\": [1, 2, {\"nested\": null}]}", "\\frac{a}{b} = \\sqrt{c^2}", "CamelCaseAndsnake_case",
+)
+# fmt: on
 
 # Borders of powers of two and of kernels' block sizes; three of each of the first ones, so that batches hold several.
 SHORT = (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257)
@@ -81,7 +84,9 @@ def _exactly(tokenizer: Tokenizer, length: int, first: int) -> np.ndarray:
     room = length - len(tokenizer.info.prefix) - len(tokenizer.info.suffix)
     count, content = 1, np.empty(0, np.int32)
     while len(content) < room:
-        content = _content(tokenizer, list(islice(cycle(SENTENCES), first % len(SENTENCES), first % len(SENTENCES) + count)))
+        content = _content(
+            tokenizer, list(islice(cycle(SENTENCES), first % len(SENTENCES), first % len(SENTENCES) + count))
+        )
         count *= 2
     return np.concatenate([tokenizer.info.prefix, content[:room], tokenizer.info.suffix]).astype(np.int32)
 

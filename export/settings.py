@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-from jql_engine.errors import CheckpointError
 from jql_export.graph import Pooling
+
+from jql_engine.errors import CheckpointError
 
 # sentence-transformers' module types that change nothing here: the embedding is L2-normalised in any case.
 KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
@@ -36,7 +37,9 @@ def max_tokens_of(directory: Path, max_positions: int, requested: int | None) ->
     """
     if requested is not None:
         if not 2 < requested <= max_positions:
-            raise CheckpointError(f"--max-tokens {requested} is out of range: {directory} has {max_positions} positions")
+            raise CheckpointError(
+                f"--max-tokens {requested} is out of range: {directory} has {max_positions} positions"
+            )
         return requested
     limits = (
         _read(directory / "sentence_bert_config.json").get("max_seq_length"),
@@ -68,8 +71,8 @@ def _pooling_of_modules(directory: Path) -> Pooling | None:
 def _pooling_of_module(file: Path) -> Pooling:
     settings = _read(file)
     # Two generations of the format: one flag a mode, or a mode by name.
-    flags = {key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for key, on in settings.items()
-             if key.startswith("pooling_mode_") and on is True}  # fmt: skip
+    on = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
+    flags = {key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for key in on}
     names = flags or {str(settings.get("pooling_mode"))}
     if names == {"cls"}:
         return "cls"

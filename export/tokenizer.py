@@ -44,7 +44,9 @@ def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
 
 def prove_fast(file: Path, info: TokenizerInfo, texts: Sequence[str]) -> TokenizerInfo:
     """`info` with the fast tokenizer named if its ids equal the oracle's on all `texts`, else as it is."""
-    fast = TokenizerInfo(info.prefix, info.suffix, info.pad, f"tokie {version('tokie')}", info.lone_space, info.added_tokens)
+    fast = TokenizerInfo(
+        info.prefix, info.suffix, info.pad, f"tokie {version('tokie')}", info.lone_space, info.added_tokens
+    )
     documents = DocumentBatch.of(pa.array(texts, pa.large_string()))
     try:
         found = Tokenizer(file, fast, UNLIMITED).encode(documents)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,9 @@ Ragged = tuple[NDArray[np.int32], NDArray[np.int64]]  # ids [T] and lengths [N]
 class Encoder(Protocol):
     """A tokenizer library: content ids of every text, without special tokens or truncation."""
 
-    def __call__(self, texts: list[str]) -> Ragged: ...
+    def __call__(self, texts: list[str]) -> Ragged:
+        """Encode `texts`."""
+        ...
 
 
 class Tokenizer:
@@ -64,7 +66,7 @@ class Tokenizer:
         exact_ids, exact_lengths = self._oracle(texts.take(pa.array(suspect)).to_pylist())
         return _replace(ids, lengths, suspect, exact_ids, exact_lengths)
 
-    def _suspects(self, texts: pa.LargeStringArray, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> NDArray:
+    def _suspects(self, texts: pa.LargeStringArray, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
         suspect = np.zeros(len(texts), np.bool_)
         if self.info.lone_space is not None:
             single = np.flatnonzero(lengths == 1)
@@ -119,7 +121,7 @@ def fast_encoder(file: Path) -> Encoder:
     import tokie
 
     try:
-        tokenizer = tokie.Tokenizer.from_json(str(file))
+        tokenizer: Any = tokie.Tokenizer.from_json(str(file))  # its stub lacks encode_batch_flat
     except (tokie.TokieError, ValueError, OSError) as error:
         raise TokenizerError(f"{file} is no tokenizer that tokie {_version()} can read: {error}") from error
 

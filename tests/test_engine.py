@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from jql_export import probes
+from jql_export.heads import read_head
+from jql_export.reference import Reference
+from jql_export.tolerances import TOLERANCES
+
+from jql_engine import Engine, EngineError
+from jql_engine.errors import DeviceError
+from tests.conftest import FAMILIES, POOLING
+
+TEXTS = [*probes.SENTENCES, *probes.ODDITIES]
+FP32 = TOLERANCES["fp32"]
+
+
+@pytest.mark.parametrize("variant", ["cpu-fp32", "standard-fp32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_and_embeddings_equal_the_oracle(family, variant, bundles, encoders, head_files):
+    engine = Engine(bundles[family].path, device="cpu", variant=variant)
+    heads = [read_head(name, file) for name, file in head_files.items()]
+    tokens = engine.tokenizer.encode(_documents(TEXTS))
+    expected = Reference(encoders[family], heads, POOLING[family]).run(tokens)
+    np.testing.assert_allclose(engine.score(TEXTS).values, expected.scores, rtol=0, atol=FP32.score)
+    np.testing.assert_allclose(engine.embed(TEXTS), expected.embeddings, rtol=0, atol=FP32.embedding)
+
+
+def test_a_score_does_not_depend_on_its_batch_or_on_the_order(engine):
+    together = engine.score(TEXTS).values
+    alone = np.concatenate([engine.score([text]).values for text in TEXTS])
+    backwards = engine.score(TEXTS[::-1]).values[::-1]
+    np.testing.assert_allclose(together, alone, rtol=0, atol=FP32.batch)
+    np.testing.assert_allclose(together, backwards, rtol=0, atol=FP32.batch)
+
+
+def test_null_gives_no_score_and_an_empty_string_does(engine):
+    scores = engine.score(["text", None, ""])
+    assert scores.valid.tolist() == [True, False, True]
+    assert np.isnan(scores.values[1]).all() and not np.isnan(scores.values[[0, 2]]).any()
+    assert scores.n_tokens[2] == 2
+    table = scores.to_table()
+    assert table.column_names == ["score_edu", "score_prose", "n_tokens", "truncated"]
+    assert [column.null_count for column in table.columns] == [1, 1, 1, 1]
+
+
+def test_a_long_text_is_cut_and_marked(engine):
+    scores = engine.score(["short", " ".join(probes.SENTENCES)])
+    assert scores.truncated.tolist() == [False, True]
+    assert scores.n_tokens[1] == engine.bundle.manifest.max_tokens
+
+
+def test_no_texts_give_no_scores(engine):
+    assert engine.score([]).values.shape == (0, 2)
+    assert engine.embed([]).shape == (0, 32)
+
+
+def test_arrow_arrays_are_texts(engine):
+    expected = engine.score(TEXTS[:5]).values
+    for array in (pa.array(TEXTS[:5]), pa.chunked_array([TEXTS[:2], TEXTS[2:5]])):
+        np.testing.assert_allclose(engine.score(array).values, expected, rtol=0, atol=FP32.batch)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [("one text", "list of texts"), (["a", 3], "item 1 is int"), (["\ud800"], "surrogate"), (pa.array([1]), "int64")],
+)
+def test_what_is_no_text_is_named(engine, texts, message):
+    with pytest.raises(EngineError, match=message):
+        engine.score(texts)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_an_absent_device_is_an_error(bundle, device):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has the CUDA provider")
+    with pytest.raises(DeviceError, match=f"{device} was requested.*CPUExecutionProvider.*gpu"):
+        Engine(bundle.path, device=device)
+
+
+def test_an_unknown_device_is_an_error(bundle):
+    with pytest.raises(DeviceError, match="'tpu' is unknown"):
+        Engine(bundle.path, device="tpu")
+
+
+def test_an_unknown_variant_is_an_error(bundle):
+    with pytest.raises(EngineError, match=r"no variant cpu-int8.*cpu-fp32 \(cpu\)"):
+        Engine(bundle.path, device="cpu", variant="cpu-int8")
+
+
+def _documents(texts):
+    from jql_engine.data import DocumentBatch
+    from jql_engine.engine import as_texts
+
+    return DocumentBatch.of(as_texts(texts))
