@@ -44,19 +44,7 @@ from jql_engine.run import Job, prepare, run
 from jql_engine.tokens import Tokenizer
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = (
-    "jql-engine", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "tokie", "tokenizers", "pyarrow", "numpy",
-)  # fmt: skip
-    "jql-engine",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "torch",
-    "transformers",
-    "tokie",
-    "tokenizers",
-    "pyarrow",
-    "numpy",
-)
+PACKAGES = ("jql-engine", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "tokie", "tokenizers", "pyarrow")
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 MEAN_TOKENS = 690  # documents per minute are given at the published mean, so that corpora can be compared
 
@@ -100,9 +88,7 @@ def main(
     bundle: Annotated[Path, typer.Option()],
     corpus: Annotated[Path, typer.Option(help="Parquet with a column `text`.")],
     name: Annotated[str, typer.Option(help="Of the result file.")],
-    encoder: Annotated[
-        Path | None, typer.Option(help="Its checkpoint; without it no reference rows.")
-    ] = None,
+    encoder: Annotated[Path | None, typer.Option(help="Its checkpoint; without it no reference rows.")] = None,
     documents: Annotated[int, typer.Option(help="In the sample.")] = 24,
     max_tokens: Annotated[int, typer.Option(help="Longest document of the sample.")] = 8_192,
     rounds: Annotated[int, typer.Option()] = 1,

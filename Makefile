@@ -1,0 +1,34 @@
+VENV ?= .venv
+PYTHON ?= python3
+# A range would let pip take the newest CUDA build, several gigabytes; this release has a CPU build that is enough.
+TORCH ?= torch==2.13.0
+bin = $(VENV)/bin
+
+.PHONY: demo test check bench
+
+demo: $(VENV)/.installed
+	$(bin)/python examples/demo.py
+
+test: $(VENV)/.installed-dev
+	$(bin)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	mkdir -p build/typing && ln -sfn ../../export build/typing/jql_export
+	$(bin)/mypy
+
+# ENCODER, BUNDLE, CORPUS and NAME: see benchmarks/throughput.py
+bench: $(VENV)/.installed-dev
+	$(bin)/python -m benchmarks.throughput --encoder $(ENCODER) --bundle $(BUNDLE) --corpus $(CORPUS) --name $(NAME)
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --upgrade pip
+	$(bin)/python -m pip install --quiet $(TORCH)
+	$(bin)/python -m pip install --quiet --editable '.[cpu,export]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(bin)/python -m pip install --quiet --editable '.[cpu,export,dev]'
+	touch $@
