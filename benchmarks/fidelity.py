@@ -20,8 +20,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import typer
-from jql_export.reference import load_encoder
-from jql_export.tolerances import TOLERANCES
 from scipy.stats import spearmanr
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -30,6 +28,8 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch, score_column
 from jql_engine.engine import as_texts
 from jql_engine.tokens import Tokenizer
+from jql_export.reference import load_encoder
+from jql_export.tolerances import TOLERANCES
 
 
 def main(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jql_export.reference import load_encoder
 from torch import nn
 
 from jql_engine.batching import plan
 from jql_engine.data import Budget, TokenBatch
+from jql_export.reference import load_encoder
 
 
 class TransformersEncoder:

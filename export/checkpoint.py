@@ -24,7 +24,7 @@ from jql_engine.errors import CheckpointError
 Array = NDArray[np.float32]
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 # What a snapshot from the hub needs; other formats of the same weights would only be downloaded for nothing.
-HUB_PATTERNS = ["*.json", "*/config.json", "model*.safetensors"]
+HUB_PATTERNS = ["*.json", "*/config.json", "model*.safetensors", "pytorch_model.bin"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +306,7 @@ def _open_tensors(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
             continue
         try:
             if name.endswith(".bin"):
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                state = torch.load(file, map_location="cpu", weights_only=True)
                 return {key: partial(_same, tensor) for key, tensor in state.items()}
             shards = {name}
             if name.endswith(".index.json"):
@@ -340,8 +340,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _number(directory: Path, config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int):
-        raise CheckpointError(f"{directory}: config.json has {key} = {value!r}, expected an integer")
+    if not isinstance(value, int) or isinstance(value, bool) or value < (key != "pad_token_id"):
+        raise CheckpointError(f"{directory}: config.json has {key} = {value!r}, expected a positive integer")
     return value
 
 

@@ -30,9 +30,10 @@ def export(
     """Fuse an encoder and all regression heads into one graph and certify it against PyTorch."""
     pairs = [_head_option(value) for value in head]
     warnings.filterwarnings("ignore")  # torch and transformers warn of what this command checks itself
+    from transformers.utils import logging as transformers_logging
+
     from jql_export.export import export_bundle, find_checkpoint
     from jql_export.heads import read_head
-    from transformers.utils import logging as transformers_logging
 
     quiet: Any = transformers_logging  # untyped
     quiet.set_verbosity_error()

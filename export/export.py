@@ -13,14 +13,6 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jql_export import parity, probes
-from jql_export.checkpoint import HUB_PATTERNS, EncoderWeights, read_encoder
-from jql_export.graph import VARIANTS, Pooling, write_graph
-from jql_export.heads import HeadWeights, StackedHeads, check_heads, stack
-from jql_export.reference import Reference
-from jql_export.settings import max_tokens_of, pooling_of
-from jql_export.tokenizer import prove_fast, write_tokenizer
-from jql_export.tolerances import TOLERANCES
 from safetensors.numpy import save_file
 
 from jql_engine.bundle import (
@@ -38,6 +30,14 @@ from jql_engine.bundle import (
 from jql_engine.errors import BundleError, CheckpointError
 from jql_engine.sessions.cpu import CpuSession
 from jql_engine.tokens import Tokenizer
+from jql_export import parity, probes
+from jql_export.checkpoint import HUB_PATTERNS, EncoderWeights, read_encoder
+from jql_export.graph import VARIANTS, Pooling, write_graph
+from jql_export.heads import HeadWeights, StackedHeads, check_heads, stack
+from jql_export.reference import Reference
+from jql_export.settings import max_tokens_of, pooling_of
+from jql_export.tokenizer import prove_fast, write_tokenizer
+from jql_export.tolerances import TOLERANCES
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def export_bundle(
     """
     if unknown := sorted(set(variants) - set(VARIANTS)):
         raise BundleError(f"variant {unknown[0]!r} is unknown; known are {', '.join(VARIANTS)}")
-    chosen_pooling = pooling_of(checkpoint.directory, pooling)
+    chosen_pooling = pooling_of(checkpoint.directory, pooling, report)
     weights = read_encoder(checkpoint.directory)
     limit = max_tokens_of(checkpoint.directory, weights.spec.max_positions, max_tokens)
     check_heads(heads, weights.spec.hidden_size)
@@ -188,7 +188,9 @@ def _written_aside(out: Path, overwrite: bool) -> Iterator[Path]:
             else "no bundle; choose another --out"
         )
         raise BundleError(f"{out} exists and is {what}")
+    out = out.resolve()
     aside = out.with_name(f".{out.name}.{os.getpid()}.writing")
+    replaced = out.with_name(f".{out.name}.{os.getpid()}.replaced")
     try:
         aside.mkdir(parents=True)
     except OSError as error:
@@ -196,7 +198,10 @@ def _written_aside(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield aside
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(replaced)
         aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)

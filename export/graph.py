@@ -18,12 +18,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnx
-from jql_export.checkpoint import Array, EncoderSpec, EncoderWeights, LayerWeights, Linear, Norm
-from jql_export.heads import StackedHeads
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from jql_engine.data import Layout
+from jql_export.checkpoint import Array, EncoderSpec, EncoderWeights, LayerWeights, Linear, Norm
+from jql_export.heads import StackedHeads
 
 Pooling = Literal["cls", "mean"]
 MICROSOFT = "com.microsoft"

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jql_export.checkpoint import Array, Linear
 
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import HeadError
+from jql_export.checkpoint import Array, Linear
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 EXPECTED = ("layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias")
@@ -110,8 +110,8 @@ def _bias(linear: Linear) -> Array:
 def _load(name: str, file: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise HeadError(f"head {name}: {file} cannot be read: {error.strerror or error}") from error
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise HeadError(f"head {name}: {file} cannot be read: {error.strerror}") from error
     except pickle.UnpicklingError as error:
         raise HeadError(
             f"head {name}: {file} holds more than tensors and plain data, which could run code; refused. Save its "

@@ -6,15 +6,15 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from jql_export.checkpoint import Array
-from jql_export.reference import Expected
-from jql_export.tolerances import LONG_TOKENS, Tolerance
 from numpy.typing import NDArray
 
 from jql_engine.batching import plan
 from jql_engine.data import Budget, TokenBatch
 from jql_engine.errors import ParityError
 from jql_engine.sessions import Session
+from jql_export.checkpoint import Array
+from jql_export.reference import Expected
+from jql_export.tolerances import LONG_TOKENS, Tolerance
 
 
 def certify(session: Session, tokens: TokenBatch, expected: Expected, tolerance: Tolerance) -> dict[str, Any]:

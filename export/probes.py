@@ -41,6 +41,7 @@ SENTENCES = (
 # Texts on which tokenizers are known to differ from each other.
 # fmt: off
 ODDITIES = (
+    "\x7f", "a\u2e4db", "\u0890", "\u07fd",
     "", " ", "   ", "\n", "\n\n", "\t", "\r\n\r\n", "\u00a0", "\u2003 \u2003", "\u200b", "\ufeff", "\u00ad", "\x00",
     "\x1f", "\u2581", "\u2581\u2581", " \u2581 ", "a", " a", "a ", "  a  b  ", "a\n\nb", "line one\r\nline two\r\n",
     "a\u00a0b", "a\u200bb", "<s>", "</s>", "<s> </s>", "<pad>", "<unk>", "text with </s> inside", "<mask>",

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jql_export.checkpoint import Array
-from jql_export.graph import Pooling
-from jql_export.heads import HeadWeights
 from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoModel
 
 from jql_engine.data import TokenBatch
 from jql_engine.errors import CheckpointError
+from jql_export.checkpoint import Array
+from jql_export.graph import Pooling
+from jql_export.heads import HeadWeights
 
 
 @dataclass(frozen=True, slots=True)

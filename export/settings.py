@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
-
-from jql_export.graph import Pooling
+from typing import Any, TypeVar, get_args
 
 from jql_engine.errors import CheckpointError
+from jql_export.graph import Pooling
+
+T = TypeVar("T", dict[str, Any], list[Any])
 
 # sentence-transformers' module types that change nothing here: the embedding is L2-normalised in any case.
 KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 NO_LIMIT = 10**9  # tokenizers without a limit of their own say 1e30
 
 
-def pooling_of(directory: Path, requested: str | None) -> Pooling:
-    """The pooling that sentence-transformers' modules name, or `requested`; CheckpointError where neither does."""
+def pooling_of(directory: Path, requested: str | None, report: Callable[[str], None]) -> Pooling:
+    """`requested`, or the pooling that sentence-transformers' modules name; CheckpointError where neither says it."""
     found = _pooling_of_modules(directory)
     if requested is not None and requested not in get_args(Pooling):
         raise CheckpointError(f"pooling {requested!r} is unknown; known are {', '.join(get_args(Pooling))}")
@@ -26,6 +28,8 @@ def pooling_of(directory: Path, requested: str | None) -> Pooling:
             f"{directory} does not say how its tokens are pooled (no modules.json with a Pooling module): "
             "give --pooling cls or --pooling mean, as the model's card says"
         )
+    if found is not None and found != chosen:
+        report(f"pooling: {chosen} as requested, although {directory}/modules.json says {found}")
     return "cls" if chosen == "cls" else "mean"
 
 
@@ -35,41 +39,41 @@ def max_tokens_of(directory: Path, max_positions: int, requested: int | None) ->
     Looks at sentence_bert_config.json and tokenizer_config.json. Raises CheckpointError where no file names a limit
     or the request exceeds the model's positions.
     """
-    if requested is not None:
-        if not 2 < requested <= max_positions:
-            raise CheckpointError(
-                f"--max-tokens {requested} is out of range: {directory} has {max_positions} positions"
-            )
-        return requested
     limits = (
-        _read(directory / "sentence_bert_config.json").get("max_seq_length"),
-        _read(directory / "tokenizer_config.json").get("model_max_length"),
+        _read(directory / "sentence_bert_config.json", dict).get("max_seq_length"),
+        _read(directory / "tokenizer_config.json", dict).get("model_max_length"),
     )
     named = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < NO_LIMIT]
-    if not named:
+    if requested is None and not named:
         raise CheckpointError(
             f"{directory} does not say how long an input may be (sentence_bert_config.json or tokenizer_config.json): "
             f"give --max-tokens, at most {max_positions}"
         )
-    return min(*named, max_positions)
+    chosen = min(*named, max_positions) if requested is None else requested
+    if not 2 < chosen <= max_positions:
+        said = "its files say" if requested is None else "--max-tokens says"
+        raise CheckpointError(
+            f"{directory}: {said} {chosen} tokens, expected 3 to {max_positions}, the model's positions"
+        )
+    return chosen
 
 
 def _pooling_of_modules(directory: Path) -> Pooling | None:
-    modules = _read(directory / "modules.json")
-    for module in modules if isinstance(modules, list) else []:
-        kind = str(module.get("type", "")).rpartition(".")[2]
+    pooling: Pooling | None = None
+    for module in _read(directory / "modules.json", list):
+        kind = str(module.get("type") if isinstance(module, dict) else module).rpartition(".")[2]
         if kind not in KNOWN_MODULES:
             raise CheckpointError(
                 f"{directory}/modules.json has a module {kind!r}, which the graph does not compute; "
                 f"supported are {', '.join(KNOWN_MODULES)}"
             )
         if kind == "Pooling":
-            return _pooling_of_module(directory / str(module.get("path", "")) / "config.json")
-    return None
+            pooling = _pooling_of_module(directory / str(module.get("path", "")) / "config.json")
+    return pooling
 
 
 def _pooling_of_module(file: Path) -> Pooling:
-    settings = _read(file)
+    settings = _read(file, dict)
     # Two generations of the format: one flag a mode, or a mode by name.
     on = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
     flags = {key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for key in on}
@@ -81,10 +85,14 @@ def _pooling_of_module(file: Path) -> Pooling:
     raise CheckpointError(f"{file} asks for pooling {', '.join(sorted(names))}; supported are cls and mean")
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, kind: type[T]) -> T:
+    """The JSON in `file`, empty where there is none; CheckpointError where it is no `kind`."""
     if not file.is_file():
-        return {}
+        return kind()
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a {kind.__name__}")
+    return content

@@ -71,6 +71,8 @@ def as_texts(texts: Texts) -> pa.LargeStringArray:
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
     try:
+        if isinstance(texts, pa.Array) and pa.types.is_primitive(texts.type):
+            raise pa.ArrowTypeError("no text")
         return texts.cast(pa.large_string()) if isinstance(texts, pa.Array) else pa.array(texts, pa.large_string())
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, UnicodeEncodeError) as error:
         raise InputError(f"texts must be str or None: {_first_wrong(texts)} ({error})") from error

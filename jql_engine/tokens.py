@@ -66,7 +66,9 @@ class Tokenizer:
         exact_ids, exact_lengths = self._oracle(texts.take(pa.array(suspect)).to_pylist())
         return _replace(ids, lengths, suspect, exact_ids, exact_lengths)
 
-    def _suspects(self, texts: pa.LargeStringArray, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def _suspects(
+        self, texts: pa.LargeStringArray, ids: NDArray[np.int32], lengths: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
         suspect = np.zeros(len(texts), np.bool_)
         if self.info.lone_space is not None:
             single = np.flatnonzero(lengths == 1)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from jql_export import probes
-from jql_export.checkpoint import read_encoder
-from jql_export.export import Checkpoint, export_bundle
-from jql_export.heads import read_head
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from jql_engine.bundle import Bundle
 from jql_engine.engine import Engine
+from jql_export import probes
+from jql_export.checkpoint import read_encoder
+from jql_export.export import Checkpoint, export_bundle
+from jql_export.heads import read_head
 
 warnings.filterwarnings("ignore", module="lightning")
 
@@ -47,10 +47,10 @@ def write_encoder(folder: Path, family: str, **settings: object) -> Path:
     import transformers
 
     vocab_size = write_tokenizer(folder)
-    shape = dict(
-        vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        pad_token_id=1, initializer_range=0.2, **settings,
-    )  # fmt: skip
+    shape = {
+        "vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 48, "pad_token_id": 1, "initializer_range": 0.2,
+    } | settings  # fmt: skip
     torch.manual_seed(0)
     if family == "gte":
         config = transformers.GteConfig(**{"max_position_embeddings": MAX_TOKENS, **shape})

@@ -3,13 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+
+from jql_engine import Engine, EngineError
+from jql_engine.errors import DeviceError
 from jql_export import probes
 from jql_export.heads import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
-
-from jql_engine import Engine, EngineError
-from jql_engine.errors import DeviceError
 from tests.conftest import FAMILIES, POOLING
 
 TEXTS = [*probes.SENTENCES, *probes.ODDITIES]

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from jql_engine.bundle import sha256_of
+from jql_engine.errors import HeadError
+from jql_export.heads import check_heads, read_head, stack
+from jql_export.tolerances import TOLERANCES
+from tests.conftest import write_head
+
+
+def test_sizes_come_from_the_tensors_of_a_lightning_checkpoint(head_files):
+    sizes = {
+        name: (read_head(name, file).input_size, read_head(name, file).hidden_size) for name, file in head_files.items()
+    }
+    assert sizes == {"edu": (32, 16), "prose": (32, 24)}
+    assert read_head("edu", head_files["edu"]).sha256 == sha256_of(head_files["edu"])
+
+
+def test_a_plain_state_dict_is_the_same_head(head_files, tmp_path):
+    state = torch.load(head_files["edu"], weights_only=True)["state_dict"]
+    torch.save(state, tmp_path / "plain.pt")
+    plain, head = read_head("edu", tmp_path / "plain.pt"), read_head("edu", head_files["edu"])
+    np.testing.assert_array_equal(plain.hidden.weight, head.hidden.weight)
+    np.testing.assert_array_equal(plain.output.weight, head.output.weight)
+    assert (plain.hidden.bias.tolist(), plain.output.bias.tolist()) == (
+        head.hidden.bias.tolist(),
+        head.output.bias.tolist(),
+    )
+
+
+def test_a_checkpoint_that_runs_code_is_refused_and_runs_none(tmp_path):
+    marker, file = tmp_path / "marker", tmp_path / "head.ckpt"
+    torch.save({"state_dict": tensors(), "hyper_parameters": RunsCommand(f"touch {marker}")}, file)
+    with pytest.raises(
+        HeadError, match=r"head\.ckpt holds more than .* could run code; refused\. Save its state_dict alone"
+    ):
+        read_head("edu", file)
+    assert not marker.exists()
+    torch.load(file, weights_only=False)
+    assert marker.exists(), "the file would have run nothing: the test proves nothing"
+
+
+def test_a_bare_pickle_that_runs_code_is_refused_and_runs_none(tmp_path):
+    marker, file = tmp_path / "marker", tmp_path / "head.ckpt"
+    content = pickle.dumps(RunsCommand(f"touch {marker}"), protocol=2)
+    file.write_bytes(content)
+    with pytest.raises(HeadError, match=r"head edu: .*head\.ckpt"):
+        read_head("edu", file)
+    assert not marker.exists()
+    pickle.loads(content)
+    assert marker.exists(), "the file would have run nothing: the test proves nothing"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"layer2.weight": None},
+            r"lacks layer2\.weight; its state_dict holds layer1\.weight, layer1\.bias, layer2\.bias",
+        ),
+        ({"layer1.bias": 3}, r"lacks layer1\.bias"),
+        ({"layer3.weight": torch.ones(1)}, r"holds layer3\.weight besides layer1\.weight"),
+        ({"layer1.bias": torch.ones(15)}, r"layer1\.bias \[15\].*; expected \[K, D\], \[K\], \[1, K\], \[1\]"),
+        ({"layer1.weight": torch.ones(16)}, r"layer1\.weight \[16\]"),
+        ({"layer2.weight": torch.ones(1, 15)}, r"layer2\.weight \[1, 15\]"),
+        ({"layer2.weight": torch.ones(2, 16), "layer2.bias": torch.ones(2)}, r"layer2\.weight \[2, 16\]"),
+    ],
+)
+def test_tensors_that_make_no_regression_head_are_named(tmp_path, change, message):
+    state = {name: value for name, value in (tensors() | change).items() if value is not None}
+    torch.save({"state_dict": state}, tmp_path / "head.ckpt")
+    with pytest.raises(HeadError, match=rf"head edu: .*head\.ckpt.*{message}"):
+        read_head("edu", tmp_path / "head.ckpt")
+
+
+def test_a_file_that_holds_no_state_dict_is_an_error(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(HeadError, match=r"list\.pt holds a list, expected a state_dict"):
+        read_head("edu", tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_an_error(head_files, tmp_path, share):
+    content = head_files["edu"].read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(HeadError, match=r"head edu: .*cut\.ckpt (is no checkpoint that torch can read|cannot be read)"):
+        read_head("edu", tmp_path / "cut.ckpt")
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(HeadError, match=r"head edu: .*none\.ckpt cannot be read: No such file"):
+        read_head("edu", tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "-edu", "bildung·", "a\n"])
+def test_a_name_that_cannot_be_a_column_is_an_error(head_files, name):
+    with pytest.raises(HeadError, match="cannot be a column name"):
+        read_head(name, head_files["edu"])
+
+
+def test_heads_that_fit_the_encoder_are_accepted(head_files):
+    check_heads(heads(head_files), 32)
+
+
+def test_two_heads_of_one_name_are_an_error(head_files):
+    with pytest.raises(HeadError, match="two heads are named edu"):
+        check_heads([read_head("edu", file) for file in head_files.values()], 32)
+
+
+def test_no_heads_are_an_error():
+    with pytest.raises(HeadError, match="at least one --head"):
+        check_heads([], 32)
+
+
+def test_a_head_of_another_encoder_is_an_error(head_files, tmp_path):
+    wide = read_head("wide", write_head(tmp_path / "wide.ckpt", input_size=48))
+    with pytest.raises(HeadError, match="head wide reads embeddings of size 48, the encoder gives 32"):
+        check_heads([*heads(head_files), wide], 32)
+
+
+def test_stacked_heads_score_like_the_separate_ones(head_files):
+    separate = heads(head_files)
+    stacked = stack(separate)
+    embeddings = np.random.default_rng(0).normal(size=(50, 32)).astype(np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    hidden = np.maximum(embeddings @ stacked.hidden_weight.T + stacked.hidden_bias, 0)
+    expected = np.concatenate([score(head, embeddings) for head in separate], axis=1)
+    found = hidden @ stacked.output_weight + stacked.output_bias
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCES["fp32"].score)
+    assert found.shape == (50, 2) and stacked.hidden_weight.shape == (16 + 24, 32)
+
+
+class RunsCommand:
+    """Runs a shell command when unpickled."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return (os.system, (self.command,))
+
+
+def heads(files):
+    return [read_head(name, file) for name, file in files.items()]
+
+
+def tensors():
+    shapes = {"layer1.weight": (16, 32), "layer1.bias": (16,), "layer2.weight": (1, 16), "layer2.bias": (1,)}
+    return {name: torch.ones(shape) for name, shape in shapes.items()}
+
+
+def score(head, embeddings):
+    hidden = np.maximum(embeddings @ head.hidden.weight.T + head.hidden.bias, 0)
+    return hidden @ head.output.weight.T + head.output.bias

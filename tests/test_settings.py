@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jql_engine.errors import CheckpointError
+from jql_export.settings import max_tokens_of, pooling_of
+
+POSITIONS = 512
+MODULE = "sentence_transformers.models"
+
+
+def write(file, content):
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def write_modules(folder, *kinds, pooling=None):
+    modules = [
+        {"idx": i, "path": f"{i}_{kind}" if i else "", "type": f"{MODULE}.{kind}"} for i, kind in enumerate(kinds)
+    ]
+    write(folder / "modules.json", modules)
+    if pooling is not None:
+        write(folder / "1_Pooling" / "config.json", pooling)
+    return folder
+
+
+def one_flag_a_mode(mode):
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    assert mode in modes
+    return {"word_embedding_dimension": 32, **{f"pooling_mode_{m}": m == mode for m in modes}, "include_prompt": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "pooling"),
+    [
+        (one_flag_a_mode("cls_token"), "cls"),
+        (one_flag_a_mode("mean_tokens"), "mean"),
+        ({"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": True}, "cls"),
+        ({"embedding_dimension": 32, "pooling_mode": "mean", "include_prompt": True}, "mean"),
+    ],
+)
+def test_pooling_is_read_from_both_generations_of_the_format(tmp_path, settings, pooling):
+    write_modules(tmp_path, "Transformer", "Pooling", "Normalize", pooling=settings)
+    assert pooling_of(tmp_path, None, print) == pooling
+
+
+def test_modules_of_newer_packages_are_known_by_their_last_name(tmp_path):
+    path = "sentence_transformers.sentence_transformer.modules"
+    modules = [
+        {"type": f"{path}.transformer.Transformer", "path": ""},
+        {"type": f"{path}.pooling.Pooling", "path": "1_Pooling"},
+    ]
+    write(tmp_path / "modules.json", modules)
+    write(tmp_path / "1_Pooling" / "config.json", {"pooling_mode": "mean"})
+    assert pooling_of(tmp_path, None, print) == "mean"
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        (one_flag_a_mode("max_tokens"), "max"),
+        (one_flag_a_mode("mean_sqrt_len_tokens"), "mean_sqrt_len"),
+        (one_flag_a_mode("cls_token") | {"pooling_mode_mean_tokens": True}, "cls, mean"),
+        ({"pooling_mode": "lasttoken"}, "lasttoken"),
+        ({}, "None"),
+    ],
+)
+def test_pooling_that_the_graph_does_not_compute_is_an_error(tmp_path, settings, found):
+    write_modules(tmp_path, "Transformer", "Pooling", pooling=settings)
+    with pytest.raises(
+        CheckpointError, match=rf"1_Pooling/config\.json asks for pooling {found}; supported are cls and mean"
+    ):
+        pooling_of(tmp_path, None, print)
+
+
+@pytest.mark.parametrize("requested", [None, "cls"])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("Transformer", "Dense", "Pooling"),
+        ("Transformer", "Pooling", "Dense"),
+    ],
+)
+def test_a_dense_module_is_an_error_whatever_is_requested(tmp_path, kinds, requested):
+    write_modules(tmp_path, *kinds)
+    write(tmp_path / f"{kinds.index('Pooling')}_Pooling" / "config.json", one_flag_a_mode("cls_token"))
+    with pytest.raises(
+        CheckpointError, match=r"modules\.json has a module 'Dense'.*supported are Transformer, Pooling, Normalize"
+    ):
+        pooling_of(tmp_path, requested, print)
+
+
+def test_without_modules_the_request_decides(tmp_path):
+    assert pooling_of(tmp_path, "cls", print) == "cls"
+    assert pooling_of(tmp_path, "mean", print) == "mean"
+
+
+def test_without_modules_and_request_the_error_asks_for_the_option(tmp_path):
+    with pytest.raises(CheckpointError, match="give --pooling cls or --pooling mean"):
+        pooling_of(tmp_path, None, print)
+
+
+def test_an_unknown_request_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="pooling 'max' is unknown; known are cls, mean"):
+        pooling_of(tmp_path, "max", print)
+
+
+def test_modules_that_are_no_json_are_an_error(tmp_path):
+    write(tmp_path / "modules.json", "[{")
+    with pytest.raises(CheckpointError, match=r"modules\.json is no JSON"):
+        pooling_of(tmp_path, None, print)
+
+
+@pytest.mark.parametrize(
+    ("sentence_bert", "tokenizer", "expected"),
+    [
+        ({"max_seq_length": 128}, None, 128),
+        (None, {"model_max_length": 256}, 256),
+        ({"max_seq_length": 256}, {"model_max_length": 128}, 128),
+        ({"max_seq_length": 128}, {"model_max_length": int(1e30)}, 128),
+        ({"max_seq_length": 128}, {"model_max_length": 1e30}, 128),
+        ({"max_seq_length": None}, {"model_max_length": 256.0}, 256),
+        ({"max_seq_length": 8192}, {"model_max_length": 8194}, POSITIONS),
+    ],
+)
+def test_the_smallest_limit_counts_and_positions_cap_it(tmp_path, sentence_bert, tokenizer, expected):
+    write_limits(tmp_path, sentence_bert, tokenizer)
+    assert max_tokens_of(tmp_path, POSITIONS, None) == expected
+
+
+@pytest.mark.parametrize("tokenizer", [None, {}, {"model_max_length": 1e30}])
+def test_without_a_limit_the_error_asks_for_the_option(tmp_path, tokenizer):
+    write_limits(tmp_path, None, tokenizer)
+    with pytest.raises(CheckpointError, match=f"give --max-tokens, at most {POSITIONS}"):
+        max_tokens_of(tmp_path, POSITIONS, None)
+
+
+def test_a_request_overrides_the_files(tmp_path):
+    write_limits(tmp_path, {"max_seq_length": 128}, {"model_max_length": 128})
+    assert max_tokens_of(tmp_path, POSITIONS, 300) == 300
+    assert max_tokens_of(tmp_path, POSITIONS, POSITIONS) == POSITIONS
+
+
+@pytest.mark.parametrize("requested", [POSITIONS + 1, 2, 0, -1])
+def test_a_request_out_of_range_is_an_error(tmp_path, requested):
+    with pytest.raises(
+        CheckpointError, match=f"--max-tokens {requested} is out of range: .* has {POSITIONS} positions"
+    ):
+        max_tokens_of(tmp_path, POSITIONS, requested)
+
+
+def write_limits(folder, sentence_bert, tokenizer):
+    if sentence_bert is not None:
+        write(folder / "sentence_bert_config.json", sentence_bert)
+    if tokenizer is not None:
+        write(folder / "tokenizer_config.json", tokenizer)

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import struct
+from functools import cache
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
+
+from jql_engine.bundle import TokenizerInfo
+from jql_engine.data import DocumentBatch, TokenBatch
+from jql_engine.errors import TokenizerError
+from jql_engine.tokens import Tokenizer, fast_encoder, oracle_encoder
+from jql_export import probes
+from tests.conftest import SPECIALS
+
+UNLIMITED = 1 << 40
+LIMITS = (2, 3, 4, 7, 20, 96)
+# White space that XLM-R's normaliser turns into blanks is left out: the normaliser of this file changes nothing.
+FRAGMENTS = (
+    *SPECIALS, "</s", "s>", " ", "  ", "\n", "\t", "\r\n", "\u200b", "\ufeff", "\x00",
+    "a", "Water", " boils at", "ü", "e\u0301", "月亮",
+    *probes.SENTENCES[:2],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer in XLM-R's layout on which tokie errs exactly where the real one makes it err.
+
+    tokie recognises the layout by the Precompiled normaliser; this one's table is empty.
+    """
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Precompiled(struct.pack("<I", 2048) + bytes(2048))
+    space = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
+    specials = [AddedToken(s, normalized=False, special=True, lstrip=s == "<mask>") for s in SPECIALS]
+    trainer = trainers.UnigramTrainer(vocab_size=700, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(probes.SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@cache
+def tokenizer_of(file: Path, fast: str | None, limit: int = UNLIMITED) -> Tokenizer:
+    lone_space = tokenizers.Tokenizer.from_file(str(file)).token_to_id("\u2581")
+    return Tokenizer(file, TokenizerInfo([0], [2], 1, fast, lone_space, list(SPECIALS)), limit)
+
+
+def encode(tokenizer: Tokenizer, texts: list[str | None]) -> TokenBatch:
+    return tokenizer.encode(DocumentBatch.of(pa.array(texts, pa.large_string())))
+
+
+def ids_of(tokens: TokenBatch) -> list[list[int]]:
+    return [tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]].tolist() for i in range(len(tokens.rows))]
+
+
+def both(test):
+    return pytest.mark.parametrize("fast", [None, "tokie"], ids=["tokenizers", "tokie"])(test)
+
+
+@both
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+def test_documents_get_the_ids_that_tokenizers_gives_them_cut_where_it_cuts(file, fast, data):
+    text = st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join)
+    texts = data.draw(st.lists(st.one_of(st.none(), text), max_size=8))
+    limit = data.draw(st.sampled_from(LIMITS))
+    oracle = tokenizers.Tokenizer.from_file(str(file))
+    oracle.enable_truncation(limit)
+    expected = [oracle.encode(text) for text in texts if text is not None]
+    found = encode(tokenizer_of(file, fast, limit), texts)
+    assert ids_of(found) == [encoding.ids for encoding in expected]
+    assert found.truncated.tolist() == [bool(encoding.overflowing) for encoding in expected]
+    assert found.rows.tolist() == [row for row, text in enumerate(texts) if text is not None]
+
+
+@pytest.mark.parametrize("text", [" ", "\n \t", "<s> ", "\n<s>", "Water </s> "])
+def test_a_text_that_tokie_gets_wrong_is_put_right(file, text):
+    expected = oracle_encoder(file)([text])[0].tolist()
+    assert fast_encoder(file)([text])[0].tolist() != expected
+    among = encode(tokenizer_of(file, "tokie"), ["Water boils", text, "", text, "月亮"])
+    assert ids_of(among)[1] == ids_of(among)[3] == [0, *expected, 2]
+    assert ids_of(among) == ids_of(encode(tokenizer_of(file, None), ["Water boils", text, "", text, "月亮"]))
+
+
+@both
+def test_a_null_text_has_no_row(file, fast):
+    found = encode(tokenizer_of(file, fast), [None, "a", None, "", None])
+    assert found.rows.tolist() == [1, 3]
+    assert ids_of(found) == ids_of(encode(tokenizer_of(file, fast), ["a", ""]))
+
+
+@both
+@pytest.mark.parametrize("texts", [[], [None], [None, None]])
+def test_without_a_text_there_are_no_tokens(file, fast, texts):
+    found = encode(tokenizer_of(file, fast), texts)
+    assert len(found.rows) == len(found.ids) == 0 and found.offsets.tolist() == [0]
+
+
+@both
+@pytest.mark.parametrize(("prefix", "suffix"), [([7, 8], [9]), ([], [7, 8]), ([7], []), ([7], [8, 9])])
+def test_prefix_and_suffix_surround_every_text_and_count(file, fast, prefix, suffix):
+    content, lengths = oracle_encoder(file)(["Water boils at a lower temperature"])
+    around = TokenizerInfo(prefix, suffix, 1, fast, None, [])
+    texts = ["", "Water boils at a lower temperature"]
+    whole = encode(Tokenizer(file, around, UNLIMITED), texts)
+    assert ids_of(whole) == [[*prefix, *suffix], [*prefix, *content, *suffix]]
+    cut = encode(Tokenizer(file, around, 6), texts)
+    room = 6 - len(prefix) - len(suffix)
+    assert ids_of(cut) == [[*prefix, *suffix], [*prefix, *content[:room], *suffix]]
+    assert lengths[0] > room and cut.truncated.tolist() == [False, True]
+
+
+def test_a_text_of_exactly_the_limit_is_not_truncated(file):
+    [whole] = ids_of(encode(tokenizer_of(file, None), ["Water boils at a lower temperature"]))
+    exact = encode(tokenizer_of(file, None, len(whole)), ["Water boils at a lower temperature"])
+    assert ids_of(exact) == [whole] and exact.truncated.tolist() == [False]
+    cut = encode(tokenizer_of(file, None, len(whole) - 1), ["Water boils at a lower temperature"])
+    assert ids_of(cut) == [[*whole[:-2], whole[-1]]] and cut.truncated.tolist() == [True]
+
+
+@pytest.mark.parametrize("encoder", [oracle_encoder, fast_encoder])
+@pytest.mark.parametrize("content", ["", "{}", '{"model": {"type": "Unheard"}}'])
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path, encoder, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is no tokenizer that"):
+        encoder(path)
+
+
+@pytest.mark.parametrize("encoder", [oracle_encoder, fast_encoder])
+def test_a_missing_file_is_named(tmp_path, encoder):
+    with pytest.raises(TokenizerError, match=r"absent\.json is no tokenizer that"):
+        encoder(tmp_path / "absent.json")
