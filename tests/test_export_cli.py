@@ -92,7 +92,7 @@ def test_a_request_overrides_what_the_checkpoint_says(call, checkpoint, head_fil
     ("options", "message"),
     [
         (["--pooling=max"], "pooling 'max' is unknown"),
-        ([f"--max-tokens={MAX_TOKENS + 1}"], f"--max-tokens {MAX_TOKENS + 1} is out of range"),
+        ([f"--max-tokens={MAX_TOKENS + 1}"], f"--max-tokens says {MAX_TOKENS + 1} tokens"),
         (["--variant=cpu-int4"], "variant 'cpu-int4' is unknown; known are cpu-fp32"),
         (["--head=edu=/none.ckpt"], "head edu: /none.ckpt cannot be read: No such file"),
         (["--head=a b=/none.ckpt"], "head name 'a b' cannot be a column name"),

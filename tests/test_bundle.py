@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jql_engine.bundle import FORMAT, MANIFEST, Bundle, Manifest, describe_files, sha256_of
+from jql_engine.errors import BundleError
+
+FILES = ("graphs/cpu-fp32.onnx", "graphs/cpu-fp32.onnx.data", "heads.safetensors", "tokenizer.json")
+
+
+@pytest.fixture
+def copy(bundle, tmp_path) -> Path:
+    """A bundle to damage."""
+    return Path(shutil.copytree(bundle.path, tmp_path / "copy"))
+
+
+def change_manifest(copy: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    fields = json.loads((copy / MANIFEST).read_text())
+    change(fields)
+    (copy / MANIFEST).write_text(json.dumps(fields))
+
+
+def assert_refused(copy: Path, *parts: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(copy)
+    for part in (str(copy), *parts):
+        assert part in str(caught.value)
+
+
+def test_a_copy_is_the_same_bundle(bundle, copy):
+    opened = Bundle.open(str(copy))
+    assert opened.manifest == bundle.manifest
+    assert opened.hash == bundle.hash == sha256_of(copy / MANIFEST)
+    assert opened.heads == ("edu", "prose")
+    assert opened.graph("cpu-fp32").is_file() and opened.graph("cpu-fp32").is_relative_to(copy)
+
+
+def test_the_manifest_lists_every_file_but_itself(bundle):
+    on_disk = {file.relative_to(bundle.path).as_posix() for file in bundle.path.rglob("*") if file.is_file()}
+    assert set(bundle.manifest.files) == on_disk - {MANIFEST} == set(describe_files(bundle.path))
+    assert describe_files(bundle.path) == bundle.manifest.files
+    assert set(FILES) <= on_disk
+
+
+def test_a_manifest_written_and_read_is_the_same(bundle):
+    assert Manifest.parse(json.loads(bundle.manifest.to_json())) == bundle.manifest
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_byte_is_found(copy, name):
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    assert_refused(copy, name, "was changed")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_size_is_found(copy, name):
+    size = (copy / name).stat().st_size
+    with (copy / name).open("ab") as stream:
+        stream.write(b"\0")
+    assert_refused(copy, name, f"{size + 1} bytes", str(size))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_found(copy, name):
+    (copy / name).unlink()
+    assert_refused(copy, f"{name} is missing")
+
+
+def test_a_folder_without_a_manifest_is_no_bundle(copy):
+    (copy / MANIFEST).unlink()
+    assert_refused(copy, MANIFEST, "No such file", "jql-export")
+
+
+@pytest.mark.parametrize("path", ["absent", "file"])
+def test_what_is_no_folder_is_no_bundle(tmp_path, path):
+    (tmp_path / "file").touch()
+    assert_refused(tmp_path / path, "is no bundle")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null", b'"text"', b"{}"])
+def test_a_manifest_that_is_no_json_object_with_fields_is_damaged(copy, content):
+    (copy / MANIFEST).write_bytes(content)
+    assert_refused(copy, MANIFEST, "is damaged")
+
+
+@pytest.mark.parametrize("field", Manifest.__dataclass_fields__)
+def test_a_missing_field_is_named(copy, field):
+    change_manifest(copy, lambda fields: fields.pop(field))
+    assert_refused(copy, MANIFEST, "is damaged", field)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda fields: fields["heads"][0].pop("sha256"), "sha256"),
+        (lambda fields: fields["encoder"].pop("revision"), "revision"),
+        (lambda fields: fields["tokenizer"].pop("pad"), "pad"),
+        (lambda fields: fields["variants"]["cpu-fp32"].pop("layout"), "layout"),
+        (lambda fields: fields["files"]["tokenizer.json"].pop("sha256"), "sha256"),
+        (lambda fields: fields.update(colour="red"), "colour"),
+        (lambda fields: fields.update(variants=None), "damaged"),
+        (lambda fields: fields.update(files=None), "damaged"),
+    ],
+)
+def test_a_part_of_another_shape_is_damage(copy, change, named):
+    change_manifest(copy, change)
+    assert_refused(copy, named)
+
+
+def test_an_unknown_layout_is_named(copy):
+    change_manifest(copy, lambda fields: fields["variants"]["cpu-fp32"].update(layout="diagonal"))
+    with pytest.raises(BundleError, match=re.escape("'diagonal' is unknown; known are exact, padded, packed")):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("version", [FORMAT + 1, "2"])
+def test_a_newer_format_is_refused_with_both_versions(copy, version):
+    change_manifest(copy, lambda fields: fields.update(format=version))
+    assert_refused(copy, f"format {version}", f"up to {FORMAT}")
+
+
+def test_a_newer_format_is_refused_whatever_else_it_holds(copy):
+    (copy / MANIFEST).write_text(json.dumps({"format": FORMAT + 1}))
+    assert_refused(copy, f"format {FORMAT + 1}", f"up to {FORMAT}")
