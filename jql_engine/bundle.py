@@ -125,6 +125,10 @@ class Manifest:
                 "heads": [HeadInfo(**head) for head in fields["heads"]],
                 "tokenizer": TokenizerInfo(**fields["tokenizer"]),
                 "variants": {name: Variant(**variant) for name, variant in fields["variants"].items()},
+                "files": {
+                    name: {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])}
+                    for name, file in fields["files"].items()
+                },
             }
         )
 

@@ -41,7 +41,10 @@ def run(
     finished = f", {work.n_finished} files are finished already" if work.n_finished else ""
     with_what = f"variant {session.variant}, heads {', '.join(opened.heads)}"
     _say(f"{n_docs:,} documents in {len(work.files):,} files{finished}; {with_what}")
-    summary = run_job(job, opened, session, Tokenizer.of(opened), work)
+    try:
+        summary = run_job(job, opened, session, Tokenizer.of(opened), work)
+    except KeyboardInterrupt:
+        raise EngineError("interrupted; start the same command again to continue") from None
     print(json.dumps(summary.to_dict()), flush=True)  # noqa: T201
 
 
@@ -55,7 +58,4 @@ def main() -> None:
         app()
     except EngineError as error:
         _say(f"jql-run: {error}")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _say("jql-run: interrupted; start the same command again to continue")
         sys.exit(1)

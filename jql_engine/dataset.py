@@ -173,7 +173,7 @@ class _Cursor:
 def _expand(given: str) -> Iterator[tuple[Path, Path]]:
     path = Path(given)
     if path.is_dir():
-        files = sorted(file for file in path.rglob(f"*{SUFFIX}") if _visible(file.relative_to(path)))
+        files = sorted(file for file in path.rglob(f"*{SUFFIX}") if file.is_file() and _visible(file.relative_to(path)))
         if not files:
             raise InputError(f"folder {path} holds no *{SUFFIX} file")
         yield from ((file, file.relative_to(path)) for file in files)

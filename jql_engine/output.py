@@ -7,6 +7,7 @@ import glob
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ def check_output(out: Path, inputs: Sequence[str], files: Sequence[InputFile], h
     """Create the folder `out` and make sure that this job may write there; raises OutputError."""
     for given in inputs:
         _check_apart(out, given)
+    sources = {file.path.resolve() for file in files}
     for file in files:
-        if (out / file.relative).resolve() == file.path.resolve():
-            raise OutputError(f"the scores of {file.path} would overwrite it; choose another --out")
+        if (target := (out / file.relative).resolve()) in sources:
+            raise OutputError(f"the scores of {file.path} would overwrite the input {target}; choose another --out")
         if file.id_column in score_schema(heads).names:
             raise OutputError(f"{file.path}: the id column {file.id_column!r} has the name of a score column")
     try:
@@ -127,7 +129,11 @@ class _OpenFile:
         self._aside.rename(self._target)
 
     def discard(self) -> None:
-        self._stream.close()
+        # What was written is dropped: that it cannot be completed (a full disk, say) is no news.
+        with suppress(OSError, ValueError):
+            self._writer.close()
+        with suppress(OSError):
+            self._stream.close()
         self._aside.unlink(missing_ok=True)
 
 

@@ -182,7 +182,7 @@ def test_an_output_beside_the_input_is_none(tmp_path, given, out):
 
 def test_scores_that_would_overwrite_their_source_are_an_error(tmp_path):
     file = source(tmp_path / "a.parquet")
-    with pytest.raises(OutputError, match=f"the scores of {re.escape(str(file.path))} would overwrite it"):
+    with pytest.raises(OutputError, match=f"the scores of {re.escape(str(file.path))} would overwrite the input"):
         check(tmp_path, file.path, file)
 
 
