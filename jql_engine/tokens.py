@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as OracleTokenizer
 
@@ -52,7 +51,7 @@ class Tokenizer:
         """Tokenize every document that is not null."""
         rows, texts = documents.rows, documents.texts
         if texts.null_count:
-            present = pc.is_valid(texts)
+            present = texts.is_valid()
             rows, texts = rows[present.to_numpy(zero_copy_only=False)], texts.filter(present)
         return self._close(rows, *self._content(texts))
 
@@ -69,6 +68,8 @@ class Tokenizer:
     def _suspects(
         self, texts: pa.LargeStringArray, ids: NDArray[np.int32], lengths: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
+        import pyarrow.compute as pc  # a quarter of the package's import time, and not always needed
+
         suspect = np.zeros(len(texts), np.bool_)
         if self.info.lone_space is not None:
             single = np.flatnonzero(lengths == 1)

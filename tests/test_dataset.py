@@ -239,6 +239,11 @@ def test_small_files_are_joined_empty_ones_included():
     assert list(split(files)) == [Chunk((Segment(0, 0, 3), Segment(1, 0, 0), Segment(2, 0, 0), Segment(3, 0, 9)))]
 
 
+def test_small_files_of_long_texts_are_joined_up_to_a_chunk_of_text():
+    files = [footer((10, CHUNK_BYTES // 2))] * 3
+    assert [chunk.n_docs for chunk in split(files)] == [20, 10]
+
+
 def test_no_file_gives_no_chunk():
     assert list(split([])) == []
 
