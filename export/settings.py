@@ -51,10 +51,8 @@ def max_tokens_of(directory: Path, max_positions: int, requested: int | None) ->
         )
     chosen = min(*named, max_positions) if requested is None else requested
     if not 2 < chosen <= max_positions:
-        said = "its files say" if requested is None else "--max-tokens says"
-        raise CheckpointError(
-            f"{directory}: {said} {chosen} tokens, expected 3 to {max_positions}, the model's positions"
-        )
+        said = "the checkpoint's files say" if requested is None else "--max-tokens says"
+        raise CheckpointError(f"{said} {chosen} tokens, expected 3 to {max_positions}, the positions of {directory}")
     return chosen
 
 

@@ -45,7 +45,7 @@ def is_finished(target: Path, settings: Mapping[str, Any]) -> bool:
     if not target.exists():
         return False
     try:
-        found = json.loads(pq.read_schema(target).metadata[METADATA_KEY])
+        found = dict(json.loads(pq.read_schema(target).metadata[METADATA_KEY]))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise OutputError(f"{target} exists and was not written by jql-run; move it, or give --overwrite") from error
     if different := [key for key in {**settings, **found} if found.get(key) != settings.get(key)]:

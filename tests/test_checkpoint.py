@@ -148,8 +148,8 @@ def test_no_word_embeddings_are_an_error_that_names_what_is_there(gte):
         ("gte", {"rope_parameters": None, "rope_scaling": {"type": "ntk", "factor": 8}}, r"RoPE type 'ntk'.*'default'"),
         ("gte", {"rope_parameters": None}, r"RoPE type 'default' with theta None"),
         ("gte", {"num_attention_heads": 5}, r"hidden_size 32 is no multiple of num_attention_heads 5"),
-        ("gte", {"num_hidden_layers": "2"}, r"num_hidden_layers = '2', expected an integer"),
-        ("bert", {"pad_token_id": None}, r"pad_token_id = None, expected an integer"),
+        ("gte", {"num_hidden_layers": "2"}, r"num_hidden_layers = '2', expected a positive integer"),
+        ("bert", {"pad_token_id": None}, r"pad_token_id = None, expected a positive integer"),
     ],
 )  # fmt: skip
 def test_a_model_that_the_graph_cannot_express_is_an_error(request, family, settings, message):

@@ -69,8 +69,8 @@ def interrupt(process: subprocess.Popen[str], begun: Path, signal_: signal.Signa
 
 
 def slow(path: Path) -> Path:
-    """Three chunks, of which the last two take about a second."""
-    texts = [LONG if i > CHUNK_ROWS and i % 50 == 0 else None for i in range(3 * CHUNK_ROWS)]
+    """Three chunks, of which the last two take some seconds."""
+    texts = [LONG if i > CHUNK_ROWS and i % 10 == 0 else None for i in range(3 * CHUNK_ROWS)]
     return write(path, texts, row_group_size=5_000)
 
 
