@@ -4,10 +4,12 @@
 
 One fifth of the documents is held out: neither the tokenizer nor the weights see it. Encoder and heads learn together
 from the rest; the last lines printed are rank correlations. The result shows the tools at work and is no judge of
-text: it has read 163 short documents.
+text: it has read 163 short documents, and on the held-out 41 the mere number of tokens correlates about as well as its
+scores do (0.69 and 0.83 against 0.77 and 0.79). The number of steps was chosen by the held-out part.
 
-What helped most is a second task, telling the kinds of text apart: after 100 steps the held-out correlation of
-education was 0.72 instead of 0.50 to 0.60. Restoring masked tokens beforehand did not help: the texts are too few.
+Tried, one run each on an earlier split with two layers: with a second task, telling the kinds of text apart, the
+held-out correlation of education after 100 steps was 0.72; without it 0.50, and 0.61 with half of the tokens hidden.
+Restoring masked tokens for 300 steps beforehand began worse (0.10) and was given up there.
 """
 
 from __future__ import annotations
@@ -261,7 +263,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=EXAMPLES / "demo")
     args = parser.parse_args()
     _quiet()
-    torch.set_num_threads(1)  # so that sums do not depend on the number of cores; a second thread gains little here
+    torch.set_num_threads(1)  # so that the sums do not depend on the number of cores
     torch.manual_seed(0)
     start = time.perf_counter()
 

@@ -63,7 +63,7 @@ def interrupt(process: subprocess.Popen[str], begun: Path, signal_: signal.Signa
     while not begun.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
-    time.sleep(0.05)  # it is being written
+    time.sleep(0.5)  # it is being written, well past the moment in which it is opened
     process.send_signal(signal_)
     return finish(process)
 
