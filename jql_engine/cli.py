@@ -34,14 +34,14 @@ def run(
     from jql_engine.tokens import Tokenizer
 
     job = Job(tuple(inputs), out, text_column, id_column, overwrite)
-    opened = Bundle.open(bundle)
-    session = open_session(opened, device, variant, threads)
-    work = prepare(job, opened, session.variant)
-    n_docs = sum(file.n_rows for file in work.files)
-    finished = f", {work.n_finished} files are finished already" if work.n_finished else ""
-    with_what = f"variant {session.variant}, heads {', '.join(opened.heads)}"
-    _say(f"{n_docs:,} documents in {len(work.files):,} files{finished}; {with_what}")
     try:
+        opened = Bundle.open(bundle)
+        session = open_session(opened, device, variant, threads)
+        work = prepare(job, opened, session.variant)
+        n_docs = sum(file.n_rows for file in work.files)
+        finished = f", {work.n_finished} files are finished already" if work.n_finished else ""
+        with_what = f"variant {session.variant}, heads {', '.join(opened.heads)}"
+        _say(f"{n_docs:,} documents in {len(work.files):,} files{finished}; {with_what}")
         summary = run_job(job, opened, session, Tokenizer.of(opened), work)
     except KeyboardInterrupt:
         raise EngineError("interrupted; start the same command again to continue") from None

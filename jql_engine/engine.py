@@ -71,9 +71,12 @@ def as_texts(texts: Texts) -> pa.LargeStringArray:
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
     try:
-        if isinstance(texts, pa.Array) and pa.types.is_primitive(texts.type):
+        if not isinstance(texts, pa.Array):
+            return pa.array(texts, pa.large_string())
+        if pa.types.is_primitive(texts.type):
             raise pa.ArrowTypeError("no text")
-        return texts.cast(pa.large_string()) if isinstance(texts, pa.Array) else pa.array(texts, pa.large_string())
+        # Arrow takes an array declared as text at its word, and checks UTF-8 where it turns bytes into text.
+        return texts.cast(pa.large_string()).cast(pa.large_binary()).cast(pa.large_string())
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, UnicodeEncodeError) as error:
         raise InputError(f"texts must be str or None: {_first_wrong(texts)} ({error})") from error
 

@@ -11,6 +11,7 @@ from jql_export.heads import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, POOLING
+from tests.test_dataset import not_utf8
 
 TEXTS = [*probes.SENTENCES, *probes.ODDITIES]
 FP32 = TOLERANCES["fp32"]
@@ -64,7 +65,13 @@ def test_arrow_arrays_are_texts(engine):
 
 @pytest.mark.parametrize(
     ("texts", "message"),
-    [("one text", "list of texts"), (["a", 3], "item 1 is int"), (["\ud800"], "surrogate"), (pa.array([1]), "int64")],
+    [
+        ("one text", "list of texts"),
+        (["a", 3], "item 1 is int"),
+        (["\ud800"], "surrogate"),
+        (pa.array([1]), "int64"),
+        (not_utf8(), "string.*UTF"),
+    ],
 )
 def test_what_is_no_text_is_named(engine, texts, message):
     with pytest.raises(EngineError, match=message):
