@@ -40,8 +40,11 @@ from benchmarks.corpus import sample
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
 from jql_engine.engine import Engine
+from jql_engine.progress import Meter, RunLog
 from jql_engine.run import Job, prepare, run
+from jql_engine.sessions import CHUNK_BYTES, Session
 from jql_engine.tokens import Tokenizer
+from jql_engine.worker import Worker
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jql-engine", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "tokie", "tokenizers", "pyarrow")
@@ -62,6 +65,8 @@ class Row:
     tokens_per_second: float = 0.0
     documents_per_minute: float = 0.0  # at MEAN_TOKENS
     gflops: float = 0.0  # of a ceiling
+    peak_memory_mib: int = 0  # resident, where a row has a process of its own
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)  # shares of the time, of a pipeline
 
     def finish(self) -> None:
         """Fill in the rates from the median of the rounds."""
@@ -109,8 +114,10 @@ def main(
     rows += ceilings
     if feed:
         rows.append(_feed(opened, corpus))
-    _print(rows)
-    _write(name, rows, {"corpus": corpus.name, "documents": documents, "max_tokens": max_tokens, "rounds": rounds})
+    print_rows(rows)
+    write_result(
+        name, rows, {"corpus": corpus.name, "documents": documents, "max_tokens": max_tokens, "rounds": rounds}
+    )
 
 
 Run = Callable[[TokenBatch], object]
@@ -151,8 +158,7 @@ def _engines(bundle: Path, texts: list[str]) -> list[Case]:
                 source = Path(folder, "documents.parquet")
                 pq.write_table(pa.table({"text": texts}), source)
                 task = Job((str(source),), Path(folder, "scores"))
-                work = prepare(task, opened, variant)
-                return run(task, opened, loaded.session, loaded.tokenizer, work)
+                return run_job(task, opened, loaded.session, loaded.tokenizer, "cpu")
 
         return job
 
@@ -161,6 +167,15 @@ def _engines(bundle: Path, texts: list[str]) -> list[Case]:
         cases.append(("engine", "jql-engine, ids to scores", name, lambda name=name: engine(name)))
         cases.append(("end_to_end", "jql-engine, parquet to parquet", name, lambda name=name: end_to_end(name)))
     return cases
+
+
+def run_job(job: Job, bundle: Bundle, session: Session, tokenizer: Tokenizer, provider: str) -> Meter:
+    """What jql-run does with one worker, on any session, in chunks as for `provider`."""
+    work = prepare(job, bundle, next(iter(bundle.manifest.variants)), CHUNK_BYTES[provider])
+    meter = Meter(work.n_docs)
+    outcome = run(work, Worker(bundle, session, tokenizer, work.targets).run(work.tasks), meter, RunLog(None))
+    assert not outcome.unfinished
+    return meter
 
 
 def _time(row: Row, run_case: Run, tokens: TokenBatch) -> None:
@@ -182,9 +197,8 @@ def _feed(bundle: Bundle, corpus: Path) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         task = Job((str(corpus),), Path(folder, "scores"))
         session, tokenizer = ZeroSession(bundle), Tokenizer.of(bundle)
-        work = prepare(task, bundle, next(iter(bundle.manifest.variants)))
-        summary = run(task, bundle, session, tokenizer, work)
-    row = Row("feed", "read, tokenise, plan, write", "zero", summary.documents, summary.tokens, [summary.seconds])
+        meter = run_job(task, bundle, session, tokenizer, "cuda")
+    row = Row("feed", "read, tokenise, plan, write", "zero", meter.documents, meter.tokens, [round(meter.seconds, 3)])
     row.finish()
     return row
 
@@ -229,13 +243,15 @@ def _torch_product(w: np.ndarray) -> Callable[[np.ndarray], object]:
     return lambda value: torch.nn.functional.linear(torch.from_numpy(value), weight)
 
 
-def _print(rows: list[Row]) -> None:
+def print_rows(rows: list[Row]) -> None:
+    """One line each."""
     for row in rows:
         rate = f"{row.gflops:12,.1f} GFLOP/s " if row.gflops else f"{row.tokens_per_second:12,.1f} tokens/s"
         print(f"{row.what:11}{row.name:50}{row.variant:15}{rate}")
 
 
-def _write(name: str, rows: list[Row], settings: dict[str, object]) -> None:
+def write_result(name: str, rows: list[Row], settings: dict[str, object]) -> None:
+    """Write benchmarks/results/NAME.json and print its path."""
     result = {
         "schema": 1,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -168,6 +168,13 @@ class Bundle:
         """Names of the heads, in the order of the score columns."""
         return tuple(head.name for head in self.manifest.heads)
 
+    @property
+    def encoder_hash(self) -> str:
+        """Of all that decides about an embedding: bundles that share it give the same vectors, whatever their heads."""
+        m = self.manifest
+        parts = [m.encoder.files, m.pooling, m.max_tokens, m.files["tokenizer.json"]["sha256"]]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     def graph(self, variant: str) -> Path:
         """The graph file of a variant of this bundle."""
         return self.path / self.manifest.variants[variant].graph

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,49 +14,97 @@ from jql_engine.errors import EngineError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
+RESCORE_TAKES = {"rescore", "bundle", "out", "overwrite", "rank", "world_size"}
+
 
 @app.command()
 def run(
-    inputs: Annotated[list[str], typer.Argument(help="Parquet files, folders or globs.", show_default=False)],
+    context: typer.Context,
     bundle: Annotated[Path, typer.Option(help="The bundle that jql-export wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder of the score files, one for each input file.")],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Parquet or JSON Lines: files, folders, globs, URLs (s3://, hf://, ...).", show_default=False
+        ),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder or URL of the score files, one for each input file.")] = None,
     text_column: Annotated[str, typer.Option(help="Column with the documents.")] = "text",
     id_column: Annotated[str | None, typer.Option(help="Column to copy; by default `id` where there is one.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: Annotated[
+        Literal["sidecar", "append"], typer.Option(help="Scores alone, or beside all columns of the source.")
+    ] = "sidecar",
+    embeddings: Annotated[
+        Literal["fp16", "fp32"] | None, typer.Option(help="Keep the vectors too, in a column `embedding`.")
+    ] = None,
+    rescore: Annotated[
+        str | None, typer.Option(help="Folder of outputs with embeddings: apply this bundle's heads to those.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda (every GPU), cuda:N or cuda:N,cuda:M.")] = "auto",
     variant: Annotated[str | None, typer.Option(help="Graph of the bundle; by default the device's first.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default every core.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Compute files again that are there.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes on the CPU; a GPU has one each.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker; by default its cores.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of this machine; by default from SLURM or torchrun.")] = None,
+    world_size: Annotated[int | None, typer.Option(help="Machines on this job.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score the first documents only.")] = None,
+    chunk_rows: Annotated[int, typer.Option(min=1, help="Most rows that are committed together.")] = 20_000,
+    metrics: Annotated[Path | None, typer.Option(help="Append a line of JSON for each chunk to this file.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say how long it will take and what it will cost.")] = False,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of this machine, for --plan.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over: compute what is there again.")] = False,
 ) -> None:
-    """Score the documents of parquet files: one row out for each row in, in the same order."""
+    """Score the documents of files: one row out for each row in, in the same order."""
     from jql_engine.bundle import Bundle
-    from jql_engine.run import Job, prepare
-    from jql_engine.run import run as run_job
-    from jql_engine.sessions import open_session
-    from jql_engine.tokens import Tokenizer
+    from jql_engine.interrupt import interruptible
+    from jql_engine.launch import Machine, estimate, rescore_all, score
+    from jql_engine.progress import RunLog
+    from jql_engine.ranks import rank_of
+    from jql_engine.run import Job
 
-    job = Job(tuple(inputs), out, text_column, id_column, overwrite)
-    try:
+    _check_usage(context)
+    sources = tuple(inputs or [rescore or ""])
+    job = Job(
+        sources, out or "", text_column, id_column, overwrite, output, embeddings, limit, chunk_rows,
+        rank_of(rank, world_size, os.environ),
+    )  # fmt: skip
+    machine = Machine(device, variant, workers, threads)
+    with interruptible() as stop:
         opened = Bundle.open(bundle)
-        session = open_session(opened, device, variant, threads)
-        work = prepare(job, opened, session.variant)
-        n_docs = sum(file.n_rows for file in work.files)
-        finished = f", {work.n_finished} files are finished already" if work.n_finished else ""
-        with_what = f"variant {session.variant}, heads {', '.join(opened.heads)}"
-        _say(f"{n_docs:,} documents in {len(work.files):,} files{finished}; {with_what}")
-        summary = run_job(job, opened, session, Tokenizer.of(opened), work)
-    except KeyboardInterrupt:
-        raise EngineError("interrupted; start the same command again to continue") from None
-    print(json.dumps(summary.to_dict()), flush=True)  # noqa: T201
+        if plan:
+            summary = estimate(job, opened, machine, price_per_hour)
+        elif rescore is not None:
+            summary = rescore_all(job, opened, stop)
+        else:
+            summary = score(job, opened, machine, RunLog(metrics), stop)
+    print(json.dumps(summary, ensure_ascii=False), flush=True)  # noqa: T201
+    raise typer.Exit(1 if summary.get("unfinished") else 0)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+def _check_usage(context: typer.Context) -> None:
+    given = context.params
+    if given["rescore"] is None and not given["inputs"]:
+        raise typer.BadParameter("give the files to score", param_hint="inputs")
+    if given["out"] is None and not given["plan"]:
+        raise typer.BadParameter("give the folder of the score files", param_hint="--out")
+    if (given["rank"] is None) != (given["world_size"] is None):
+        raise typer.BadParameter("and --world-size go together", param_hint="--rank")
+    if given["rescore"] is None:
+        return
+    for name in given.keys() - RESCORE_TAKES:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"has no use for {option}: it only applies heads", param_hint="--rescore")
 
 
 def main() -> None:
     """Exit 0 done, 1 failed, 2 misuse."""
+    from jql_engine.interrupt import StopError
+
     try:
         app()
+    except StopError as error:
+        print(f"\njql-run: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(1)  # a thread may be in the middle of an execution that nobody waits for
     except EngineError as error:
-        _say(f"jql-run: {error}")
+        print(f"jql-run: {error}", file=sys.stderr, flush=True)  # noqa: T201
         sys.exit(1)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+Embeddings: TypeAlias = NDArray[np.float32] | NDArray[np.float16]
+EMBEDDING = "embedding"  # the column of stored vectors
 Layout = Literal["exact", "padded", "packed"]
 """How a graph takes a batch: [B, L] of one exact length, [B, L] padded with a mask, or [T] without padding."""
 
@@ -54,9 +56,81 @@ class DocumentBatch:
         assert self.texts.type == pa.large_string(), self.texts.type
 
     @classmethod
-    def of(cls, texts: pa.LargeStringArray) -> DocumentBatch:
-        """Number `texts` from 0."""
-        return cls(np.arange(len(texts), dtype=np.int64), texts)
+    def concat(cls, parts: Sequence[DocumentBatch]) -> DocumentBatch:
+        """Join batches in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(np.concatenate([part.rows for part in parts]), pa.concat_arrays([part.texts for part in parts]))
+
+    @classmethod
+    def of(cls, texts: pa.LargeStringArray, first: int = 0) -> DocumentBatch:
+        """Number `texts` from `first`."""
+        return cls(np.arange(first, first + len(texts), dtype=np.int64), texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A few consecutive rows of one chunk, as they were read."""
+
+    segment: Segment
+    documents: DocumentBatch  # rows number the documents of the chunk
+    ids: pa.ChunkedArray | None  # [N], the column that goes into the output as it is
+    n_invalid: int  # texts that are not UTF-8; null in `documents`
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A segment of a chunk that could not be read."""
+
+    segment: Segment
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A chunk and its number in the job."""
+
+    number: int
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkEnd:
+    """All of a chunk was read; follows its pieces."""
+
+    task: Task
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """How one stage spent its time."""
+
+    busy: float
+    starved: float  # waiting for input
+    blocked: float  # waiting for room
+
+    def __add__(self, other: StageSeconds) -> StageSeconds:
+        return StageSeconds(self.busy + other.busy, self.starved + other.starved, self.blocked + other.blocked)
+
+    def __sub__(self, other: StageSeconds) -> StageSeconds:
+        return StageSeconds(self.busy - other.busy, self.starved - other.starved, self.blocked - other.blocked)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDone:
+    """What was done for one chunk; its scores are committed."""
+
+    task: Task
+    failures: tuple[Failure, ...]
+    documents: int  # rows read, scored or not
+    null_documents: int  # rows without a text, invalid UTF-8 included
+    invalid_utf8: int
+    truncated: int
+    tokens: int
+    padding: int
+    memory_bytes: int  # the most that the worker's process has held so far
+    stages: dict[str, StageSeconds]  # since the chunk before
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +146,31 @@ class TokenBatch:
         assert self.ids.dtype == np.int32 and self.offsets.dtype == np.int64 and self.truncated.dtype == np.bool_
         assert self.offsets.shape == (len(self.rows) + 1,) and self.truncated.shape == self.rows.shape
         assert self.offsets[0] == 0 and self.offsets[-1] == len(self.ids), "offsets do not span the ids"
+
+    @classmethod
+    def concat(cls, parts: Sequence[TokenBatch]) -> TokenBatch:
+        """Join batches in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        lengths = np.concatenate([np.empty(0, np.int64), *(part.lengths for part in parts)])
+        return cls(
+            np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)]),
+            np.concatenate([np.empty(0, np.int32), *(part.ids for part in parts)]),
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+            np.concatenate([np.empty(0, np.bool_), *(part.truncated for part in parts)]),
+        )
+
+    def without(self, rows: NDArray[np.int64]) -> TokenBatch:
+        """The documents whose rows are not among `rows`."""
+        kept, lengths = ~np.isin(self.rows, rows), self.lengths
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[kept])])
+        return TokenBatch(self.rows[kept], self.ids[np.repeat(kept, lengths)], offsets, self.truncated[kept])
+
+    def slice(self, document: int) -> TokenBatch:
+        """One document."""
+        start, stop = self.offsets[document], self.offsets[document + 1]
+        here = slice(document, document + 1)
+        return TokenBatch(self.rows[here], self.ids[start:stop], np.array([0, stop - start]), self.truncated[here])
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -141,6 +240,7 @@ class ScoreBatch:
 
     rows: NDArray[np.int64]  # [n], ascending
     values: NDArray[np.float32]  # [n, H]
+    embeddings: Embeddings | None  # [n, D] where they are kept
     n_tokens: NDArray[np.int32]  # [n]
     truncated: NDArray[np.bool_]  # [n]
 
@@ -150,14 +250,22 @@ class ScoreBatch:
         assert len(self.values) == len(self.n_tokens) == len(self.truncated) == len(self.rows)
 
     @classmethod
-    def empty(cls, tokens: TokenBatch, n_heads: int) -> ScoreBatch:
-        """Room for `n_heads` scores of every document of `tokens`; NaN until put."""
-        values = np.full((len(tokens.rows), n_heads), np.nan, np.float32)
-        return cls(tokens.rows, values, tokens.lengths.astype(np.int32), tokens.truncated)
+    def empty(cls, tokens: TokenBatch, n_heads: int, keep: tuple[int, np.dtype[Any]] | None = None) -> ScoreBatch:
+        """Room for `n_heads` scores of every document of `tokens`, NaN until put.
 
-    def put(self, rows: NDArray[np.int64], values: NDArray[np.float32]) -> None:
-        """Store `values` [B, H] of the documents `rows` [B]."""
-        self.values[np.searchsorted(self.rows, rows)] = values
+        `keep`: width and type of the embeddings, where they are kept as well.
+        """
+        n_docs = len(tokens.rows)
+        values = np.full((n_docs, n_heads), np.nan, np.float32)
+        embeddings = None if keep is None else np.full((n_docs, keep[0]), np.nan, keep[1])
+        return cls(tokens.rows, values, embeddings, tokens.lengths.astype(np.int32), tokens.truncated)
+
+    def put(self, rows: NDArray[np.int64], output: BatchOutput) -> None:
+        """Store the `output` of the documents `rows` [B]."""
+        index = np.searchsorted(self.rows, rows)
+        self.values[index] = output.scores
+        if self.embeddings is not None:
+            self.embeddings[index] = output.embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +277,7 @@ class Scores:
     n_tokens: NDArray[np.int32]  # [n]; after truncation, special tokens included; 0 where the text is null
     truncated: NDArray[np.bool_]  # [n]
     valid: NDArray[np.bool_]  # [n]; False where the text is null
+    embeddings: Embeddings | None = None  # [n, D] where they are kept
 
     def __post_init__(self) -> None:
         assert self.values.shape == (len(self.valid), len(self.heads))
@@ -183,18 +292,23 @@ class Scores:
         n_tokens, truncated, valid = np.zeros(n_docs, np.int32), np.zeros(n_docs, np.bool_), np.zeros(n_docs, np.bool_)
         values[batch.rows], n_tokens[batch.rows] = batch.values, batch.n_tokens
         truncated[batch.rows], valid[batch.rows] = batch.truncated, True
-        return cls(tuple(heads), values, n_tokens, truncated, valid)
+        embeddings = None
+        if batch.embeddings is not None:
+            embeddings = np.zeros((n_docs, batch.embeddings.shape[1]), batch.embeddings.dtype)
+            embeddings[batch.rows] = batch.embeddings
+        return cls(tuple(heads), values, n_tokens, truncated, valid, embeddings)
 
     def to_table(self) -> pa.Table:
-        """Columns `score_<head>` float32, `n_tokens` int32 and `truncated` bool; null where the text is null."""
+        """The columns of `score_schema`; null where the text is null."""
         null = ~self.valid
-        columns = {
-            score_column(head): pa.array(np.ascontiguousarray(self.values[:, i]), mask=null)
-            for i, head in enumerate(self.heads)
-        }
-        columns["n_tokens"] = pa.array(self.n_tokens, mask=null)
-        columns["truncated"] = pa.array(self.truncated, mask=null)
-        return pa.table(columns, schema=score_schema(self.heads))
+        columns = [pa.array(np.ascontiguousarray(self.values[:, i]), mask=null) for i in range(len(self.heads))]
+        columns += [pa.array(self.n_tokens, mask=null), pa.array(self.truncated, mask=null)]
+        kind = None
+        if self.embeddings is not None:
+            kind = embedding_type(self.embeddings.shape[1], self.embeddings.dtype)
+            flat = pa.array(self.embeddings.reshape(-1))
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=pa.array(null)))
+        return pa.table(columns, schema=score_schema(self.heads, kind))
 
 
 def score_column(head: str) -> str:
@@ -202,7 +316,13 @@ def score_column(head: str) -> str:
     return f"score_{head}"
 
 
-def score_schema(heads: Sequence[str]) -> pa.Schema:
-    """The columns that scoring adds, in order."""
+def embedding_type(width: int, dtype: np.dtype[Any]) -> pa.DataType:
+    """The type of the column `embedding`."""
+    return pa.list_(pa.float16() if dtype == np.float16 else pa.float32(), width)
+
+
+def score_schema(heads: Sequence[str], embedding: pa.DataType | None = None) -> pa.Schema:
+    """The columns that scoring adds, in order: `score_<head>`, `n_tokens`, `truncated`, and `embedding` if kept."""
     fields = [pa.field(score_column(head), pa.float32()) for head in heads]
-    return pa.schema([*fields, pa.field("n_tokens", pa.int32()), pa.field("truncated", pa.bool_())])
+    fields += [pa.field("n_tokens", pa.int32()), pa.field("truncated", pa.bool_())]
+    return pa.schema(fields if embedding is None else [*fields, pa.field(EMBEDDING, embedding)])

@@ -1,36 +1,62 @@
-"""Find, split and read input files."""
+"""Find input files, and split them into chunks."""
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+from upath import UPath
 
-from jql_engine.data import Chunk, DocumentBatch, Segment
+from jql_engine.data import Chunk, Segment
 from jql_engine.errors import InputError
+from jql_engine.storage import Location, locate, retry, version_from, version_of
 
-CHUNK_ROWS = 20_000
-CHUNK_BYTES = 32 << 20  # uncompressed text of one chunk, by the file's own statistics
-READ_ROWS = 1_024  # rows decoded at a time
-BUFFER_BYTES = 1 << 20  # compressed bytes read at a time; without it a whole row group is held
-SUFFIX = ".parquet"
+Format: TypeAlias = Literal["parquet", "jsonl"]
+# Names that a folder is searched for. A file that is given by its name is parquet unless it is called like one of the
+# others.
+SUFFIXES: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
+    ".json.gz": "jsonl",
+    ".json.zst": "jsonl",
+}
+# Opening and writing files takes its time: with more of them in a chunk, reading would be over before writing begins.
+CHUNK_FILES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """An input file that was found and not opened yet."""
+
+    location: Location
+    relative: Path  # of the output file, below the output folder
+    size: int  # bytes
+    version: str  # changes when the content does
+
+    @property
+    def format(self) -> Format:
+        """By its name."""
+        name = self.location.name.partition("?")[0]  # of an http URL what follows is its query
+        return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), "parquet")
 
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One parquet file to score, as its footer describes it."""
+    """One file to score, as its footer (of JSON Lines: one pass over it) describes it."""
 
-    path: Path
-    relative: Path  # of the output file, below the output folder
+    source: SourceFile
     text_column: str
     id_column: str | None
     schema: pa.Schema
     group_rows: tuple[int, ...]
-    group_bytes: tuple[int, ...]  # uncompressed bytes of the text column
+    group_bytes: tuple[int, ...]  # parquet: uncompressed bytes of the text column; JSON Lines: of whole lines
+    limit: int | None = None  # where only the first rows are to be scored
 
     @property
     def n_rows(self) -> int:
@@ -42,68 +68,67 @@ class InputFile:
         """The column that goes into the output as it is."""
         return None if self.id_column is None else self.schema.field(self.id_column)
 
+    def group_of(self, row: int) -> tuple[int, int]:
+        """The row group that holds `row`, and the rows before that group."""
+        group = before = 0
+        while group < len(self.group_rows) and before + self.group_rows[group] <= row:
+            before += self.group_rows[group]
+            group += 1
+        return group, before
 
-@dataclass(frozen=True, slots=True)
-class ChunkDocuments:
-    """What was read for one chunk."""
+    def first(self, n_rows: int) -> InputFile:
+        """The same file up to row `n_rows`."""
+        group, before = self.group_of(n_rows)
+        rows, sizes = [*self.group_rows[:group]], [*self.group_bytes[:group]]
+        if n_rows > before:
+            rows.append(n_rows - before)
+            sizes.append(self.group_bytes[group])
+        return replace(self, group_rows=tuple(rows), group_bytes=tuple(sizes), limit=n_rows)
 
-    chunk: Chunk
-    documents: DocumentBatch
-    ids: tuple[pa.ChunkedArray | None, ...]  # of each segment
-    n_invalid: int  # texts that are not UTF-8; null in `documents`
 
+def find_files(inputs: Sequence[str]) -> list[SourceFile]:
+    """Every file to score that `inputs` name, in a stable order.
 
-def find_files(inputs: Sequence[str]) -> list[tuple[Path, Path]]:
-    """(path, path below the output folder) of every parquet file that `inputs` name, in a stable order.
-
-    A folder gives all *.parquet files in it, at their paths inside of it; a glob gives what it matches, at the paths
-    below its fixed part; a file gives its name. Raises InputError: nothing there, nothing matched, or two inputs
-    that would write one output.
+    A folder gives all files in it that end in one of SUFFIXES, at their paths inside of it; a glob gives what it
+    matches, at the paths below its fixed part; a file gives its name. Raises InputError: nothing there, nothing
+    matched, or two inputs that would write one output.
     """
-    found: dict[Path, Path] = {}
+    found: dict[Path, SourceFile] = {}
     for given in inputs:
-        for path, relative in _expand(given):
-            if found.setdefault(relative, path).resolve() != path.resolve():
+        for file in _expand(given):
+            other = found.setdefault(file.relative, file)
+            if _identity(other.location) != _identity(file.location):
                 raise InputError(
-                    f"{found[relative]} and {path} would both be written to {relative}; give their common parent "
-                    "folder, or run them into two --out folders"
+                    f"{other.location} and {file.location} would both be written to {file.relative}; give their "
+                    "common parent folder, or run them into two --out folders"
                 )
-    return [(path, relative) for relative, path in found.items()]
+    return list(found.values())
 
 
-def open_file(path: Path, relative: Path, text_column: str, id_column: str | None) -> InputFile:
-    """Read the footer of a parquet file and check its columns; raises InputError.
-
-    `id_column` None takes the column `id` if there is one.
-    """
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, metadata = file.schema_arrow, file.metadata
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a complete parquet file: {error}") from error
-    _check_column(path, schema, text_column, "--text-column")
-    _check_text_type(path, text_column, schema.field(text_column).type)
+def check_columns(location: Location, schema: pa.Schema, text_column: str, id_column: str | None) -> str | None:
+    """Make sure that the columns can be used; return the id column, `id` if there is one and None is asked for."""
+    _check_column(location, schema, text_column, "--text-column")
+    _check_text_type(location, text_column, schema.field(text_column).type)
     if id_column is not None:
-        _check_column(path, schema, id_column, "--id-column")
+        _check_column(location, schema, id_column, "--id-column")
     elif schema.names.count("id") == 1:
-        id_column = "id"
-    leaves = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path == text_column]
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    sizes = tuple(group.column(leaves[0]).total_uncompressed_size for group in groups)
-    return InputFile(path, relative, text_column, id_column, schema, tuple(g.num_rows for g in groups), sizes)
+        return "id"
+    return id_column
 
 
-def split(files: Sequence[InputFile]) -> Iterator[Chunk]:
+def split(files: Sequence[InputFile], chunk_rows: int, chunk_bytes: int) -> Iterator[Chunk]:
     """Cut large files into chunks and join small ones, in order.
 
-    A chunk holds about CHUNK_ROWS rows or CHUNK_BYTES of text; the cut depends on the files' footers alone.
+    A chunk holds at most about `chunk_rows` rows, `chunk_bytes` of text and CHUNK_FILES files; the cut depends on the
+    files' footers alone.
     """
     together: list[Segment] = []
     rows = size = 0
     for number, file in enumerate(files):
-        pieces = list(_pieces(number, file))
+        pieces = list(_pieces(number, file, chunk_rows, chunk_bytes))
         n_rows, n_bytes = file.n_rows, sum(file.group_bytes)
-        if together and (len(pieces) > 1 or rows + n_rows > CHUNK_ROWS or size + n_bytes > CHUNK_BYTES):
+        full = rows + n_rows > chunk_rows or size + n_bytes > chunk_bytes or len(together) == CHUNK_FILES
+        if together and (len(pieces) > 1 or full):
             yield Chunk(tuple(together))
             together, rows, size = [], 0, 0
         if len(pieces) > 1:
@@ -115,78 +140,99 @@ def split(files: Sequence[InputFile]) -> Iterator[Chunk]:
         yield Chunk(tuple(together))
 
 
-def read(files: Sequence[InputFile], chunks: Sequence[Chunk]) -> Iterator[ChunkDocuments]:
-    """Read `chunks` in their order, each file once from front to back; raises InputError."""
-    cursor: _Cursor | None = None
-    for chunk in chunks:
-        texts, ids, n_invalid = [], [], 0
-        for segment in chunk.segments:
-            file = files[segment.file]
-            if cursor is None or cursor.file is not file:
-                cursor = _Cursor(file, segment.start)
-            table = cursor.take(segment.stop - segment.start)
-            column, invalid = _as_text(table[file.text_column])
-            texts.append(column)
-            ids.append(None if file.id_column is None else table[file.id_column])
-            n_invalid += invalid
-        yield ChunkDocuments(chunk, DocumentBatch.of(pa.concat_arrays(texts)), tuple(ids), n_invalid)
+def _expand(given: str) -> Iterator[SourceFile]:
+    location = locate(given)
+    return _expand_local(location) if isinstance(location, Path) else _expand_remote(given, location)
 
 
-class _Cursor:
-    """The rows of one file from `start` on, a few at a time."""
-
-    def __init__(self, file: InputFile, start: int) -> None:
-        self.file = file
-        first, before = 0, 0
-        while first < len(file.group_rows) and before + file.group_rows[first] <= start:
-            before += file.group_rows[first]
-            first += 1
-        columns = list(dict.fromkeys(name for name in (file.text_column, file.id_column) if name is not None))
-        self._schema = pa.schema([file.schema.field(name) for name in columns])
-        self._batches = self._decode(columns, list(range(first, len(file.group_rows))))
-        self._pending: list[pa.RecordBatch] = []
-        self.take(start - before)
-
-    def take(self, n_rows: int) -> pa.Table:
-        """The next `n_rows` rows."""
-        taken = []
-        while n_rows:
-            batch = self._pending.pop() if self._pending else next(self._batches, None)
-            if batch is None:
-                raise InputError(f"{self.file.path} ends {n_rows} rows before its footer says; it is damaged")
-            if batch.num_rows > n_rows:
-                self._pending.append(batch.slice(n_rows))
-                batch = batch.slice(0, n_rows)
-            taken.append(batch)
-            n_rows -= batch.num_rows
-        return pa.Table.from_batches(taken, self._schema)
-
-    def _decode(self, columns: list[str], groups: list[int]) -> Iterator[pa.RecordBatch]:
-        try:
-            with pq.ParquetFile(self.file.path, buffer_size=BUFFER_BYTES) as file:
-                for batch in file.iter_batches(READ_ROWS, row_groups=groups, columns=columns):
-                    yield pa.RecordBatch.from_arrays([batch.column(name) for name in columns], schema=self._schema)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{self.file.path} cannot be read to its end: {error}") from error
-
-
-def _expand(given: str) -> Iterator[tuple[Path, Path]]:
-    path = Path(given)
+def _expand_local(path: Path) -> Iterator[SourceFile]:
     if path.is_dir():
-        files = sorted(file for file in path.rglob(f"*{SUFFIX}") if file.is_file() and _visible(file.relative_to(path)))
-        if not files:
-            raise InputError(f"folder {path} holds no *{SUFFIX} file")
-        yield from ((file, file.relative_to(path)) for file in files)
+        files = sorted(file for file in path.rglob("*") if _is_input(file.relative_to(path)) and file.is_file())
+        yield from (_source(file, file.relative_to(path)) for file in _some(path, files))
     elif path.is_file():
-        yield path, Path(path.name)
-    elif glob.has_magic(given):
-        root = fixed_part(given)
-        matches = sorted(file for file in map(Path, glob.glob(given, recursive=True)) if file.is_file())  # noqa: PTH207
+        yield _source(path, Path(path.name))
+    elif glob.has_magic(str(path)):
+        root = fixed_part(str(path))
+        matches = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())  # noqa: PTH207
         if not matches:
-            raise InputError(f"{given} matches no file")
-        yield from ((file, file.relative_to(root)) for file in matches)
+            raise InputError(f"{path} matches no file")
+        yield from (_source(file, file.relative_to(root)) for file in matches)
     else:
-        raise InputError(f"{path} does not exist; give parquet files, folders or globs")
+        raise InputError(f"{path} does not exist; give parquet or JSON Lines files, folders or globs")
+
+
+def _expand_remote(given: str, location: UPath) -> Iterator[SourceFile]:
+    try:
+        root, found = retry(location, lambda: _list_remote(location))
+    except FileNotFoundError as error:
+        raise InputError(f"{given} cannot be found: {error.__cause__ or error}") from error
+    except Exception as error:  # every file system has errors of its own
+        raise InputError(f"{given} cannot be listed: {type(error).__name__}: {error}") from error
+    if not found:
+        if _is_pattern(location):
+            raise InputError(f"{given} matches no file")
+        _some(given, [])
+    for name in sorted(found):
+        inside = _inside(name, root)
+        relative = Path(inside.partition("?")[0] if _is_http(location) else inside)
+        yield SourceFile(locate(location.fs.unstrip_protocol(name)), _output_name(relative), *version_from(found[name]))
+
+
+def _list_remote(location: UPath) -> tuple[str, dict[str, dict[str, Any]]]:
+    """What a URL names, by its path on the file system, and the folder that all of it is in."""
+    fs, path = location.fs, location.path
+    fs.invalidate_cache()  # of what this process saw there before
+    if _is_pattern(location):
+        root, found = fixed_part_of_url(path), fs.glob(path, detail=True)
+    elif not path.endswith("/") and (info := fs.info(path))["type"] == "file":
+        root, found = path.partition("?")[0].rpartition("/")[0], {path: info}
+    else:
+        root, found = path, fs.find(path, detail=True)
+        found = {name: info for name, info in found.items() if _is_input(Path(_inside(name, root)))}
+    # On object stores an empty object "a/b/" marks the folder a/b.
+    return root, {
+        name: info for name, info in found.items() if info.get("type", "file") == "file" and not name.endswith("/")
+    }
+
+
+def _is_pattern(location: UPath) -> bool:
+    """True for a glob; of an http URL what follows "?" is its query."""
+    return glob.has_magic(location.path.replace("?", "") if _is_http(location) else location.path)
+
+
+def _is_http(location: UPath) -> bool:
+    return location.protocol in ("http", "https")
+
+
+def _inside(name: str, root: str) -> str:
+    return name.removeprefix(root.rstrip("/") + "/")
+
+
+def _some(given: str | Path, files: list[Path]) -> list[Path]:
+    if not files:
+        raise InputError(f"folder {given} holds no file that ends in {', '.join(SUFFIXES)}")
+    return files
+
+
+def _source(file: Path, relative: Path) -> SourceFile:
+    return SourceFile(file, _output_name(relative), *version_of(file))
+
+
+def _output_name(relative: Path) -> Path:
+    """Scores are parquet: a.jsonl.gz gives a.parquet."""
+    suffix = next((suffix for suffix in SUFFIXES if relative.name.endswith(suffix)), "")
+    if not suffix or suffix == ".parquet":
+        return relative
+    return relative.with_name(relative.name.removesuffix(suffix) + ".parquet")
+
+
+def _is_input(relative: Path) -> bool:
+    """By its name; False for what a writer has not finished: a leading dot or underscore anywhere."""
+    return relative.name.endswith(tuple(SUFFIXES)) and not any(part.startswith((".", "_")) for part in relative.parts)
+
+
+def _identity(location: Location) -> str:
+    return str(location.resolve() if isinstance(location, Path) else location)
 
 
 def fixed_part(pattern: str) -> Path:
@@ -196,54 +242,35 @@ def fixed_part(pattern: str) -> Path:
     return Path(*parts[:fixed])
 
 
-def _visible(relative: Path) -> bool:
-    """False for what a writer has not finished: names with a leading dot or underscore."""
-    return not any(part.startswith((".", "_")) for part in relative.parts)
+def fixed_part_of_url(pattern: str) -> str:
+    """The same for a URL or a key."""
+    first = next(i for i, character in enumerate(pattern) if character in "*?[")
+    return pattern[:first].rpartition("/")[0]
 
 
-def _check_column(path: Path, schema: pa.Schema, column: str, option: str) -> None:
+def _check_column(location: Location, schema: pa.Schema, column: str, option: str) -> None:
     if (count := schema.names.count(column)) != 1:
         found = f"{count} columns named" if count else "no column"
-        raise InputError(f"{path} has {found} {column!r}; it has {', '.join(schema.names)}: name one with {option}")
+        raise InputError(f"{location} has {found} {column!r}; it has {', '.join(schema.names)}: name one with {option}")
 
 
-def _check_text_type(path: Path, column: str, found: pa.DataType) -> None:
+def _check_text_type(location: Location, column: str, found: pa.DataType) -> None:
     value = found.value_type if pa.types.is_dictionary(found) else found
     is_bytes = pa.types.is_binary(value) or pa.types.is_large_binary(value) or pa.types.is_binary_view(value)
     is_text = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
     if not (is_bytes or is_text or pa.types.is_null(value)):
-        raise InputError(f"{path}: column {column!r} is {found}, expected text (a string or UTF-8 binary type)")
+        raise InputError(f"{location}: column {column!r} is {found}, expected text (a string or UTF-8 binary type)")
 
 
-def _pieces(number: int, file: InputFile) -> Iterator[Segment]:
+def _pieces(number: int, file: InputFile, chunk_rows: int, chunk_bytes: int) -> Iterator[Segment]:
     """Segments of one file: row groups joined while they fit in a chunk, cut where one alone does not."""
     start = stop = size = 0
     for n_rows, n_bytes in zip(file.group_rows, file.group_bytes, strict=True):
-        n_parts = min(n_rows, max(1, -(-n_rows // CHUNK_ROWS), -(-n_bytes // CHUNK_BYTES)))
+        n_parts = min(n_rows, max(1, -(-n_rows // chunk_rows), -(-n_bytes // chunk_bytes)))
         for part in range(n_parts):
             rows = n_rows * (part + 1) // n_parts - n_rows * part // n_parts
-            if stop > start and (stop - start + rows > CHUNK_ROWS or size + n_bytes // n_parts > CHUNK_BYTES):
+            if stop > start and (stop - start + rows > chunk_rows or size + n_bytes // n_parts > chunk_bytes):
                 yield Segment(number, start, stop)
                 start, size = stop, 0
             stop, size = stop + rows, size + n_bytes // n_parts
     yield Segment(number, start, stop)
-
-
-def _as_text(column: pa.ChunkedArray) -> tuple[pa.LargeStringArray, int]:
-    """The column as text, and how many values are not UTF-8; those become null."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    # Arrow checks UTF-8 when it turns bytes into text, but takes a column declared as text at its word.
-    raw = column.cast(pa.large_binary())
-    try:
-        return pa.concat_arrays([pa.array([], pa.large_string()), *raw.cast(pa.large_string()).chunks]), 0
-    except pa.ArrowInvalid:
-        decoded = [_decode(value) for value in raw.to_pylist()]
-        return pa.array(decoded, pa.large_string()), decoded.count(None) - column.null_count
-
-
-def _decode(value: bytes | None) -> str | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError:
-        return None

@@ -52,7 +52,7 @@ class Engine:
         """Score tokenized documents."""
         scores = ScoreBatch.empty(tokens, len(self.heads))
         for batch in plan(tokens, self.session.budget):
-            scores.put(batch.rows, self.session.run(batch).scores)
+            scores.put(batch.rows, self.session.run(batch))
         return scores
 
     def embed(self, texts: Texts) -> NDArray[np.float32]:

@@ -33,5 +33,9 @@ class InputError(EngineError):
     """An input path, file, column or text cannot be read."""
 
 
+class UnreadableError(InputError):
+    """An input file is damaged or cannot be fetched; others may be sound."""
+
+
 class OutputError(EngineError):
     """The output cannot be written, or belongs to another job."""

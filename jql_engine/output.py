@@ -1,52 +1,261 @@
-"""Score files: one parquet per input file, written aside and renamed when complete."""
+"""Score files: parts of a file as its chunks are done, then the finished file; each appears complete or not at all.
+
+    OUT/a/b.parquet                              the scores of the input a/b.parquet, all rows in order
+    OUT/.parts/a/b.parquet/<start>-<stop>.parquet    rows [start, stop) while the file is not finished
+
+Which files and rows are finished is what is there: no database, no lock. Two runs on one output by mistake do the work
+twice and do no harm.
+"""
 
 from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jql_engine.data import Chunk, score_schema
-from jql_engine.dataset import InputFile, fixed_part
-from jql_engine.errors import OutputError
+from jql_engine.data import Segment
+from jql_engine.dataset import InputFile, SourceFile, fixed_part, fixed_part_of_url
+from jql_engine.errors import EngineError, OutputError
+from jql_engine.reading import Cursor
+from jql_engine.storage import (
+    Location,
+    exists,
+    is_remote,
+    list_files,
+    locate,
+    open_parquet,
+    read_schema,
+    remove_file,
+    remove_folder,
+    retry,
+    write,
+    writing,
+)
 
 METADATA_KEY = b"jql_engine"
+PARTS = ".parts"
+PROBE = ".jql-run"  # always the same name: where a run is killed beside it, the next one removes it
+# A row group of the finished file closes past either of these.
+GROUP_ROWS = 100_000
+GROUP_BYTES = 64 << 20
+Kind: TypeAlias = Literal["sidecar", "append"]
+Settings: TypeAlias = Mapping[str, Any]
 
 
-def check_output(out: Path, inputs: Sequence[str], files: Sequence[InputFile], heads: Sequence[str]) -> None:
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the scores of one input file go, and what is written into its metadata."""
+
+    out: Location
+    file: InputFile
+    scores: pa.Schema  # of the columns that scoring adds
+    kind: Kind
+    settings: Settings
+
+    @property
+    def final(self) -> Location:
+        """The finished file."""
+        return final_of(self.out, self.file.source)
+
+    @property
+    def parts(self) -> Location:
+        """The folder of the parts."""
+        return parts_of(self.out, self.file.source)
+
+    @property
+    def aside(self) -> Location:
+        """A new name for what is not finished yet."""
+        return aside_of(self.out, self.file.source)
+
+    @property
+    def part_schema(self) -> pa.Schema:
+        """Id column and scores."""
+        id_field = self.file.id_field
+        fields = [] if id_field is None or self.kind == "append" else [id_field]
+        return pa.schema([*fields, *self.scores], metadata={METADATA_KEY: json.dumps(self.settings)})
+
+    def is_whole(self, segment: Segment) -> bool:
+        """Whether the scores of `segment` are the finished file."""
+        return self.kind == "sidecar" and (segment.start, segment.stop) == (0, self.file.n_rows)
+
+    def commit(self, segment: Segment, scores: pa.Table, ids: pa.ChunkedArray | None) -> None:
+        """Write the scores of a segment, as the finished file where it is all of it; raises OutputError."""
+        schema = self.part_schema
+        if len(schema) > scores.num_columns:
+            empty = pa.chunked_array([], schema.field(0).type)
+            scores = scores.add_column(0, schema.field(0), empty if ids is None else ids)
+        sink = pa.BufferOutputStream()
+        pq.write_table(scores.cast(schema), sink, compression="zstd")
+        with explained(self.final):
+            part = self.parts / part_name(segment.start, segment.stop)
+            write(self.final if self.is_whole(segment) else part, sink.getvalue(), self.aside)
+
+    def assemble(self) -> None:
+        """Write the finished file from its parts and remove them; raises OutputError, InputError."""
+        tables = self._append() if self.kind == "append" else self._tables()
+        schema = self._final_schema()
+        with explained(self.final):
+            with writing(self.final, self.aside) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as out:
+                for group in _groups(tables):
+                    out.write_table(group.cast(schema))
+            remove_folder(self.parts, self.out / PARTS)
+
+    def _final_schema(self) -> pa.Schema:
+        if self.kind == "sidecar":
+            return self.part_schema
+        source = self.file.schema
+        metadata = {**(source.metadata or {}), METADATA_KEY: json.dumps(self.settings)}
+        return pa.schema([*source, *self.scores], metadata=metadata)
+
+    def _tables(self) -> Iterator[pa.Table]:
+        row = 0
+        for start, stop in sorted(part for part in (rows_of(name) for _, name in list_files(self.parts)) if part):
+            if start != row:
+                raise OutputError(f"{self.parts} lacks rows {row} to {start}; start the same command again")
+            yield _read_part(self.parts / part_name(start, stop))
+            row = stop
+        if row != self.file.n_rows:
+            raise OutputError(f"{self.parts} lacks rows {row} to {self.file.n_rows}; start the same command again")
+
+    def _append(self) -> Iterator[pa.Table]:
+        """The source's own columns and the scores beside them."""
+        cursor = Cursor(self.file, 0, None)
+        for scores in self._tables():
+            at = 0
+            for batch in cursor.take(scores.num_rows):
+                columns = scores.slice(at, batch.num_rows)
+                at += batch.num_rows
+                arrays = [*(pa.chunked_array([column]) for column in batch.columns), *columns.columns]
+                yield pa.table(arrays, schema=pa.schema([*batch.schema, *self.scores]))
+
+
+def _read_part(part: Location) -> pa.Table:
+    def read() -> pa.Table:
+        with open_parquet(part) as file:
+            return file.read()
+
+    return retry(part, read)
+
+
+def final_of(out: Location, source: SourceFile) -> Location:
+    """The finished file of an input."""
+    return out / source.relative.as_posix()
+
+
+def parts_of(out: Location, source: SourceFile) -> Location:
+    """The folder of an input's parts."""
+    return out / PARTS / source.relative.as_posix()
+
+
+def aside_of(out: Location, source: SourceFile) -> Location:
+    """A new name for what is not finished yet of an input's output; `Parts.left_by` finds it after a kill."""
+    return out / PARTS / f".{_digest(source)}.{uuid4().hex}.writing"
+
+
+def _digest(source: SourceFile) -> str:
+    return hashlib.sha256(source.relative.as_posix().encode()).hexdigest()[:16]
+
+
+def part_name(start: int, stop: int) -> str:
+    """The file name of rows [start, stop); names sort as rows do."""
+    return f"{start:012}-{stop:012}.parquet"
+
+
+def rows_of(name: str) -> tuple[int, int] | None:
+    """The rows that a file name in a parts folder stands for."""
+    start, _, stop = name.removesuffix(".parquet").partition("-")
+    return (int(start), int(stop)) if start.isdigit() and stop.isdigit() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What is there of files that are not finished."""
+
+    rows: dict[str, set[tuple[int, int]]]  # done, by the path of the file below the output folder
+    unfinished: list[Location]  # files that a run was writing when it was killed, or is writing
+
+    def left_by(self, sources: Iterable[SourceFile]) -> list[Location]:
+        """The unfinished files of these inputs, which no other run should be writing."""
+        digests = {_digest(source) for source in sources}
+        return [file for file in self.unfinished if file.name[1:].partition(".")[0] in digests]
+
+
+def find_parts(out: Location) -> Parts:
+    """Look into the folder of parts."""
+    found = Parts(defaultdict(set), [])
+    with explained(out / PARTS, "listed"):
+        files = list_files(out / PARTS)
+    for location, name in files:
+        file, _, part = name.rpartition("/")
+        if rows := rows_of(part):
+            found.rows[file].add(rows)
+        else:
+            found.unfinished.append(location)
+    return found
+
+
+def check_output(out: Location, inputs: Sequence[str], sources: Sequence[SourceFile]) -> None:
     """Create the folder `out` and make sure that this job may write there; raises OutputError."""
     for given in inputs:
         _check_apart(out, given)
-    sources = {file.path.resolve() for file in files}
-    for file in files:
-        if (target := (out / file.relative).resolve()) in sources:
-            raise OutputError(f"the scores of {file.path} would overwrite the input {target}; choose another --out")
-        if file.id_column in score_schema(heads).names:
-            raise OutputError(f"{file.path}: the id column {file.id_column!r} has the name of a score column")
+    places = {_place(source.location) for source in sources}
+    for source in sources:
+        if (target := _place(final_of(out, source))) in places:
+            raise OutputError(
+                f"the scores of {source.location} would overwrite the input {target}; choose another --out"
+            )
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".jql-run-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"--out {out} is not a folder that can be written: {error.strerror}") from error
+        if isinstance(out, Path):
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out):
+                pass
+        else:
+            write(out / PROBE, pa.py_buffer(b""), out / PROBE)
+            remove_file(out / PROBE)
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OutputError(f"--out {out} is not a folder that can be written: {reason}") from error
 
 
-def is_finished(target: Path, settings: Mapping[str, Any]) -> bool:
+def check_names(file: InputFile, scores: pa.Schema, kind: Kind) -> None:
+    """Raise OutputError where a column of the source has the name of a score column."""
+    location = file.source.location
+    if kind == "append" and file.source.format != "parquet":
+        raise OutputError(f"{location}: --output append writes the columns of parquet files; use --output sidecar")
+    kept = file.schema.names if kind == "append" else [file.id_column]
+    for name in kept:
+        if name in scores.names:
+            what = "the id column" if kind == "sidecar" else "a column"
+            raise OutputError(f"{location}: {what} {name!r} has the name of a score column; choose other head names")
+
+
+def is_finished(target: Location, settings: Settings) -> bool:
     """True if `target` is the complete output of this very job; raises OutputError if it is another's."""
-    if not target.exists():
-        return False
+    with explained(target, "looked for"):
+        if not exists(target):
+            return False
+    check_settings(target, settings)
+    return True
+
+
+def check_settings(target: Location, settings: Settings) -> None:
+    """Raise OutputError where the finished file or part `target` was not written with these `settings`."""
+    metadata = _metadata_of(target)
     try:
-        found = dict(json.loads(pq.read_schema(target).metadata[METADATA_KEY]))
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        found = dict(json.loads(metadata[METADATA_KEY]))
+    except (KeyError, TypeError, ValueError) as error:
         raise OutputError(f"{target} exists and was not written by jql-run; move it, or give --overwrite") from error
     if different := [key for key in {**settings, **found} if found.get(key) != settings.get(key)]:
         key = different[0]
@@ -54,95 +263,68 @@ def is_finished(target: Path, settings: Mapping[str, Any]) -> bool:
             f"{target} exists and was computed with other settings: {key} was {found.get(key)!r}, is now "
             f"{settings.get(key)!r}; choose another --out, or give --overwrite"
         )
-    return True
 
 
-class ScoreWriter:
-    """Takes the scores of chunk after chunk and writes file after file."""
-
-    def __init__(
-        self, out: Path, files: Sequence[InputFile], heads: Sequence[str], settings: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """`settings` of each file go into its metadata; every file's rows must arrive in order."""
-        self._out, self._files, self._heads, self._settings = out, files, heads, settings
-        self._open: _OpenFile | None = None
-
-    def put(self, chunk: Chunk, scores: pa.Table, ids: Sequence[pa.ChunkedArray | None]) -> None:
-        """Append `scores`, the columns of `score_schema` for all documents of `chunk`; raises OutputError."""
-        start = 0
-        for segment, segment_ids in zip(chunk.segments, ids, strict=True):
-            n_rows = segment.stop - segment.start
-            table = scores.slice(start, n_rows)
-            if segment_ids is not None:
-                table = table.add_column(0, self._files[segment.file].id_field, segment_ids)
-            self._append(segment.file, table)
-            start += n_rows
-
-    def _append(self, number: int, table: pa.Table) -> None:
-        file = self._files[number]
-        target = self._out / file.relative
+def _metadata_of(target: Location) -> dict[bytes, bytes]:
+    """Of a parquet file; empty where it is none."""
+    with explained(target, "read"):
         try:
-            if self._open is None:
-                self._open = _OpenFile(target, self._schema(number))
-            self._open.write(table)
-            if self._open.n_rows == file.n_rows:
-                self._open.finish()
-                self._open = None
-        except OSError as error:
-            advice = "free some space" if error.errno == errno.ENOSPC else "check the folder"
-            raise OutputError(
-                f"{target} cannot be written: {error.strerror or error}; {advice} and start again"
-            ) from error
-
-    def _schema(self, number: int) -> pa.Schema:
-        id_field = self._files[number].id_field
-        fields = [] if id_field is None else [id_field]
-        metadata = {METADATA_KEY: json.dumps(self._settings[number])}
-        return pa.schema([*fields, *score_schema(self._heads)], metadata=metadata)
-
-    def close(self) -> None:
-        """Drop a file that was begun and not finished."""
-        if self._open is not None:
-            self._open.discard()
+            return dict(read_schema(target).metadata or {})
+        except pa.ArrowException:
+            return {}
+        except OSError:
+            if is_remote(target):
+                raise
+            return {}
 
 
-class _OpenFile:
-    """A parquet file in the making, under a name that no reader takes for data."""
-
-    def __init__(self, target: Path, schema: pa.Schema) -> None:
-        self.n_rows = 0
-        self._target, self._aside = target, target.with_name(f".{target.name}.writing")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self._aside.open("wb")
-        self._writer = pq.ParquetWriter(self._stream, schema, compression="zstd")
-
-    def write(self, table: pa.Table) -> None:
-        if table.num_rows:
-            self._writer.write_table(table.cast(self._writer.schema))
-        self.n_rows += table.num_rows
-
-    def finish(self) -> None:
-        self._writer.close()
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        self._aside.rename(self._target)
-
-    def discard(self) -> None:
-        # What was written is dropped: that it cannot be completed (a full disk, say) is no news.
-        with suppress(OSError, ValueError):
-            self._writer.close()
-        with suppress(OSError):
-            self._stream.close()
-        self._aside.unlink(missing_ok=True)
+def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Join consecutive tables up to the size of a row group."""
+    together: list[pa.Table] = []
+    rows = size = 0
+    for table in tables:
+        if together and (rows + table.num_rows > GROUP_ROWS or size + table.nbytes > GROUP_BYTES):
+            yield pa.concat_tables(together)
+            together, rows, size = [], 0, 0
+        together.append(table)
+        rows, size = rows + table.num_rows, size + table.nbytes
+    if together:
+        yield pa.concat_tables(together)
 
 
-def _check_apart(out: Path, given: str) -> None:
+@contextmanager
+def explained(target: Location, done: str = "written") -> Iterator[None]:
+    """What the file system says, as an OutputError."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except OSError as error:
+        place = f" in {tempfile.gettempdir()}" if is_remote(target) else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = f"free some space{place}" if full else "check the folder"
+        raise OutputError(f"{target} cannot be {done}: {error.strerror or error}; {advice} and start again") from error
+    except Exception as error:  # every file system has errors of its own
+        if not is_remote(target):
+            raise
+        raise OutputError(f"{target} cannot be {done}: {type(error).__name__}: {error}; start again") from error
+
+
+def _check_apart(out: Location, given: str) -> None:
     """The next run would read this run's output."""
-    if Path(given).is_dir():
+    location = locate(given)
+    if is_remote(out) != is_remote(location):
+        return
+    if isinstance(location, Path):
+        given = str(location)
+    if not isinstance(out, Path):
+        url = fixed_part_of_url(given) if glob.has_magic(given) else given
+        inside = f"{out}/".startswith(url.rstrip("/") + "/")
+    elif Path(given).is_dir():
         inside = _contains(Path(given), out)
     elif glob.has_magic(given) and not Path(given).exists():
-        inside = _contains(fixed_part(given), out) if "**" in given else fixed_part(given).resolve() == out.resolve()
+        root = fixed_part(given)
+        inside = _contains(root, out) if "**" in given else root.resolve() == out.resolve()
     else:
         inside = False
     if inside:
@@ -151,3 +333,7 @@ def _check_apart(out: Path, given: str) -> None:
 
 def _contains(folder: Path, inner: Path) -> bool:
     return inner.resolve().is_relative_to(folder.resolve())
+
+
+def _place(location: Location) -> str:
+    return str(location.resolve() if isinstance(location, Path) else location)

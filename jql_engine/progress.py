@@ -1,90 +1,93 @@
-"""The live line on stderr and the final summary."""
+"""The live line on stderr, the run log, and the final summary."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
-from typing import TextIO
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TextIO
 
-from jql_engine.data import Batch
+from jql_engine.data import ChunkDone, StageSeconds
 
 TERMINAL_SECONDS = 0.5
 LOG_SECONDS = 30.0  # between lines where stderr is a file
 
 
 @dataclass(slots=True)
-class Counts:
-    """What a run has done so far."""
+class Meter:
+    """Counts what is done and tells how it goes."""
 
-    documents: int = 0  # rows read, scored or not
-    null_documents: int = 0  # rows without a text, invalid UTF-8 included
+    total: int  # documents to come
+    n_workers: int = 1
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    documents: int = 0
+    null_documents: int = 0
     invalid_utf8: int = 0
     truncated: int = 0
     tokens: int = 0
     padding: int = 0
-    files: int = 0
-    skipped_files: int = 0  # finished by an earlier run
-
-
-@dataclass(slots=True)
-class Summary:
-    """The last line of stdout, as JSON."""
-
-    documents: int
-    null_documents: int
-    invalid_utf8: int
-    truncated: int
-    tokens: int
-    seconds: float
-    documents_per_second: float
-    tokens_per_second: float
-    padding_share: float
-    files: int
-    skipped_files: int
-    variant: str
-    bundle: str
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values."""
-        return asdict(self)
-
-
-@dataclass(slots=True)
-class Meter:
-    """Counts documents and tokens and tells how it goes."""
-
-    total: int  # documents to come
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
-    counts: Counts = field(default_factory=Counts)
+    stages: dict[str, StageSeconds] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
-    _executed: int = 0
+    _live: list[int] = field(default_factory=lambda: [0, 0])  # documents and tokens of batches, ahead of the chunks
     _shown: float = field(default_factory=time.monotonic)
 
-    def executed(self, batch: Batch) -> None:
-        """Count a batch."""
-        self._executed += len(batch.rows)
-        self.counts.tokens += batch.n_tokens
-        self.counts.padding += batch.n_padding
+    def executed(self, documents: int, tokens: int) -> None:
+        """A batch was computed."""
+        self._live[0] += documents
+        self._live[1] += tokens
         now = time.monotonic()
         if now - self._shown >= (TERMINAL_SECONDS if self.stream.isatty() else LOG_SECONDS):
             self._shown = now
             self._show()
 
+    def record(self, done: ChunkDone) -> None:
+        """A chunk is committed."""
+        for name in ("documents", "null_documents", "invalid_utf8", "truncated", "tokens", "padding"):
+            setattr(self, name, getattr(self, name) + getattr(done, name))
+        for name, seconds in done.stages.items():
+            self.stages[name] = self.stages.get(name, StageSeconds(0, 0, 0)) + seconds
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return max(1e-9, time.monotonic() - self.started)
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """How each stage spent the time of all workers, as shares of it."""
+        total = self.seconds * self.n_workers
+        return {
+            name: {kind: round(value / total, 3) for kind, value in asdict(seconds).items()}
+            for name, seconds in self.stages.items()
+        }
+
+    @property
+    def bottleneck(self) -> str | None:
+        """The stage that the others wait for: the one that worked longest."""
+        return max(self.stages, key=lambda name: self.stages[name].busy, default=None)
+
     def _show(self) -> None:
-        seconds = max(1e-9, time.monotonic() - self.started)
-        done = self._executed + self.counts.null_documents
-        rate = done / seconds
-        left = timedelta(seconds=round((self.total - done) / rate)) if rate else "?"
+        done = self._live[0] + self.null_documents
+        rate = done / self.seconds
+        left = timedelta(seconds=round(max(0, self.total - done) / rate)) if rate else "?"
         line = (
             f"{done:,} of {self.total:,} documents, {rate:,.1f} documents/s, "
-            f"{self.counts.tokens / seconds:,.0f} tokens/s, ETA {left}"
+            f"{self._live[1] / self.seconds:,.0f} tokens/s, ETA {left}"
         )
+        if name := self.bottleneck:
+            line += f", bottleneck {name} ({self.shares()[name]['busy']:.0%} busy)"
         if self.stream.isatty():
             self.stream.write(f"\r\x1b[K{line}")
         else:
             self.stream.write(f"{line}\n")
+        self.stream.flush()
+
+    def say(self, line: str) -> None:
+        """A sentence of its own, below the live line."""
+        start = "\r\x1b[K" if self.stream.isatty() else ""
+        self.stream.write(f"{start}{line}\n")
         self.stream.flush()
 
     def close(self) -> None:
@@ -93,12 +96,49 @@ class Meter:
             self._show()
             self.stream.write("\n")
 
-    def summary(self, variant: str, bundle: str) -> Summary:
-        """The figures of the whole run."""
-        c, seconds = self.counts, time.monotonic() - self.started
-        computed = c.tokens + c.padding
-        return Summary(
-            c.documents, c.null_documents, c.invalid_utf8, c.truncated, c.tokens, round(seconds, 3),
-            round(c.documents / seconds, 3), round(c.tokens / seconds, 1),
-            round(c.padding / computed, 4) if computed else 0.0, c.files, c.skipped_files, variant, bundle,
-        )  # fmt: skip
+    def figures(self) -> dict[str, Any]:
+        """What the summary says of the work done."""
+        computed = self.tokens + self.padding
+        return {
+            "documents": self.documents,
+            "null_documents": self.null_documents,
+            "invalid_utf8": self.invalid_utf8,
+            "truncated": self.truncated,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "documents_per_second": round(self.documents / self.seconds, 3),
+            "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "padding_share": round(self.padding / computed, 4) if computed else 0.0,
+            "stages": self.shares(),
+            "bottleneck": self.bottleneck,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RunLog:
+    """Appends one line of JSON for every chunk to a file."""
+
+    file: Path | None
+
+    def record(self, done: ChunkDone, names: list[str]) -> None:
+        """`names` of the files in the chunk."""
+        if self.file is None:
+            return
+        segments = [
+            {"file": name, "start": segment.start, "stop": segment.stop}
+            for name, segment in zip(names, done.task.chunk.segments, strict=True)
+        ]
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "chunk": done.task.number,
+            "segments": segments,
+            "rows": done.documents,
+            "tokens": done.tokens,
+            "padding": done.padding,
+            "truncated": done.truncated,
+            "seconds": {name: round(seconds.busy, 4) for name, seconds in done.stages.items()},
+            "failures": [failure.message for failure in done.failures],
+            "memory_bytes": done.memory_bytes,
+        }
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")

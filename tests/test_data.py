@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jql_engine.data import Batch, Budget, Chunk, DocumentBatch, ScoreBatch, Scores, Segment, TokenBatch
+from jql_engine.data import (
+    Batch,
+    BatchOutput,
+    Budget,
+    Chunk,
+    DocumentBatch,
+    ScoreBatch,
+    Scores,
+    Segment,
+    StageSeconds,
+    TokenBatch,
+    score_schema,
+)
 
 PAD = -1
 
@@ -15,6 +27,12 @@ def batch_of(lengths: list[int], row_length: int | None) -> Batch:
     """Ids count from 0 through all documents."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return Batch(np.arange(len(lengths)), np.arange(offsets[-1], dtype=np.int32), offsets, row_length)
+
+
+def output(scores: object, width: int = 4) -> BatchOutput:
+    """Embeddings are the first score and its multiples."""
+    values = np.array(scores, np.float32)
+    return BatchOutput(values, values[:, :1] * np.arange(1, width + 1, dtype=np.float32))
 
 
 def token_batch(rows: list[int], lengths: list[int]) -> TokenBatch:
@@ -56,7 +74,7 @@ def test_scores_put_in_any_order_come_out_by_row(order, size):
     batch = ScoreBatch.empty(token_batch(rows.tolist(), [4, 2, 9, 1, 1, 3]), 2)
     for start in range(0, len(order), size):
         picked = rows[list(order[start : start + size])]
-        batch.put(picked, np.stack([picked, -picked], axis=1).astype(np.float32))
+        batch.put(picked, output(np.stack([picked, -picked], axis=1)))
     scores = Scores.spread(batch, ["a", "b"], 13)
     assert len(scores) == 13
     assert np.flatnonzero(scores.valid).tolist() == rows.tolist()
@@ -69,13 +87,13 @@ def test_scores_put_in_any_order_come_out_by_row(order, size):
 
 def test_scores_that_were_never_put_are_nan():
     batch = ScoreBatch.empty(token_batch([0, 1], [2, 2]), 3)
-    batch.put(np.array([1]), np.ones((1, 3), np.float32))
+    batch.put(np.array([1]), output(np.ones((1, 3))))
     assert np.isnan(batch.values[0]).all() and (batch.values[1] == 1).all()
 
 
 def test_a_table_of_scores_is_null_where_there_is_no_text():
     batch = ScoreBatch.empty(token_batch([0, 2], [5, 7]), 1)
-    batch.put(np.array([2, 0]), np.array([[2.5], [0.5]], np.float32))
+    batch.put(np.array([2, 0]), output([[2.5], [0.5]]))
     table = Scores.spread(batch, ["edu"], 3).to_table()
     assert table.to_pydict() == {
         "score_edu": [0.5, None, 2.5],
@@ -83,6 +101,62 @@ def test_a_table_of_scores_is_null_where_there_is_no_text():
         "truncated": [False, None, True],
     }
     assert table.schema.types == [pa.float32(), pa.int32(), pa.bool_()]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.float16, pa.float16()), (np.float32, pa.float32())])
+def test_kept_embeddings_are_a_column_that_is_null_where_there_is_no_text(dtype, kind):
+    batch = ScoreBatch.empty(token_batch([0, 2], [5, 7]), 1, (4, np.dtype(dtype)))
+    batch.put(np.array([2, 0]), output([[2.5], [0.1]]))
+    scores = Scores.spread(batch, ["edu"], 3)
+    assert scores.embeddings.dtype == dtype
+    table = scores.to_table()
+    assert table.schema.equals(score_schema(["edu"], pa.list_(kind, 4)))
+    assert table.column_names == ["score_edu", "n_tokens", "truncated", "embedding"]
+    found = table["embedding"].to_pylist()
+    assert found[1] is None and found[2] == [2.5, 5, 7.5, 10]
+    assert found[0] == (np.float32(0.1) * np.arange(1, 5, dtype=np.float32)).astype(dtype).tolist()
+
+
+def test_embeddings_are_not_kept_unless_asked_for():
+    batch = ScoreBatch.empty(token_batch([0], [5]), 1)
+    batch.put(np.array([0]), output([[1.0]]))
+    scores = Scores.spread(batch, ["edu"], 1)
+    assert batch.embeddings is None and scores.embeddings is None
+    assert "embedding" not in scores.to_table().column_names
+
+
+def test_documents_without_a_row_are_empty_in_a_table_of_none():
+    batch = ScoreBatch.empty(TokenBatch.concat([]), 2, (4, np.dtype(np.float16)))
+    table = Scores.spread(batch, ["a", "b"], 2).to_table()
+    assert table.to_pylist() == [dict.fromkeys(table.column_names)] * 2
+
+
+@given(st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=5))
+@settings(deadline=None, max_examples=60)
+def test_joined_token_batches_hold_all_documents_and_each_can_be_taken_out(layouts):
+    parts, first = [], 0
+    for lengths in layouts:
+        parts.append(token_batch(list(range(first, first + len(lengths))), lengths))
+        first += len(lengths)
+    joined = TokenBatch.concat(parts)
+    assert joined.rows.tolist() == list(range(first))
+    assert joined.lengths.tolist() == [length for lengths in layouts for length in lengths]
+    documents = [part.slice(i) for part in parts for i in range(len(part.rows))]
+    for i, document in enumerate(documents):
+        taken = joined.slice(i)
+        for name in ("rows", "ids", "offsets", "truncated"):
+            assert getattr(taken, name).tolist() == getattr(document, name).tolist()
+        assert taken.lengths.tolist() == [len(taken.ids)]
+    again = TokenBatch.concat([joined.slice(i) for i in range(first)])
+    assert all(
+        getattr(again, n).tolist() == getattr(joined, n).tolist() for n in ("rows", "ids", "offsets", "truncated")
+    )
+
+
+def test_stage_times_are_added_and_taken_apart():
+    first, second = StageSeconds(1, 2, 3), StageSeconds(0.5, 0.25, 0)
+    assert first + second == StageSeconds(1.5, 2.25, 3)
+    assert first + second - second == first
 
 
 @pytest.mark.parametrize(

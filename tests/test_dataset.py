@@ -4,16 +4,24 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from upath import UPath
 
 from jql_engine.data import Chunk, Segment
-from jql_engine.dataset import CHUNK_BYTES, CHUNK_ROWS, InputFile, find_files, open_file, read, split
-from jql_engine.errors import InputError
+from jql_engine.dataset import InputFile, SourceFile, find_files, split
+from jql_engine.errors import EngineError, InputError
+from jql_engine.formats import open_file
+from jql_engine.storage import version_of
+from tests.files import damage, not_utf8
+
+__all__ = ["damage", "not_utf8", "write"]  # used by other tests
+
+CHUNK_ROWS, CHUNK_BYTES = 20_000, 4 << 20
 
 
 def write(path: Path, texts: list[str | None] | pa.Array, row_group_size: int | None = None, **columns: object) -> Path:
@@ -22,20 +30,34 @@ def write(path: Path, texts: list[str | None] | pa.Array, row_group_size: int | 
     return path
 
 
-def opened(path: Path, id_column: str | None = None) -> InputFile:
-    return open_file(path, Path(path.name), "text", id_column)
+def source(path: Path | UPath) -> SourceFile:
+    [found] = find_files([str(path)])
+    return found
+
+
+def opened(path: Path | UPath, id_column: str | None = None) -> InputFile:
+    return open_file(source(path), "text", id_column)
 
 
 def footer(*groups: tuple[int, int]) -> InputFile:
     """What open_file would find in a file of these row groups of (rows, bytes of text)."""
     schema = pa.schema([("text", pa.string())])
     rows, sizes = zip(*groups, strict=True) if groups else ((), ())
-    return InputFile(Path("x.parquet"), Path("x.parquet"), "text", None, schema, rows, sizes)
+    path = Path("x.parquet")
+    return InputFile(SourceFile(path, path, 0, ""), "text", None, schema, rows, sizes)
+
+
+def chunks_of(*files: InputFile) -> list[Chunk]:
+    return list(split(files, CHUNK_ROWS, CHUNK_BYTES))
+
+
+def places(found: list[SourceFile]) -> list[tuple[Path, Path]]:
+    return [(file.location, file.relative) for file in found]
 
 
 def test_a_file_gives_its_name(tmp_path):
     path = write(tmp_path / "deep" / "a.parquet", ["x"])
-    assert find_files([str(path)]) == [(path, Path("a.parquet"))]
+    assert places(find_files([str(path)])) == [(path, Path("a.parquet"))]
 
 
 def test_a_folder_gives_its_files_at_their_paths_inside_it(tmp_path):
@@ -43,17 +65,17 @@ def test_a_folder_gives_its_files_at_their_paths_inside_it(tmp_path):
     for name in [*names, ".hidden.parquet", "_part.parquet", ".git/c.parquet", "_temporary/0/d.parquet"]:
         write(tmp_path / name, ["x"])
     (tmp_path / "a" / "notes.txt").touch()
-    assert find_files([str(tmp_path)]) == [(tmp_path / name, Path(name)) for name in sorted(names)]
+    assert places(find_files([str(tmp_path)])) == [(tmp_path / name, Path(name)) for name in sorted(names)]
 
 
 def test_a_folder_below_a_hidden_one_can_be_given(tmp_path):
     path = write(tmp_path / ".cache" / "_in" / "a.parquet", ["x"])
-    assert find_files([str(path.parent)]) == [(path, Path("a.parquet"))]
+    assert places(find_files([str(path.parent)])) == [(path, Path("a.parquet"))]
 
 
 def test_a_folder_that_is_called_like_a_file_is_a_folder(tmp_path):
     path = write(tmp_path / "spark.parquet" / "part-0.parquet", ["x"])
-    assert find_files([str(tmp_path)]) == [(path, Path("spark.parquet/part-0.parquet"))]
+    assert places(find_files([str(tmp_path)])) == [(path, Path("spark.parquet/part-0.parquet"))]
 
 
 @pytest.mark.parametrize(
@@ -70,21 +92,27 @@ def test_a_glob_gives_what_it_matches_below_its_fixed_part(tmp_path, monkeypatch
     for name in ["a.parquet", "b.parquet", "sub1/c.parquet", "sub2/c.parquet", "sub1/x/y/d.parquet"]:
         write(tmp_path / name, ["x"])
     (tmp_path / "subfolder.parquet").mkdir()
-    found = find_files([str(tmp_path / pattern)])
+    found = places(find_files([str(tmp_path / pattern)]))
     assert [relative.as_posix() for _, relative in found] == expected
     assert all(path.is_file() and path.is_relative_to(tmp_path) for path, _ in found)
     monkeypatch.chdir(tmp_path)
-    assert [(tmp_path / path, relative) for path, relative in find_files([pattern])] == found
+    assert [(tmp_path / path, relative) for path, relative in places(find_files([pattern]))] == found
+
+
+def test_a_file_url_is_the_path_itself(tmp_path):
+    path = write(tmp_path / "a.parquet", ["x"])
+    for place in (path, tmp_path, tmp_path / "*.parquet"):
+        assert places(find_files([f"file://{place}"])) == [(path, Path("a.parquet"))]
 
 
 def test_a_file_with_a_wildcard_in_its_name_is_itself(tmp_path):
     path = write(tmp_path / "a[1].parquet", ["x"])
-    assert find_files([str(path)]) == [(path, Path("a[1].parquet"))]
+    assert places(find_files([str(path)])) == [(path, Path("a[1].parquet"))]
 
 
 def test_a_file_given_twice_is_scored_once(tmp_path):
     path = write(tmp_path / "a.parquet", ["x"])
-    assert find_files([str(path), str(tmp_path), str(tmp_path / "*.parquet")]) == [(path, Path("a.parquet"))]
+    assert places(find_files([str(path), str(tmp_path), str(tmp_path / "*.parquet")])) == [(path, Path("a.parquet"))]
 
 
 def test_two_files_that_would_be_written_to_one_are_an_error(tmp_path):
@@ -94,28 +122,105 @@ def test_two_files_that_would_be_written_to_one_are_an_error(tmp_path):
     assert str(first) in str(caught.value) and str(second) in str(caught.value)
 
 
+def test_a_source_knows_its_size_version_and_format(tmp_path):
+    path = write(tmp_path / "a.parquet", ["x"])
+    [found] = find_files([str(path)])
+    assert (found.size, found.version, found.format) == (*version_of(path), "parquet")
+    assert found.size == path.stat().st_size
+
+
+JSON_LINES = ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.json.gz", "e.json.zst"]
+
+
+def test_a_folder_gives_json_lines_too_and_each_becomes_parquet(tmp_path):
+    for name in ["z.parquet", *JSON_LINES, "notes.json", "log.gz", ".hidden.jsonl", "_tmp/x.jsonl.gz"]:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    found = find_files([str(tmp_path / "in")])
+    assert [file.relative.as_posix() for file in found] == [f"{name}.parquet" for name in "abcdez"]
+    assert [file.location.name for file in found] == [*JSON_LINES, "z.parquet"]
+    assert [file.format for file in found] == ["jsonl"] * 5 + ["parquet"]
+
+
+def test_only_the_suffix_of_a_name_changes(tmp_path):
+    for name in ["v1.2.jsonl.gz", "x.jsonl.d/y.jsonl", "part-0"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_files([str(tmp_path), str(tmp_path / "part-0")])
+    assert [file.relative.as_posix() for file in found] == ["v1.2.parquet", "x.jsonl.d/y.parquet", "part-0"]
+    assert found[2].format == "parquet"
+
+
+def test_two_formats_of_one_name_are_an_error(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    write(tmp_path / "a.parquet", ["x"])
+    with pytest.raises(InputError) as caught:
+        find_files([str(tmp_path)])
+    assert all(str(tmp_path / name) in str(caught.value) for name in ("a.jsonl", "a.parquet"))
+
+
+@pytest.fixture
+def remote():
+    """A folder on a file system that is not the operating system's."""
+    fs = fsspec.filesystem("memory")
+    shown, hidden = ["b.parquet", "a.jsonl.gz", "de/c.parquet", "de/x/d.parquet"], [".git/e.parquet", "_old/f.jsonl"]
+    for name in [*shown, *hidden, "n.txt"]:
+        fs.pipe_file(f"/corpus/{name}", name.encode())
+    yield "memory://corpus"
+    fs.rm("/corpus", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", ["a.parquet", "b.parquet", "de/c.parquet", "de/x/d.parquet"]),
+        ("/", ["a.parquet", "b.parquet", "de/c.parquet", "de/x/d.parquet"]),
+        ("/de", ["c.parquet", "x/d.parquet"]),
+        ("/b.parquet", ["b.parquet"]),
+        ("/n.txt", ["n.txt"]),
+        ("/a.jsonl.gz", ["a.parquet"]),
+        ("/*.parquet", ["b.parquet"]),
+        ("/d?/*.parquet", ["de/c.parquet"]),
+        ("/de/**/*.parquet", ["c.parquet", "x/d.parquet"]),
+    ],
+)
+def test_a_url_gives_files_folders_and_globs(remote, given, expected):
+    found = find_files([remote + given])
+    assert [file.relative.as_posix() for file in found] == expected
+    for file in found:
+        assert file.location.read_bytes().decode().endswith(file.location.name)
+        assert file.size == version_of(file.location)[0] and file.version != "unknown"
+
+
+def test_a_remote_file_given_twice_is_scored_once(remote):
+    assert len(find_files([f"{remote}/b.parquet", f"{remote}/*.parquet"])) == 1
+
+
+def test_a_remote_file_and_a_local_one_that_would_be_written_to_one_are_an_error(remote, tmp_path):
+    path = write(tmp_path / "b.parquet", ["x"])
+    with pytest.raises(InputError, match=r"memory://.*corpus/b\.parquet and .*/b\.parquet would both be written"):
+        find_files([f"{remote}/b.parquet", str(path)])
+
+
+@pytest.mark.parametrize("given", ["/absent", "/absent.parquet", "/x*.parquet", "/de/x/y/"])
+def test_a_url_where_nothing_is_found_is_named(remote, given):
+    with pytest.raises(InputError, match=re.escape(remote + given)):
+        find_files([remote + given])
+
+
+def test_a_url_of_an_unknown_file_system_is_named():
+    with pytest.raises(EngineError, match="s4://bucket/x cannot be used"):
+        find_files(["s4://bucket/x"])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("absent.parquet", "does not exist"), ("*.parquet", "matches no file"), ("empty", "holds no *.parquet file")],
+    [("absent.parquet", "does not exist"), ("*.parquet", "matches no file"), ("empty", "holds no file that ends in")],
 )
 def test_where_nothing_is_found_the_input_is_named(tmp_path, given, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=f"{re.escape(str(tmp_path / given))}.*{re.escape(message)}"):
         find_files([str(tmp_path / given)])
-
-
-def test_the_footer_tells_rows_columns_and_sizes(tmp_path):
-    file = opened(write(tmp_path / "a.parquet", ["abc"] * 5, row_group_size=2, id=range(5)))
-    assert (file.n_rows, file.group_rows) == (5, (2, 2, 1))
-    assert len(file.group_bytes) == 3 and min(file.group_bytes) > 0
-    assert file.id_field == pa.field("id", pa.int64())
-
-
-def test_the_size_is_that_of_the_text_column(tmp_path):
-    texts, others = [str(i) * 100 for i in range(100)], [str(i) * 1000 for i in range(100)]
-    first = opened(write(tmp_path / "a.parquet", texts, **{"text.raw": others, "a": others}))
-    second = opened(write(tmp_path / "b.parquet", texts))
-    assert first.group_bytes == second.group_bytes
 
 
 @pytest.mark.parametrize(
@@ -130,23 +235,6 @@ def test_the_size_is_that_of_the_text_column(tmp_path):
 def test_the_id_column_is_the_one_named_or_id_where_there_is_one(tmp_path, columns, asked, expected):
     file = opened(write(tmp_path / "a.parquet", ["x"], **columns), asked)
     assert file.id_column == expected
-
-
-@pytest.mark.parametrize("content", [b"", b"PAR1", b"text\n", b"PAR1" + b"\0" * 100 + b"PAR1"])
-def test_what_is_no_parquet_file_is_named(tmp_path, content):
-    path = tmp_path / "a.parquet"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=f"{re.escape(str(path))} is not a complete parquet file"):
-        opened(path)
-
-
-@pytest.mark.parametrize("kept", [0.2, 0.9])
-def test_a_truncated_file_is_named(tmp_path, kept):
-    path = write(tmp_path / "a.parquet", ["some text"] * 100)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(InputError, match=f"{re.escape(str(path))} is not a complete parquet file"):
-        opened(path)
 
 
 def test_a_missing_text_column_lists_those_that_are_there(tmp_path):
@@ -191,7 +279,7 @@ FILE = st.lists(GROUP, max_size=4).map(lambda groups: footer(*groups))
 def test_segments_cover_every_row_of_every_file_once_in_order(files):
     reached = [0] * len(files)
     seen = []
-    for segment in (segment for chunk in split(files) for segment in chunk.segments):
+    for segment in (segment for chunk in chunks_of(*files) for segment in chunk.segments):
         assert segment.start == reached[segment.file]
         assert segment.stop > segment.start or files[segment.file].n_rows == 0
         reached[segment.file] = segment.stop
@@ -203,7 +291,7 @@ def test_segments_cover_every_row_of_every_file_once_in_order(files):
 @given(st.lists(FILE, max_size=8))
 @settings(deadline=None, max_examples=80)
 def test_a_chunk_is_bounded_and_small_files_are_joined_as_long_as_they_fit(files):
-    chunks = list(split(files))
+    chunks = chunks_of(*files)
     for chunk, after in pairwise([*chunks, None]):
         assert chunk.segments and chunk.n_docs <= CHUNK_ROWS
         if len(chunk.segments) > 1:
@@ -216,184 +304,53 @@ def test_a_chunk_is_bounded_and_small_files_are_joined_as_long_as_they_fit(files
 
 
 def test_a_large_row_group_is_cut_into_equal_parts():
-    chunks = list(split([footer((40_001, 100))]))
+    chunks = chunks_of(footer((40_001, 100)))
     assert [chunk.n_docs for chunk in chunks] == [13_333, 13_334, 13_334]
 
 
 def test_long_texts_are_cut_by_their_size():
-    chunks = list(split([footer((100, 5 * CHUNK_BYTES))]))
+    chunks = chunks_of(footer((100, 5 * CHUNK_BYTES)))
     assert [chunk.n_docs for chunk in chunks] == [20] * 5
 
 
 def test_a_text_larger_than_a_chunk_is_a_chunk():
-    assert [chunk.n_docs for chunk in split([footer((2, 9 * CHUNK_BYTES))])] == [1, 1]
+    assert [chunk.n_docs for chunk in chunks_of(footer((2, 9 * CHUNK_BYTES)))] == [1, 1]
 
 
 def test_small_row_groups_are_joined():
     groups = [(1_000, 10_000)] * 45
-    assert [chunk.n_docs for chunk in split([footer(*groups)])] == [20_000, 20_000, 5_000]
+    assert [chunk.n_docs for chunk in chunks_of(footer(*groups))] == [20_000, 20_000, 5_000]
 
 
 def test_small_files_are_joined_empty_ones_included():
     files = [footer((3, 9)), footer(), footer((0, 0)), footer((4, 9), (5, 9))]
-    assert list(split(files)) == [Chunk((Segment(0, 0, 3), Segment(1, 0, 0), Segment(2, 0, 0), Segment(3, 0, 9)))]
+    assert chunks_of(*files) == [Chunk((Segment(0, 0, 3), Segment(1, 0, 0), Segment(2, 0, 0), Segment(3, 0, 9)))]
 
 
 def test_small_files_of_long_texts_are_joined_up_to_a_chunk_of_text():
     files = [footer((10, CHUNK_BYTES // 2))] * 3
-    assert [chunk.n_docs for chunk in split(files)] == [20, 10]
+    assert [chunk.n_docs for chunk in chunks_of(*files)] == [20, 10]
 
 
 def test_no_file_gives_no_chunk():
-    assert list(split([])) == []
+    assert chunks_of() == []
 
 
-def texts_of(chunks) -> list[str | None]:
-    return [text for chunk in chunks for text in chunk.documents.texts.to_pylist()]
+@given(FILE.filter(lambda file: file.n_rows), st.data())
+@settings(deadline=None, max_examples=100)
+def test_the_first_rows_of_a_file_are_its_row_groups_up_to_there(file, data):
+    n_rows = data.draw(st.integers(1, file.n_rows))
+    first = file.first(n_rows)
+    assert first.n_rows == first.limit == n_rows
+    assert len(first.group_bytes) == len(first.group_rows)
+    group, before = file.group_of(n_rows)
+    assert first.group_rows == (*file.group_rows[:group], *([n_rows - before] if n_rows > before else []))
 
 
-@given(st.data())
-@settings(deadline=None, max_examples=40)
-def test_chunks_hold_the_rows_of_the_files_wherever_reading_starts(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("read")
-    groups = st.lists(st.sampled_from([0, 1, 5, 1023, 1024, 1025, 2500]), max_size=4)
-    layouts = data.draw(st.lists(groups, min_size=1, max_size=3))
-    tables = [write_groups(folder / f"{number}.parquet", sizes) for number, sizes in enumerate(layouts)]
-    files = [opened(folder / f"{number}.parquet") for number in range(len(layouts))]
-    chunks = []
-    for number, table in enumerate(tables):
-        cuts = [0, *sorted(data.draw(st.lists(st.integers(0, table.num_rows), max_size=3))), table.num_rows]
-        for segment in (Segment(number, *cut) for cut in pairwise(cuts)):
-            joins = chunks and data.draw(st.booleans())
-            chunks.append(Chunk((*(chunks.pop().segments if joins else ()), segment)))
-    chunks = chunks[data.draw(st.integers(0, len(chunks))) :]
-    found = list(read(files, chunks))
-    assert [documents.chunk for documents in found] == chunks
-    for documents in found:
-        parts = [tables[s.file].slice(s.start, s.stop - s.start) for s in documents.chunk.segments]
-        assert documents.documents.texts.to_pylist() == pa.concat_tables(parts)["text"].to_pylist()
-        assert documents.documents.rows.tolist() == list(range(documents.chunk.n_docs))
-        assert [ids.to_pylist() for ids in documents.ids] == [part["id"].to_pylist() for part in parts]
-        assert documents.n_invalid == 0
-
-
-def test_a_large_file_among_small_ones_is_read_whole(tmp_path):
-    sizes = {"a": 3, "b": 2 * CHUNK_ROWS + 500, "c": 0, "d": 10}
-    texts = {name: [f"{name}{i}" for i in range(size)] for name, size in sizes.items()}
-    files = [
-        opened(write(tmp_path / f"{name}.parquet", pa.array(texts[name], pa.string()), row_group_size=17_000))
-        for name in sizes
-    ]
-    chunks = list(split(files))
-    assert len(chunks) > 3
-    everything = [text for name in sizes for text in texts[name]]
-    assert texts_of(read(files, chunks)) == everything
-    last = chunks[len(chunks) // 2 :]
-    assert texts_of(read(files, last)) == everything[-sum(chunk.n_docs for chunk in last) :]
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(),
-        pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string()),
-        pa.dictionary(pa.int32(), pa.binary()),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_every_type_of_text_is_read(tmp_path, kind):
-    texts = ["plain", None, "", "süß 月亮", "plain", "a\x00b"] * 3
-    file = opened(write(tmp_path / "a.parquet", as_type(texts, kind), row_group_size=4))
-    [found] = read([file], list(split([file])))
-    assert found.documents.texts.to_pylist() == texts
-    assert found.n_invalid == 0
-
-
-def test_a_column_of_nulls_is_read(tmp_path):
-    file = opened(write(tmp_path / "a.parquet", pa.nulls(3)))
-    [found] = read([file], list(split([file])))
-    assert found.documents.texts.to_pylist() == [None] * 3
-
-
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary()], ids=str)
-@pytest.mark.parametrize("dictionary", [True, False])
-def test_what_is_not_utf8_is_null_and_counted(tmp_path, kind, dictionary):
-    texts = not_utf8()
-    texts = texts.dictionary_encode() if dictionary and kind == pa.string() else texts.cast(kind)
-    path = write(tmp_path / "a.parquet", texts, id=range(5))
-    assert b"\xff\xfe" in path.read_bytes()
-    file = opened(path)
-    [found] = read([file], list(split([file])))
-    assert found.documents.texts.to_pylist() == ["good", None, None, None, "süß"]
-    assert found.n_invalid == 2
-    assert found.ids[0].to_pylist() == list(range(5))
-
-
-def test_the_text_can_be_the_id(tmp_path):
-    file = opened(write(tmp_path / "a.parquet", ["x", "y"]), "text")
-    [found] = read([file], list(split([file])))
-    assert found.documents.texts.to_pylist() == found.ids[0].to_pylist() == ["x", "y"]
-
-
-def test_damaged_pages_are_an_error_that_names_the_file(tmp_path):
-    path = write(tmp_path / "a.parquet", [f"text {i}" for i in range(5_000)], row_group_size=1_000)
-    file, chunks = opened(path), [Chunk((Segment(0, i, i + 1_000),)) for i in range(0, 5_000, 1_000)]
-    damage(path, row_group=3)
-    chunks_read = []
-    with pytest.raises(InputError, match=f"{re.escape(str(path))} cannot be read to its end"):
-        chunks_read.extend(read([file], chunks))
-    assert opened(path) == file
-
-
-@pytest.mark.parametrize("texts", [["x"] * 3, ["x"] * 2, []], ids=["fewer rows", "fewer groups", "nothing"])
-def test_a_file_that_shrank_since_its_footer_was_read_is_named(tmp_path, texts):
-    path = write(tmp_path / "a.parquet", ["x"] * 4, row_group_size=2)
-    file = opened(path)
-    write(path, pa.array(texts, pa.string()), row_group_size=2)
-    with pytest.raises(InputError, match=re.escape(str(path))):
-        list(read([file], list(split([file]))))
-
-
-def test_a_file_that_is_gone_is_named(tmp_path):
-    file = opened(write(tmp_path / "a.parquet", ["x"]))
-    file.path.unlink()
-    with pytest.raises(InputError, match=re.escape(str(file.path))):
-        list(read([file], list(split([file]))))
-
-
-def write_groups(path: Path, sizes: list[int]) -> pa.Table:
-    """Row groups of exactly these sizes, empty ones included, with a column besides that nobody asks for."""
-    rows = range(sum(sizes))
-    texts = pa.array([None if i % 7 == 3 else f"{path.stem}-{i}" for i in rows], pa.string())
-    table = pa.table({"noise": pa.array(rows, pa.int32()), "text": texts, "id": pa.array(rows, pa.int64())})
-    start = 0
-    with pq.ParquetWriter(path, table.schema) as writer:
-        for size in sizes:
-            writer.write_table(table.slice(start, size))
-            start += size
-    return table
-
-
-def as_type(texts: list[str | None], kind: pa.DataType) -> pa.Array:
-    if pa.types.is_dictionary(kind):
-        return pa.array(texts).cast(kind.value_type).dictionary_encode().cast(kind)
-    return pa.array(texts).cast(kind)
-
-
-def not_utf8() -> pa.StringArray:
-    """Texts number 1 and 3 are no UTF-8, number 2 is null; Arrow does not look."""
-    parts = [b"good", b"\xff\xfe", b"", b"caf\xe9", "süß".encode()]
-    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int32)
-    valid = pa.py_buffer(bytes([0b11011]))
-    return pa.StringArray.from_buffers(5, pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"".join(parts)), valid, 1)
-
-
-def damage(path: Path, row_group: int) -> None:
-    """Overwrite the text of one row group; the footer stays as it is."""
-    metadata = pq.read_metadata(path).row_group(row_group)
-    column = next(
-        metadata.column(i) for i in range(metadata.num_columns) if metadata.column(i).path_in_schema == "text"
-    )
-    with path.open("r+b") as stream:
-        stream.seek(column.dictionary_page_offset or column.data_page_offset)
-        stream.write(b"\xff" * column.total_compressed_size)
+@given(FILE, st.data())
+@settings(deadline=None, max_examples=100)
+def test_the_group_of_a_row_is_where_it_lies(file, data):
+    row = data.draw(st.integers(0, file.n_rows))
+    group, before = file.group_of(row)
+    assert before == sum(file.group_rows[:group]) <= row
+    assert row < before + file.group_rows[group] if row < file.n_rows else group == len(file.group_rows)

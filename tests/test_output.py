@@ -5,23 +5,47 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jql_engine.data import Chunk, Segment, score_schema
-from jql_engine.dataset import InputFile, open_file
-from jql_engine.errors import OutputError
-from jql_engine.output import METADATA_KEY, ScoreWriter, check_output, is_finished
+from jql_engine.data import Segment, embedding_type, score_schema
+from jql_engine.dataset import InputFile, SourceFile
+from jql_engine.errors import InputError, OutputError
+from jql_engine.formats import open_file
+from jql_engine.output import (
+    METADATA_KEY,
+    Target,
+    check_names,
+    check_output,
+    check_settings,
+    find_parts,
+    is_finished,
+    part_name,
+)
+from jql_engine.storage import version_of
+from tests.files import damage
 
 HEADS = ("edu", "prose")
 SETTINGS = {"bundle": "abc", "variant": "cpu-fp32", "id_column": None, "source_bytes": 12}
 
 
-def source(path: Path, n_rows: int = 4, **columns: object) -> InputFile:
+def described(path: Path, relative: str | None = None, id_column: str | None = None) -> InputFile:
+    found = SourceFile(path, Path(relative or path.name), *version_of(path))
+    return open_file(found, "text", id_column)
+
+
+def source(
+    path: Path, n_rows: int = 4, relative: str | None = None, id_column: str | None = None, **columns: object
+) -> InputFile:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"text": pa.array(["x"] * n_rows, pa.string()), **columns}), path)
-    return open_file(path, Path(path.name), "text", None)
+    return described(path, relative, id_column)
+
+
+def target_of(out: Path, file: InputFile, kind: str = "sidecar") -> Target:
+    return Target(out, file, score_schema(HEADS), kind, SETTINGS)
 
 
 def scores(start: int, stop: int) -> pa.Table:
@@ -32,35 +56,139 @@ def scores(start: int, stop: int) -> pa.Table:
 
 
 def visible(folder: Path) -> list[str]:
-    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*"))
 
 
 def write_all(out: Path, file: InputFile, ids: pa.ChunkedArray | None = None) -> pa.Table:
-    writer = ScoreWriter(out, [file], HEADS, [SETTINGS])
-    writer.put(Chunk((Segment(0, 0, file.n_rows),)), scores(0, file.n_rows), [ids])
-    writer.close()
-    return pq.read_table(out / file.relative)
+    target_of(out, file).commit(Segment(0, 0, file.n_rows), scores(0, file.n_rows), ids)
+    return pq.read_table(out / file.source.relative)
 
 
-def test_a_file_appears_when_its_last_row_is_written(tmp_path):
-    writer = ScoreWriter(tmp_path / "out", [source(tmp_path / "a.parquet", 30)], HEADS, [SETTINGS])
-    for start, stop in pairwise([0, 10, 20, 30]):
-        assert visible(tmp_path / "out") == ([".a.parquet.writing"] if start else [])
-        writer.put(Chunk((Segment(0, start, stop),)), scores(start, stop), [None])
-    writer.close()
+def commit_parts(target: Target, *borders: int) -> None:
+    for start, stop in pairwise(borders):
+        target.commit(Segment(0, start, stop), scores(start, stop), None)
+
+
+def test_a_file_in_one_chunk_is_finished_at_once(tmp_path):
+    assert write_all(tmp_path / "out", source(tmp_path / "a.parquet")).equals(scores(0, 4))
+    assert visible(tmp_path / "out") == [".parts", "a.parquet"]
+
+
+def test_parts_lie_apart_until_the_file_is_whole(tmp_path):
+    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 30, "sub/a.parquet"))
+    commit_parts(target, 0, 10, 20)
+    assert visible(tmp_path / "out") == [
+        ".parts", ".parts/sub", ".parts/sub/a.parquet",
+        f".parts/sub/a.parquet/{part_name(0, 10)}", f".parts/sub/a.parquet/{part_name(10, 20)}",
+    ]  # fmt: skip
+    assert find_parts(tmp_path / "out").rows == {"sub/a.parquet": {(0, 10), (10, 20)}}
+    with pytest.raises(OutputError, match="lacks rows 20 to 30"):
+        target.assemble()
+    commit_parts(target, 20, 30)
+    target.assemble()
+    assert visible(tmp_path / "out") == ["sub", "sub/a.parquet"]
+    assert pq.read_table(tmp_path / "out/sub/a.parquet").equals(scores(0, 30))
+    check_settings(tmp_path / "out/sub/a.parquet", SETTINGS)
+
+
+def test_a_gap_between_parts_is_an_error_and_nothing_is_lost(tmp_path):
+    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 30))
+    commit_parts(target, 0, 10)
+    commit_parts(target, 20, 30)
+    with pytest.raises(OutputError, match="lacks rows 10 to 20; start the same command again"):
+        target.assemble()
+    assert len(find_parts(tmp_path / "out").rows["a.parquet"]) == 2 and not (tmp_path / "out/a.parquet").exists()
+
+
+def test_the_unfinished_files_of_a_killed_run_are_found_by_their_input(tmp_path):
+    one, other = (target_of(tmp_path / "out", source(tmp_path / f"{name}.parquet", 30)) for name in "ab")
+    commit_parts(one, 0, 15)
+    left = [one.aside, other.aside, one.aside]
+    for file in left:
+        file.write_bytes(b"half a file " * 1000)
+    parts = find_parts(tmp_path / "out")
+    assert sorted(parts.left_by([one.file.source])) == sorted([left[0], left[2]])
+    assert parts.rows == {"a.parquet": {(0, 15)}}
+
+
+def test_parts_of_other_files_stay(tmp_path):
+    one, other = (target_of(tmp_path / "out", source(tmp_path / f"{name}.parquet", 30)) for name in "ab")
+    commit_parts(other, 0, 10)
+    commit_parts(one, 0, 10, 30)
+    one.assemble()
+    assert find_parts(tmp_path / "out").rows == {"b.parquet": {(0, 10)}}
+
+
+NESTED = {
+    "url": pa.array(["a", None, "c", "d"], pa.large_string()),
+    "meta": pa.array([{"date": 1, "tags": ["x"]}, None, {"date": None, "tags": []}, {"date": 4, "tags": None}]),
+    "lang": pa.array(["de", "en", "de", None]).dictionary_encode(),
+    "when": pa.array([1, 2, None, 4], pa.timestamp("us", "UTC")),
+    "vector": pa.array([[1.0, 2.0]] * 4, pa.list_(pa.float32(), 2)),
+    "map": pa.array([[("k", 1)], [], None, [("a", None)]], pa.map_(pa.string(), pa.int32())),
+    "price": pa.array([1, 2, 3, None]).cast(pa.decimal128(21, 2)),
+    "raw": pa.array([b"\xff", b"", None, b"x"]),
+}
+
+
+@pytest.mark.parametrize("row_group_size", [None, 1, 3])
+def test_append_keeps_every_column_and_the_metadata(tmp_path, row_group_size):
+    path = tmp_path / "a.parquet"
+    given = pa.table({"id": range(4), **NESTED, "text": ["x"] * 4})
+    fields = [field.with_metadata({"note": field.name}) for field in given.schema]
+    given = given.cast(pa.schema(fields, metadata={"pandas": "{}", "dataset": "of 2024"}))
+    pq.write_table(given, path, row_group_size=row_group_size)
+    target = target_of(tmp_path / "out", described(path), "append")
+    commit_parts(target, 0, 3, 4)
+    target.assemble()
+    source_table, found = pq.read_table(path), pq.read_table(tmp_path / "out/a.parquet")
+    assert found.select(given.column_names).equals(source_table)
+    for field in source_table.schema:
+        assert found.schema.field(field.name).equals(field, check_metadata=True)
+    assert found.select(score_schema(HEADS).names).equals(scores(0, 4))
+    assert found.schema.metadata[b"dataset"] == b"of 2024" and found.schema.metadata[b"pandas"] == b"{}"
+    assert json.loads(found.schema.metadata[METADATA_KEY]) == SETTINGS
     assert visible(tmp_path / "out") == ["a.parquet"]
-    assert pq.read_table(tmp_path / "out/a.parquet").equals(scores(0, 30))
 
 
-def test_a_chunk_of_many_files_is_divided_among_them(tmp_path):
-    files = [source(tmp_path / f"{name}.parquet", size) for name, size in {"a": 3, "b": 0, "c": 5, "d": 0}.items()]
-    writer = ScoreWriter(tmp_path / "out", files, HEADS, [SETTINGS] * 4)
-    writer.put(Chunk((Segment(0, 0, 3), Segment(1, 0, 0), Segment(2, 0, 2))), scores(0, 5), [None] * 3)
-    writer.put(Chunk((Segment(2, 2, 5), Segment(3, 0, 0))), scores(5, 8), [None] * 2)
-    writer.close()
-    assert visible(tmp_path / "out") == [f"{name}.parquet" for name in "abcd"]
-    for name, expected in {"a": (0, 3), "b": (0, 0), "c": (3, 8), "d": (0, 0)}.items():
-        assert pq.read_table(tmp_path / f"out/{name}.parquet").equals(scores(*expected))
+def test_append_of_a_file_in_one_chunk_and_of_none(tmp_path):
+    for n_rows in (0, 3):
+        file = source(tmp_path / f"{n_rows}.parquet", n_rows, id=range(n_rows))
+        target = target_of(tmp_path / "out", file, "append")
+        commit_parts(target, 0, n_rows)
+        target.assemble()
+        found = pq.read_table(tmp_path / f"out/{n_rows}.parquet")
+        assert found.column_names == ["text", "id", *score_schema(HEADS).names] and found.num_rows == n_rows
+
+
+def test_a_source_that_can_not_be_read_again_leaves_the_parts(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"text {i}" * 50 for i in range(40)]}), path, row_group_size=20)
+    target = target_of(tmp_path / "out", described(path), "append")
+    commit_parts(target, 0, 20, 40)
+    damage(path, row_group=1)
+    with pytest.raises(InputError, match=r"a\.parquet cannot be read to its end"):
+        target.assemble()
+    assert find_parts(tmp_path / "out").rows == {"a.parquet": {(0, 20), (20, 40)}}
+    assert not (tmp_path / "out/a.parquet").exists()
+
+
+def test_row_groups_of_the_finished_file_hold_many_parts(tmp_path):
+    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 300))
+    commit_parts(target, *range(0, 301, 3))
+    target.assemble()
+    assert pq.read_metadata(tmp_path / "out/a.parquet").num_row_groups == 1
+
+
+def test_vectors_are_kept_beside_the_scores(tmp_path):
+    schema = score_schema(HEADS, embedding_type(3, np.dtype(np.float16)))
+    target = Target(tmp_path / "out", source(tmp_path / "a.parquet", 2), schema, "sidecar", SETTINGS)
+    vectors = pa.array([[1, 2, 3], None], pa.list_(pa.float16(), 3))
+    table = scores(0, 2).append_column("embedding", vectors)
+    for segment in (Segment(0, 0, 1), Segment(0, 1, 2)):
+        target.commit(segment, table.slice(segment.start, 1), None)
+    target.assemble()
+    assert pq.read_table(tmp_path / "out/a.parquet")["embedding"].combine_chunks().equals(vectors)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +209,7 @@ def test_a_chunk_of_many_files_is_divided_among_them(tmp_path):
 )
 def test_ids_of_any_type_come_first_and_unchanged(tmp_path, ids):
     file = source(tmp_path / "a.parquet", id=ids)
-    pieces = pq.read_table(file.path)["id"]
+    pieces = pq.read_table(file.source.location)["id"]
     found = write_all(tmp_path / "out", file, pa.chunked_array([*pieces.slice(0, 1).chunks, *pieces.slice(1).chunks]))
     assert found.column_names == ["id", "score_edu", "score_prose", "n_tokens", "truncated"]
     assert found.schema.field("id").equals(file.schema.field("id"), check_metadata=True)
@@ -97,8 +225,9 @@ def test_an_id_that_may_not_be_null_stays_so(tmp_path):
     path = tmp_path / "a.parquet"
     schema = pa.schema([pa.field("text", pa.string()), pa.field("id", pa.int64(), nullable=False)])
     pq.write_table(pa.table([["x"], [7]], schema=schema), path)
-    file = open_file(path, Path("a.parquet"), "text", None)
-    found = write_all(tmp_path / "out", file, pa.chunked_array([[7]]))
+    target = target_of(tmp_path / "out", described(path))
+    target.commit(Segment(0, 0, 1), scores(0, 1), pa.chunked_array([[7]]))
+    found = pq.read_table(tmp_path / "out/a.parquet")
     assert found["id"].to_pylist() == [7] and not found.schema.field("id").nullable
 
 
@@ -107,47 +236,17 @@ def test_the_settings_are_in_the_metadata(tmp_path):
     assert json.loads(pq.read_schema(tmp_path / "out/a.parquet").metadata[METADATA_KEY]) == SETTINGS
 
 
-def test_a_file_that_was_begun_is_dropped_and_finished_ones_stay(tmp_path):
-    files = [source(tmp_path / "a.parquet"), source(tmp_path / "b.parquet")]
-    writer = ScoreWriter(tmp_path / "out", files, HEADS, [SETTINGS] * 2)
-    writer.put(Chunk((Segment(0, 0, 4), Segment(1, 0, 3))), scores(0, 7), [None] * 2)
-    writer.close()
-    assert visible(tmp_path / "out") == ["a.parquet"]
-
-
-def test_what_a_killed_run_left_is_written_over(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".a.parquet.writing").write_bytes(b"half a file " * 1000)
-    assert write_all(tmp_path / "out", source(tmp_path / "a.parquet")).equals(scores(0, 4))
-    assert visible(tmp_path / "out") == ["a.parquet"]
-
-
-def test_a_full_disk_is_an_error_that_says_so_and_leaves_nothing(tmp_path):
-    out, file = tmp_path / "out", source(tmp_path / "a.parquet")
-    out.mkdir()
-    (out / ".a.parquet.writing").symlink_to("/dev/full")  # writing to it fails as on a full disk
-    writer = ScoreWriter(out, [file], HEADS, [SETTINGS])
-    with pytest.raises(OutputError, match=r"a\.parquet cannot be written: No space left on device; free some space"):
-        writer.put(Chunk((Segment(0, 0, 4),)), scores(0, 4), [None])
-    writer.close()
-    assert list(out.iterdir()) == []
-
-
 def test_a_file_where_a_folder_should_be_is_an_error(tmp_path):
-    path = tmp_path / "in" / "a.parquet"
-    file = source(path)
+    file = source(tmp_path / "in" / "a.parquet", relative="sub/a.parquet")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sub").touch()
-    nested = open_file(path, Path("sub/a.parquet"), "text", None)
-    writer = ScoreWriter(tmp_path / "out", [file, nested], HEADS, [SETTINGS] * 2)
     with pytest.raises(OutputError, match=r"sub/a\.parquet cannot be written"):
-        writer.put(Chunk((Segment(0, 0, 4), Segment(1, 0, 4))), scores(0, 8), [None] * 2)
-    writer.close()
-    assert visible(tmp_path / "out") == ["a.parquet", "sub"]
+        write_all(tmp_path / "out", file)
+    assert "sub/a.parquet" not in visible(tmp_path / "out") and (tmp_path / "out/sub").is_file()
 
 
 def check(out: Path, given: Path, *files: InputFile) -> None:
-    check_output(out, [str(given)], files, HEADS)
+    check_output(out, [str(given)], [file.source for file in files])
 
 
 def test_the_output_folder_is_made_and_left_empty(tmp_path):
@@ -169,7 +268,7 @@ def test_an_output_that_the_next_run_would_read_is_an_error(tmp_path, given, out
     file = source(tmp_path / "in" / "a.parquet")
     with pytest.raises(OutputError, match=f"--out {re.escape(str(tmp_path / out))} lies inside of the input"):
         check(tmp_path / out, tmp_path / given, file)
-    assert visible(tmp_path) == ["in/a.parquet"]
+    assert visible(tmp_path) == ["in", "in/a.parquet"]
 
 
 @pytest.mark.parametrize(
@@ -182,24 +281,32 @@ def test_an_output_beside_the_input_is_none(tmp_path, given, out):
 
 def test_scores_that_would_overwrite_their_source_are_an_error(tmp_path):
     file = source(tmp_path / "a.parquet")
-    with pytest.raises(OutputError, match=f"the scores of {re.escape(str(file.path))} would overwrite the input"):
-        check(tmp_path, file.path, file)
+    with pytest.raises(
+        OutputError, match=f"the scores of {re.escape(str(file.source.location))} would overwrite the input"
+    ):
+        check(tmp_path, file.source.location, file)
 
 
 def test_scores_that_would_overwrite_another_source_are_an_error(tmp_path):
-    first = source(tmp_path / "in" / "sub" / "a.parquet")
-    first = open_file(first.path, Path("sub/a.parquet"), "text", None)
+    first = source(tmp_path / "in" / "sub" / "a.parquet", relative="sub/a.parquet")
     second = source(tmp_path / "out" / "sub" / "a.parquet")
-    with pytest.raises(OutputError, match=re.escape(str(second.path))):
-        check_output(tmp_path / "out", [str(tmp_path / "in"), str(second.path.parent)], [first, second], HEADS)
+    place = second.source.location
+    with pytest.raises(OutputError, match=re.escape(str(place))):
+        check_output(tmp_path / "out", [str(tmp_path / "in"), str(place.parent)], [first.source, second.source])
 
 
 @pytest.mark.parametrize("name", ["score_prose", "n_tokens", "truncated"])
 def test_an_id_called_like_a_score_column_is_an_error(tmp_path, name):
-    source(tmp_path / "a.parquet", **{name: range(4)})
-    file = open_file(tmp_path / "a.parquet", Path("a.parquet"), "text", name)
+    file = source(tmp_path / "a.parquet", id_column=name, **{name: range(4)})
     with pytest.raises(OutputError, match=rf"a\.parquet: the id column '{name}' has the name of a score column"):
-        check(tmp_path / "out", tmp_path / "a.parquet", file)
+        check_names(file, score_schema(HEADS), "sidecar")
+
+
+def test_a_column_called_like_a_score_column_can_not_be_kept(tmp_path):
+    file = source(tmp_path / "a.parquet", n_tokens=range(4))
+    check_names(file, score_schema(HEADS), "sidecar")
+    with pytest.raises(OutputError, match=r"a\.parquet: a column 'n_tokens' has the name of a score column"):
+        check_names(file, score_schema(HEADS), "append")
 
 
 @pytest.mark.parametrize("out", ["{}/file", "{}/file/out", "/proc/out"])

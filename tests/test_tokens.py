@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -11,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
 
+from jql_engine import tokens as module
 from jql_engine.bundle import TokenizerInfo
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import TokenizerError
-from jql_engine.tokens import Tokenizer, fast_encoder, oracle_encoder
+from jql_engine.tokens import Tokenizer, fast_encoder, oracle_encoder, read_oracle
 from jql_export import probes
 from tests.conftest import SPECIALS
 
@@ -85,11 +89,21 @@ def test_documents_get_the_ids_that_tokenizers_gives_them_cut_where_it_cuts(file
 
 @pytest.mark.parametrize("text", [" ", "\n \t", "<s> ", "\n<s>", "Water </s> "])
 def test_a_text_that_tokie_gets_wrong_is_put_right(file, text):
-    expected = oracle_encoder(file)([text])[0].tolist()
+    expected = oracle_encoder(read_oracle(file))([text])[0].tolist()
     assert fast_encoder(file)([text])[0].tolist() != expected
     among = encode(tokenizer_of(file, "tokie"), ["Water boils", text, "", text, "月亮"])
     assert ids_of(among)[1] == ids_of(among)[3] == [0, *expected, 2]
     assert ids_of(among) == ids_of(encode(tokenizer_of(file, None), ["Water boils", text, "", text, "月亮"]))
+
+
+def test_a_vast_text_is_left_to_tokenizers(file, monkeypatch):
+    texts, seen = ["Water", "月亮" * 9, "boils", "", " boils at"], []
+    tokenizer = Tokenizer(file, tokenizer_of(file, "tokie").info, UNLIMITED)
+    fast = tokenizer._fast
+    monkeypatch.setattr(module, "VAST", 53)
+    monkeypatch.setattr(tokenizer, "_fast", lambda given: seen.extend(given) or fast(given))
+    assert ids_of(encode(tokenizer, texts)) == ids_of(encode(tokenizer_of(file, None), texts))
+    assert seen == ["Water", "", "boils", "", " boils at"]
 
 
 @both
@@ -109,7 +123,7 @@ def test_without_a_text_there_are_no_tokens(file, fast, texts):
 @both
 @pytest.mark.parametrize(("prefix", "suffix"), [([7, 8], [9]), ([], [7, 8]), ([7], []), ([7], [8, 9])])
 def test_prefix_and_suffix_surround_every_text_and_count(file, fast, prefix, suffix):
-    content, lengths = oracle_encoder(file)(["Water boils at a lower temperature"])
+    content, lengths = oracle_encoder(read_oracle(file))(["Water boils at a lower temperature"])
     around = TokenizerInfo(prefix, suffix, 1, fast, None, [])
     texts = ["", "Water boils at a lower temperature"]
     whole = encode(Tokenizer(file, around, UNLIMITED), texts)
@@ -128,7 +142,7 @@ def test_a_text_of_exactly_the_limit_is_not_truncated(file):
     assert ids_of(cut) == [[*whole[:-2], whole[-1]]] and cut.truncated.tolist() == [True]
 
 
-@pytest.mark.parametrize("encoder", [oracle_encoder, fast_encoder])
+@pytest.mark.parametrize("encoder", [read_oracle, fast_encoder])
 @pytest.mark.parametrize("content", ["", "{}", '{"model": {"type": "Unheard"}}'])
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path, encoder, content):
     path = tmp_path / "tokenizer.json"
@@ -137,7 +151,38 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, encoder, content):
         encoder(path)
 
 
-@pytest.mark.parametrize("encoder", [oracle_encoder, fast_encoder])
+@pytest.mark.parametrize("encoder", [read_oracle, fast_encoder])
 def test_a_missing_file_is_named(tmp_path, encoder):
     with pytest.raises(TokenizerError, match=r"absent\.json is no tokenizer that"):
         encoder(tmp_path / "absent.json")
+
+
+def test_a_fast_tokenizer_that_is_made_anew_gives_the_same_ids(file, monkeypatch):
+    monkeypatch.setattr(module, "RENEW_CHARACTERS", 100)
+    texts, encode, expected = [*probes.SENTENCES], fast_encoder(file), fast_encoder(file)([*probes.SENTENCES])
+    for _ in range(5):
+        ids, lengths = encode(texts)
+        assert ids.tolist() == expected[0].tolist() and lengths.tolist() == expected[1].tolist()
+        assert encode._tokenizer is None
+    with ThreadPoolExecutor(4) as pool:
+        assert all(len(found[0]) == len(expected[0]) for found in pool.map(encode, [texts] * 20))
+
+
+def test_words_that_were_met_are_forgotten_in_the_end(file, monkeypatch):
+    """A process of its own grows by hundreds of MB otherwise: 100 bytes a word."""
+    code = f"""
+import random, resource, sys
+from pathlib import Path
+tokens.RENEW_CHARACTERS = int(sys.argv[1])
+encode, rng = tokens.fast_encoder(Path({str(file)!r})), random.Random(0)
+def resident(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+begun = resident()
+for _ in range(100):
+    encode([" ".join(f"{{rng.getrandbits(48):x}}" for _ in range(200)) for _ in range(40)])
+print((resident() - begun) >> 20)
+"""
+    grown = [
+        int(subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, text=True, check=True).stdout)
+        for n in (1 << 40, 1 << 20)
+    ]
+    assert grown[0] > 60 and grown[1] < grown[0] / 2, grown

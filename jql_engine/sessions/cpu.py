@@ -23,6 +23,7 @@ class CpuSession:
         self.budget = Budget(BATCH_TOKENS, info.layout)
         self._pad_id = bundle.manifest.tokenizer.pad
         self._takes_mask = info.layout == "padded"
+        ort.disable_telemetry_events()  # the text of other people passes through here: nothing is reported to anyone
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         # Every length is another shape: memory patterns are never met again, and an arena keeps the largest for good.

@@ -1,0 +1,224 @@
+"""Parquet and JSON Lines: what a file holds, and its rows from any row on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.json as pj
+
+from jql_engine.dataset import InputFile, SourceFile, check_columns
+from jql_engine.errors import EngineError, UnreadableError
+from jql_engine.storage import Location, is_remote, open_parquet, open_read, retry
+
+READ_ROWS = 2_048  # rows decoded at a time, at most
+READ_BYTES = 4 << 20  # text decoded at a time, by the row group's own statistics; lines of JSON parsed at a time
+SCHEMA_LINES = 1_000  # documents of a JSON Lines file that tell its keys and their types
+BUFFER_BYTES = 1 << 20  # compressed bytes read at a time; without it a whole row group is held
+
+
+def open_file(source: SourceFile, text_column: str, id_column: str | None = None) -> InputFile:
+    """Look into an input file and check its columns; raises InputError.
+
+    `id_column` None takes the column `id` if there is one.
+    """
+    describe = _describe_parquet if source.format == "parquet" else _describe_lines
+    try:
+        return retry(source.location, lambda: describe(source, text_column, id_column))
+    except EngineError:
+        raise
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise UnreadableError(f"{source.location} is not a complete {source.format} file: {error}") from error
+    except Exception as error:
+        if not is_remote(source.location):
+            raise
+        raise UnreadableError(f"{source.location} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def batches(file: InputFile, start: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    """Rows of `file` from `start` to its end, a few at a time; `columns` None gives all of a parquet file.
+
+    Whatever the file system or pyarrow raises comes out as it is.
+    """
+    if start >= file.n_rows:
+        return
+    group, before = file.group_of(start)
+    read = _parquet_batches if file.source.format == "parquet" else _line_batches
+    skip, left = start - before, file.n_rows - start
+    for batch in read(file, group, columns):
+        passed = min(skip, batch.num_rows)
+        batch = batch.slice(passed, left)
+        skip, left = skip - passed, left - batch.num_rows
+        if batch.num_rows:
+            yield batch
+        if not left:
+            break
+
+
+def _describe_parquet(source: SourceFile, text_column: str, id_column: str | None) -> InputFile:
+    with open_parquet(source.location) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+    id_column = check_columns(source.location, schema, text_column, id_column)
+    leaves = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path == text_column]
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    sizes = tuple(group.column(leaves[0]).total_uncompressed_size for group in groups)
+    return InputFile(source, text_column, id_column, schema, tuple(g.num_rows for g in groups), sizes)
+
+
+def _parquet_batches(file: InputFile, first: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    schema = file.schema if columns is None else pa.schema([file.schema.field(name) for name in columns])
+    with open_parquet(file.source.location, BUFFER_BYTES) as parquet:
+        for group in range(first, len(file.group_rows)):
+            bytes_per_row = max(1, file.group_bytes[group] // max(1, file.group_rows[group]))
+            n_rows = min(READ_ROWS, max(1, READ_BYTES // bytes_per_row))
+            for batch in parquet.iter_batches(n_rows, row_groups=[group], columns=columns):
+                yield pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=schema)
+
+
+def _describe_lines(source: SourceFile, text_column: str, id_column: str | None) -> InputFile:
+    """Cut the file into groups of about READ_BYTES of whole lines, counting the lines of each."""
+    rows, sizes, first = [], [], b""
+    for block in _blocks(source.location):
+        rows.append(len(_lines(block)))
+        sizes.append(len(block))
+        first = first if sum(rows[:-1]) else block
+    schema = _schema_of_lines(source.location, first, text_column, id_column)
+    id_column = check_columns(source.location, schema, text_column, id_column)
+    needed = [schema.field(name) for name in dict.fromkeys((text_column, id_column)) if name is not None]
+    _parse(source.location, first, 0, pa.schema(needed))
+    return InputFile(source, text_column, id_column, schema, tuple(rows), tuple(sizes))
+
+
+def _schema_of_lines(location: Location, block: bytes, text_column: str, id_column: str | None) -> pa.Schema:
+    """The keys of a block; only the types of the text and the id are looked at, the others may be anything."""
+    if not _lines(block):
+        return pa.schema([(name, pa.string()) for name in dict.fromkeys((text_column, id_column or text_column))])
+    keys: dict[str, None] = {}
+    ids = []
+    for value in _objects(location, _lines(block), 0):
+        keys |= dict.fromkeys(value)
+        ids.append(value.get(id_column or "id"))
+    types = {id_column or "id": _type_of(ids), text_column: pa.string()}
+    return pa.schema([(key.encode(errors="replace").decode(), types.get(key, pa.null())) for key in keys])
+
+
+def _type_of(ids: list[Any]) -> pa.DataType:
+    """Of the column of ids: of all, else of the first one, which the others will be measured by."""
+    ids = [value for value in ids if value is not None]
+    for values, kind in (ids, None), (ids, pa.uint64()), (ids[:1], None):
+        with suppress(ValueError, TypeError, OverflowError):
+            return pa.array(values, kind).type if values else pa.string()
+    return pa.int64()  # an integer beyond 64 bits
+
+
+def _line_batches(file: InputFile, first: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    assert columns is not None
+    schema = pa.schema([file.schema.field(name) for name in columns])
+    location, before = file.source.location, sum(file.group_rows[:first])
+    with _opened(location) as stream:
+        _skip(stream, sum(file.group_bytes[:first]))
+        for size in file.group_bytes[first:]:
+            block = _exactly(stream, size)
+            table = _parse(location, block, before, schema)
+            before += table.num_rows
+            yield from table.combine_chunks().to_batches()
+
+
+def _blocks(location: Location) -> Iterator[bytes]:
+    """The file in blocks of about READ_BYTES that end with a line."""
+    with _opened(location) as stream:
+        rest: list[bytes] = []
+        while block := stream.read(READ_BYTES):
+            end = block.rfind(b"\n") + 1
+            if not end:
+                rest.append(block)
+                continue
+            yield b"".join([*rest, block[:end]])
+            rest = [block[end:]] if block[end:] else []
+        if rest:
+            yield b"".join(rest)
+
+
+@contextmanager
+def _opened(location: Location) -> Iterator[pa.NativeFile]:
+    kind = {".gz": "gzip", ".zst": "zstd"}.get(Path(location.name.partition("?")[0]).suffix)
+    with open_read(location) as raw, pa.input_stream(raw, compression=kind) as stream:
+        yield stream
+
+
+def _skip(stream: pa.NativeFile, n_bytes: int) -> None:
+    while n_bytes:
+        n_bytes -= len(_exactly(stream, min(n_bytes, READ_BYTES)))
+
+
+def _exactly(stream: pa.NativeFile, n_bytes: int) -> bytes:
+    parts = []
+    while n_bytes:
+        part = stream.read(n_bytes)
+        if not part:
+            raise EOFError(f"{n_bytes} bytes are missing at the end")
+        parts.append(part)
+        n_bytes -= len(part)
+    return b"".join(parts)
+
+
+def _lines(block: bytes) -> list[bytes]:
+    """Those that are not blank."""
+    return [line for line in block.split(b"\n") if line and not line.isspace()]
+
+
+def _parse(location: Location, block: bytes, before: int, schema: pa.Schema) -> pa.Table:
+    """The columns of `schema` of a block whose first row is number `before`; raises UnreadableError."""
+    lines = _lines(block)
+    options = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    # One block: a line that is cut by two block borders is refused.
+    whole = pj.ReadOptions(block_size=max(1 << 16, len(block) + 1), use_threads=False)
+    # pyarrow 26 dies of a segmentation fault where the first line is null.
+    if all(line.lstrip().startswith(b"{") for line in lines):
+        with suppress(pa.ArrowInvalid):
+            table = pj.read_json(pa.BufferReader(block), whole, options)
+            if table.num_rows == len(lines):
+                return table
+    return _parse_slowly(location, lines, before, schema)
+
+
+def _parse_slowly(location: Location, lines: list[bytes], before: int, schema: pa.Schema) -> pa.Table:
+    """The same by Python, which takes lone surrogates, NaN and keys given twice, and knows what is wrong where."""
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+    for value in _objects(location, lines, before):
+        for name, values in columns.items():
+            values.append(value.get(name))
+    return pa.table([_array(location, columns[field.name], before, field) for field in schema], schema=schema)
+
+
+def _objects(location: Location, lines: list[bytes], before: int) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, before + 1):
+        try:
+            # Bytes that are not UTF-8 stay what they are until the text is looked at.
+            value = json.loads(line.decode("utf-8-sig", "surrogateescape"))
+        except (ValueError, RecursionError) as error:
+            raise UnreadableError(f"{location}: document {number} is no JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise UnreadableError(f"{location}: document {number} is a {type(value).__name__}, expected an object")
+        yield value
+
+
+def _array(location: Location, values: list[Any], before: int, field: pa.Field) -> pa.Array:
+    try:
+        if pa.types.is_string(field.type):
+            # Lone surrogates become bytes that are not UTF-8, as they are in a damaged parquet file.
+            encoded = [value if value is None else value.encode(errors="surrogatepass") for value in values]
+            return pa.array(encoded, pa.binary()).view(pa.string())
+        return pa.array(values, field.type)
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        if len(values) > 1:  # which one?
+            for i, value in enumerate(values):
+                _array(location, [value], before + i, field)
+        expected = "text" if pa.types.is_string(field.type) else f"{field.type} as in the documents before it"
+        raise UnreadableError(
+            f"{location}: document {before + 1}: {field.name!r} is a {type(values[0]).__name__}, expected {expected}"
+        ) from error

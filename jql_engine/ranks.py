@@ -1,0 +1,60 @@
+"""Several machines on one job: every rank takes its share of the files by itself, from the same list."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jql_engine.dataset import SourceFile
+from jql_engine.errors import EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of `world_size` runs of the same command, numbered from 0."""
+
+    rank: int = 0
+    world_size: int = 1
+    said_by: str = "default"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise EngineError(
+                f"rank {self.rank} of {self.world_size} ({self.said_by}): expected 0 <= rank < world size"
+            )
+
+
+def rank_of(rank: int | None, world_size: int | None, environment: Mapping[str, str]) -> Rank:
+    """The options where given, else what torchrun or SLURM (srun, job arrays, or both) say, else the only one."""
+    if (rank is None) != (world_size is None):
+        raise EngineError("--rank and --world-size go together; give both or neither")
+    if rank is not None and world_size is not None:
+        return Rank(rank, world_size, "--rank, --world-size")
+    number = {name: int(value) for name, value in environment.items() if value.isdecimal()}
+    if "RANK" in number and "WORLD_SIZE" in number:
+        return Rank(number["RANK"], number["WORLD_SIZE"], "RANK, WORLD_SIZE")
+    # Only srun sets SLURM_STEP_NUM_TASKS: the batch script itself is one process, whatever --ntasks says.
+    inner, n_inner, said_by = 0, 1, []
+    if "SLURM_STEP_NUM_TASKS" in number and "SLURM_PROCID" in number:
+        inner, n_inner = number["SLURM_PROCID"], number["SLURM_STEP_NUM_TASKS"]
+        said_by.append("SLURM_PROCID")
+    outer, n_outer = 0, 1
+    if "SLURM_ARRAY_TASK_ID" in number and "SLURM_ARRAY_TASK_COUNT" in number:
+        step = number.get("SLURM_ARRAY_TASK_STEP", 1)
+        outer = (number["SLURM_ARRAY_TASK_ID"] - number.get("SLURM_ARRAY_TASK_MIN", 0)) // step
+        n_outer = number["SLURM_ARRAY_TASK_COUNT"]
+        said_by.append("SLURM_ARRAY_TASK_ID")
+    return Rank(outer * n_inner + inner, n_outer * n_inner, ", ".join(said_by) or "default")
+
+
+def share(files: Sequence[SourceFile], rank: Rank) -> list[SourceFile]:
+    """The files of `rank`, in the order of `files`: the largest goes first, to whoever has the fewest bytes so far."""
+    loads = [(0, number) for number in range(rank.world_size)]
+    mine: set[int] = set()
+    for index in sorted(range(len(files)), key=lambda i: (-files[i].size, files[i].relative.as_posix())):
+        load, number = heapq.heappop(loads)
+        heapq.heappush(loads, (load + max(1, files[index].size), number))
+        if number == rank.rank:
+            mine.add(index)
+    return [file for index, file in enumerate(files) if index in mine]

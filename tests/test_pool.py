@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jql_engine.data import Chunk, ChunkDone, Segment, Task
+from jql_engine.errors import EngineError, OutputError
+from jql_engine.output import Target, find_parts
+from jql_engine.pool import Executed, Handout, Pool, Spec
+from jql_engine.run import Job, Work, prepare
+
+ROWS = 100
+
+
+def task(number: int, file: int) -> Task:
+    return Task(number, Chunk((Segment(file, number * ROWS, (number + 1) * ROWS),)))
+
+
+def tasks_of(*n_chunks: int) -> list[Task]:
+    """Files with these numbers of chunks."""
+    files = [file for file, count in enumerate(n_chunks) for _ in range(count)]
+    return [task(number, file) for number, file in enumerate(files)]
+
+
+@given(st.lists(st.integers(1, 5), max_size=6), st.integers(1, 4), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_every_task_is_handed_out_once(n_chunks, n_workers, rng):
+    given_, handout, at = tasks_of(*n_chunks), Handout(tasks_of(*n_chunks)), [None] * n_workers
+    taken = []
+    while len(handout):
+        worker = rng.randrange(n_workers)
+        found = handout.take(at[worker], {file for i, file in enumerate(at) if i != worker})
+        at[worker] = found.chunk.segments[0].file
+        taken.append(found)
+    assert sorted(t.number for t in taken) == [t.number for t in given_]
+    assert handout.take(None, set()) is None
+
+
+def test_a_worker_keeps_to_its_file_then_takes_a_free_one_then_helps_with_the_largest():
+    handout = Handout(tasks_of(2, 1, 4))
+    assert [handout.take(0, {2}).chunk.segments[0].file for _ in range(2)] == [0, 0]
+    assert handout.take(0, {2}).chunk.segments[0].file == 1
+    assert handout.take(1, {2}).chunk.segments[0].file == 2
+
+
+def test_nothing_more_is_handed_out_of_a_file_that_failed():
+    handout = Handout([*tasks_of(3, 1), Task(9, Chunk((Segment(0, 0, 1), Segment(2, 0, 1))))])
+    handout.drop(0)
+    assert sorted(handout.take(None, set()).number for _ in range(len(handout))) == [3, 9]
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlyTarget(Target):
+    """Kills its worker where it commits row 300; as a chunk that runs out of memory does."""
+
+    def commit(self, segment: Segment, scores: pa.Table, ids: pa.ChunkedArray | None) -> None:
+        if segment.start == 3 * ROWS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        Target.commit(self, segment, scores, ids)
+
+
+@dataclass(frozen=True, slots=True)
+class FullTarget(Target):
+    def commit(self, segment: Segment, scores: pa.Table, ids: pa.ChunkedArray | None) -> None:
+        raise OutputError(f"{self.final} cannot be written")
+
+
+def prepared(bundle, tmp_path: Path, kind: type[Target]) -> Work:
+    pq.write_table(pa.table({"text": [f"Water {i}" for i in range(10 * ROWS)]}), tmp_path / "a.parquet")
+    job = Job((str(tmp_path / "a.parquet"),), tmp_path / "out", chunk_rows=ROWS)
+    work = prepare(job, bundle, "cpu-fp32", 1 << 20)
+    targets = [kind(t.out, t.file, t.scores, t.kind, t.settings) for t in work.targets]
+    return Work(targets, work.tasks, 0, [])
+
+
+def run(bundle, work: Work, said: list[str], n_workers: int = 2) -> Iterator[ChunkDone]:
+    spec = Spec(bundle.path, "cpu", "cpu-fp32", 1, work.targets, None)
+    return Pool([spec] * n_workers, threading.Event(), report=said.append).run(work.tasks)
+
+
+def test_a_chunk_on_which_two_workers_died_is_given_up_and_the_others_are_done(bundle, tmp_path):
+    work, said = prepared(bundle, tmp_path, DeadlyTarget), []
+    done = list(run(bundle, work, said))
+    assert Counter(d.task.number for d in done) == Counter(range(10))
+    [lost] = [d for d in done if d.failures]
+    assert lost.task.chunk.segments[0].start == 3 * ROWS and lost.documents == 0
+    assert f"2 workers died on {tmp_path / 'a.parquet'} rows 300 to 400" in lost.failures[0].message
+    assert len(said) == 2 and all("died with exit code -9" in line and "a.parquet" in line for line in said)
+    assert find_parts(tmp_path / "out").rows["a.parquet"] == {
+        (i * ROWS, (i + 1) * ROWS) for i in range(10) if i != 3
+    }  # fmt: skip
+
+
+def test_one_worker_too_can_be_replaced(bundle, tmp_path):
+    done = list(run(bundle, prepared(bundle, tmp_path, DeadlyTarget), [], n_workers=1))
+    assert len(done) == 10 and sum(bool(d.failures) for d in done) == 1
+
+
+def test_what_no_worker_can_go_on_after_ends_the_job(bundle, tmp_path):
+    with pytest.raises(OutputError, match=r"a\.parquet cannot be written"):
+        list(run(bundle, prepared(bundle, tmp_path, FullTarget), []))
+
+
+def test_workers_that_die_before_they_begin_end_the_job(bundle, tmp_path):
+    work = prepared(bundle, tmp_path, Target)
+    spec = Spec(tmp_path / "no-bundle", "cpu", "cpu-fp32", 1, work.targets, None)
+    with pytest.raises(EngineError, match="no-bundle is no bundle"):
+        list(Pool([spec], threading.Event()).run(work.tasks))
+
+
+def test_progress_adds_up_to_what_is_done(bundle, tmp_path):
+    work, seen = prepared(bundle, tmp_path, Target), []
+    spec = Spec(bundle.path, "cpu", "cpu-fp32", 1, work.targets, None)
+    done = list(Pool([spec] * 2, threading.Event(), executed=seen.append).run(work.tasks))
+    assert all(isinstance(message, Executed) for message in seen)
+    assert sum(m.documents for m in seen) == sum(d.documents for d in done) == 10 * ROWS
+    assert sum(m.tokens for m in seen) == sum(d.tokens for d in done)
+
+
+def test_a_job_without_tasks_starts_no_worker(bundle, tmp_path):
+    work = prepared(bundle, tmp_path, Target)
+    assert list(run(bundle, Work(work.targets, [], 0, []), [])) == []

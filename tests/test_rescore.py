@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from upath import UPath
+
+from jql_engine import Engine, rescore
+from jql_engine.bundle import Bundle
+from jql_engine.errors import EngineError, InputError, OutputError
+from jql_engine.interrupt import StopError
+from jql_engine.launch import Machine, rescore_all, score
+from jql_engine.output import METADATA_KEY
+from jql_engine.progress import RunLog
+from jql_engine.ranks import Rank
+from jql_engine.rescore import Heads
+from jql_engine.run import Job
+from jql_export import probes
+from tests.conftest import export, write_head
+from tests.test_dataset import write
+
+TEXTS = [*probes.SENTENCES[:8], None, "", *probes.ODDITIES[:12], None, " ".join(probes.SENTENCES)]
+
+
+@pytest.fixture(scope="module")
+def other(encoders, tmp_path_factory) -> Bundle:
+    """Three other heads on the same encoder."""
+    folder = tmp_path_factory.mktemp("other")
+    heads = {
+        name: write_head(folder / f"{name}.ckpt", hidden_size=8 + 3 * seed, seed=seed)
+        for seed, name in enumerate(("news", "edu", "toxic"), start=11)
+    }
+    return export(encoders["gte"], heads, folder / "bundle")
+
+
+def stored(bundle: Bundle, out: Path, *inputs: Path, embeddings: str | None = "fp32", **options: object) -> Path:
+    """The output of jql-run --embeddings."""
+    job = Job(tuple(map(str, inputs)), out, embeddings=embeddings, **options)
+    score(job, bundle, Machine("cpu"), RunLog(None), threading.Event())
+    return out
+
+
+def rescored(bundle: Bundle, out: Path | UPath, *inputs: Path | UPath, **options: object) -> dict[str, Any]:
+    return rescore_all(Job(tuple(map(str, inputs)), out, **options), bundle, threading.Event())
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*"))
+
+
+def assert_scores(engine: Engine, texts: list[str | None], found: pa.Table, tolerance: float) -> None:
+    """The scores are those of `engine`, null where the text is."""
+    expected = engine.score(texts)
+    for i, head in enumerate(engine.heads):
+        column = found[f"score_{head}"]
+        assert column.type == pa.float32()
+        assert column.is_null().to_pylist() == [text is None for text in texts]
+        difference = column.drop_null().to_numpy() - expected.values[expected.valid, i]
+        assert np.abs(difference).max(initial=0) <= tolerance
+    expected_table = expected.to_table()
+    for name in ("n_tokens", "truncated"):
+        assert found[name].to_pylist() == expected_table[name].to_pylist()
+
+
+@pytest.mark.parametrize(("embeddings", "tolerance"), [("fp32", 1e-5), ("fp16", 1e-2)])
+def test_the_same_heads_give_the_same_scores(engine, tmp_path, embeddings, tolerance):
+    path = write(tmp_path / "a.parquet", TEXTS, 7, id=range(len(TEXTS)))
+    vectors = stored(engine.bundle, tmp_path / "vectors", path, embeddings=embeddings)
+    summary = rescored(engine.bundle, tmp_path / "out", vectors)
+    found = pq.read_table(tmp_path / "out/a.parquet")
+    assert found.column_names == ["id", "score_edu", "score_prose", "n_tokens", "truncated"]
+    assert found["id"].to_pylist() == list(range(len(TEXTS)))
+    assert_scores(engine, TEXTS, found, tolerance)
+    before = pq.read_table(vectors / "a.parquet", columns=["score_edu"])["score_edu"].drop_null().to_numpy()
+    assert np.abs(found["score_edu"].drop_null().to_numpy() - before).max() <= tolerance
+    assert (summary["documents"], summary["files"], summary["skipped_files"]) == (len(TEXTS), 1, 0)
+    assert summary["bundle"] == engine.bundle.hash and summary["documents_per_second"] > 0
+    assert visible(tmp_path / "out") == ["a.parquet"]
+
+
+def test_other_heads_take_the_place_of_the_old_ones(engine, other, tmp_path):
+    path = write(tmp_path / "in/de/a.parquet", TEXTS, id=[str(i) for i in range(len(TEXTS))])
+    vectors = stored(engine.bundle, tmp_path / "vectors", path.parent.parent)
+    rescored(other, tmp_path / "out", vectors)
+    found = pq.read_table(tmp_path / "out/de/a.parquet")
+    assert found.column_names == ["id", "score_news", "score_edu", "score_toxic", "n_tokens", "truncated"]
+    assert_scores(Engine(other.path, device="cpu"), TEXTS, found, 1e-5)
+    settings = json.loads(found.schema.metadata[METADATA_KEY])
+    before = json.loads(pq.read_schema(vectors / "de/a.parquet").metadata[METADATA_KEY])
+    assert (settings["bundle"], settings["heads"]) == (other.hash, ["news", "edu", "toxic"])
+    assert {key for key in {**settings, **before} if settings.get(key) != before.get(key)} == {
+        "bundle",
+        "heads",
+        "rescored_from",
+    }
+
+
+def test_a_file_of_many_batches_comes_out_whole_and_in_order(engine, other, tmp_path, monkeypatch):
+    monkeypatch.setattr(rescore, "ROWS", 5)
+    texts = [None if i % 7 in (3, 4) else f"text number {i}" for i in range(83)]
+    path = write(tmp_path / "a.parquet", pa.array(texts), 11, id=range(83))
+    rescored(other, tmp_path / "out", stored(engine.bundle, tmp_path / "vectors", path, chunk_rows=20))
+    found = pq.read_table(tmp_path / "out/a.parquet")
+    assert found["id"].to_pylist() == list(range(83))
+    assert_scores(Engine(other.path, device="cpu"), texts, found, 1e-5)
+
+
+@pytest.mark.parametrize("texts", [[], [None] * 3], ids=["no rows", "no text"])
+def test_a_file_without_scores_comes_out_without(engine, other, tmp_path, texts):
+    path = write(tmp_path / "a.parquet", pa.array(texts, pa.string()))
+    rescored(other, tmp_path / "out", stored(engine.bundle, tmp_path / "vectors", path))
+    found = pq.read_table(tmp_path / "out/a.parquet")
+    assert found.column_names == ["score_news", "score_edu", "score_toxic", "n_tokens", "truncated"]
+    assert found["score_edu"].to_pylist() == [None] * len(texts)
+
+
+def test_appended_columns_stay_as_they_are(engine, other, tmp_path):
+    columns = {
+        "meta": [{"tags": ["a", str(i)], "n": i} for i in range(len(TEXTS))],
+        "lang": pa.array(["de", "fr"] * (len(TEXTS) // 2)).dictionary_encode(),
+    }
+    path = write(tmp_path / "a.parquet", TEXTS, 9, id=range(len(TEXTS)), **columns)
+    vectors = stored(engine.bundle, tmp_path / "vectors", path, output="append")
+    rescored(other, tmp_path / "out", vectors)
+    source, found = pq.read_table(path), pq.read_table(tmp_path / "out/a.parquet")
+    scores = ["score_news", "score_edu", "score_toxic", "n_tokens", "truncated"]
+    assert found.column_names == [*source.column_names, *scores]
+    assert found.select(source.column_names).cast(source.schema).equals(source)
+    assert found.select(source.column_names).schema.equals(source.schema)
+    assert_scores(Engine(other.path, device="cpu"), TEXTS, found, 1e-5)
+
+
+def test_a_new_head_that_is_called_like_a_column_is_an_error_before_anything_is_written(engine, other, tmp_path):
+    a, _ = (write(tmp_path / "in" / f"{name}.parquet", TEXTS[:3], **columns) for name, columns in (
+        ("a", {}), ("b", {"score_toxic": [1, 2, 3]})
+    ))  # fmt: skip
+    vectors = stored(engine.bundle, tmp_path / "vectors", a.parent, output="append")
+    with pytest.raises(InputError, match=r"b\.parquet: a column 'score_toxic' has the name of a score column"):
+        rescored(other, tmp_path / "out", vectors)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_vectors_of_another_encoder_are_refused(engine, bundles, tmp_path):
+    path = write(tmp_path / "a.parquet", TEXTS)
+    vectors = stored(engine.bundle, tmp_path / "vectors", path)
+    with pytest.raises(InputError, match=r"vectors/a\.parquet holds vectors of encoder .* use a bundle of the same"):
+        rescored(bundles["bert"], tmp_path / "out", vectors)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_vectors_is_refused(engine, other, tmp_path):
+    path = write(tmp_path / "a.parquet", TEXTS)
+    scores = stored(engine.bundle, tmp_path / "scores", path, embeddings=None)
+    with pytest.raises(InputError, match=r"a\.parquet has no column 'embedding'; score it again with --embeddings"):
+        rescored(other, tmp_path / "out", scores)
+
+
+@pytest.mark.parametrize("metadata", [None, {b"jql_engine": b"{}"}, {b"jql_engine": b"nonsense"}], ids=str)
+def test_what_jql_run_did_not_write_is_refused(other, tmp_path, metadata):
+    schema = pa.schema([("embedding", pa.list_(pa.float32(), 32))], metadata=metadata)
+    pq.write_table(schema.empty_table(), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet was not written by jql-run"):
+        rescored(other, tmp_path / "out", tmp_path / "a.parquet")
+
+
+@pytest.fixture
+def vectors(engine, tmp_path) -> Path:
+    """Three files with vectors."""
+    for name in "abc":
+        write(tmp_path / "in" / f"{name}.parquet", [f"{name} {i}" for i in range(10)])
+    return stored(engine.bundle, tmp_path / "vectors", tmp_path / "in")
+
+
+def test_what_is_finished_is_not_computed_again(other, vectors, tmp_path):
+    rescored(other, tmp_path / "out", vectors)
+    (tmp_path / "out/b.parquet").unlink()
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in visible(tmp_path / "out")}
+    summary = rescored(other, tmp_path / "out", vectors)
+    assert (summary["files"], summary["skipped_files"], summary["documents"]) == (1, 2, 10)
+    assert visible(tmp_path / "out") == ["a.parquet", "b.parquet", "c.parquet"]
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_the_scores_of_other_heads_are_not_taken_for_finished(engine, other, vectors, tmp_path):
+    rescored(other, tmp_path / "out", vectors)
+    with pytest.raises(OutputError, match="computed with other settings"):
+        rescored(engine.bundle, tmp_path / "out", vectors)
+    assert rescored(engine.bundle, tmp_path / "out", vectors, overwrite=True)["files"] == 3
+    assert "score_prose" in pq.read_schema(tmp_path / "out/a.parquet").names
+
+
+def test_vectors_that_changed_since_are_not_taken_for_the_same(engine, other, vectors, tmp_path):
+    rescored(other, tmp_path / "out", vectors)
+    stored(engine.bundle, vectors, tmp_path / "in", overwrite=True)
+    with pytest.raises(OutputError, match="rescored_from was"):
+        rescored(other, tmp_path / "out", vectors)
+
+
+def test_the_vectors_are_not_overwritten(other, vectors):
+    before = (vectors / "a.parquet").read_bytes()
+    with pytest.raises(OutputError):
+        rescored(other, vectors, vectors)
+    assert (vectors / "a.parquet").read_bytes() == before
+
+
+def test_an_interrupted_run_leaves_nothing_unfinished_and_goes_on(other, vectors, tmp_path, monkeypatch):
+    monkeypatch.setattr(rescore, "ROWS", 4)
+    stop = threading.Event()
+    seen = []
+
+    class Stopping(Heads):
+        def score(self, embeddings: np.ndarray) -> np.ndarray:
+            seen.append(len(embeddings))
+            if len(seen) == 5:  # in the middle of the second file
+                stop.set()
+            return super().score(embeddings)
+
+    monkeypatch.setattr(rescore, "Heads", Stopping)
+    with pytest.raises(StopError):
+        rescore_all(Job((str(vectors),), tmp_path / "out"), other, stop)
+    assert [name for name in visible(tmp_path / "out") if (tmp_path / "out" / name).is_file()] == ["a.parquet"]
+    summary = rescored(other, tmp_path / "out", vectors)
+    assert (summary["files"], summary["skipped_files"]) == (2, 1)
+    assert visible(tmp_path / "out") == ["a.parquet", "b.parquet", "c.parquet"]
+
+
+def test_damaged_vectors_are_named_and_give_no_output(other, vectors, tmp_path):
+    column = pq.read_metadata(vectors / "b.parquet").row_group(0)
+    start = min(column.column(i).data_page_offset for i in range(column.num_columns))
+    with (vectors / "b.parquet").open("r+b") as stream:
+        stream.seek(start)
+        stream.write(b"\xff" * (column.column(column.num_columns - 1).data_page_offset + 64 - start))
+    with pytest.raises(EngineError, match=r"b\.parquet cannot be read to its end"):
+        rescored(other, tmp_path / "out", vectors)
+    assert [name for name in visible(tmp_path / "out") if name.endswith(".parquet")] == ["a.parquet"]
+
+
+def test_ranks_share_the_files(other, vectors, tmp_path):
+    summaries = [rescored(other, tmp_path / "out", vectors, rank=Rank(rank, 2)) for rank in range(2)]
+    assert sorted(summary["files"] for summary in summaries) == [1, 2]
+    assert visible(tmp_path / "out") == ["a.parquet", "b.parquet", "c.parquet"]
+
+
+def test_remote_vectors_give_remote_scores(other, vectors, tmp_path):
+    place = UPath("memory://rescore-test")
+    for file in sorted(vectors.glob("*.parquet")):
+        (place / "vectors" / file.name).write_bytes(file.read_bytes())
+    rescored(other, tmp_path / "out", vectors)
+    try:
+        assert rescored(other, place / "out", place / "vectors")["files"] == 3
+        assert rescored(other, place / "out", place / "vectors")["skipped_files"] == 3
+        for name in "abc":
+            with (place / f"out/{name}.parquet").open("rb") as stream:
+                assert pq.read_table(stream).equals(pq.read_table(tmp_path / f"out/{name}.parquet"))
+    finally:
+        place.fs.rm(place.path, recursive=True)

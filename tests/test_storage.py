@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from upath import UPath
+
+from jql_engine import storage
+from jql_engine.errors import EngineError
+from jql_engine.storage import (
+    exists,
+    is_remote,
+    list_files,
+    locate,
+    open_parquet,
+    open_read,
+    remove_file,
+    remove_folder,
+    retry,
+    version_of,
+    write,
+    writing,
+)
+
+
+@pytest.fixture
+def remote():
+    folder = UPath("memory://storage-test")
+    yield folder
+    if folder.fs.exists(folder.path):
+        folder.fs.rm(folder.path, recursive=True)
+
+
+@pytest.fixture(params=["local", "remote"])
+def folder(request, tmp_path):
+    return tmp_path if request.param == "local" else request.getfixturevalue("remote")
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """Every wait, none of which takes time."""
+    found: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", found.append)
+    return found
+
+
+def put(target, data: bytes | pa.Buffer) -> None:
+    write(target, pa.py_buffer(data), target.parent / ".aside.writing")
+
+
+def names(folder) -> list[str]:
+    return [name for _, name in list_files(folder)]
+
+
+def test_a_path_stays_a_path_and_a_url_becomes_one(tmp_path):
+    assert locate("a/b.parquet") == Path("a/b.parquet") and not is_remote(locate("a/b"))
+    assert locate(tmp_path) is tmp_path
+    assert locate(f"file://{tmp_path}") == tmp_path
+    url = locate("memory://a/b.parquet")
+    assert is_remote(url) and url.name == "b.parquet" and locate(url) is url
+
+
+def test_an_unknown_file_system_is_an_error_that_names_the_url():
+    with pytest.raises(EngineError, match="nosuch://x/y"):
+        locate("nosuch://x/y")
+
+
+def test_what_was_written_is_read(folder):
+    target = folder / "a" / "b.bin"
+    assert not exists(target)
+    put(target, b"one")
+    put(target, pa.py_buffer(b"three"))
+    assert exists(target) and names(folder) == ["a/b.bin"]
+    with open_read(target) as stream:
+        assert stream.read() == b"three"
+    assert version_of(target)[0] == 5
+
+
+def test_the_version_changes_with_the_content(folder):
+    target = folder / "a.bin"
+    put(target, b"one")
+    before = version_of(target)
+    assert version_of(target) == before
+    if isinstance(target, Path):
+        os.utime(target, ns=(0, 0))
+    else:
+        put(target, b"two")
+    assert version_of(target) != before
+
+
+def test_a_file_appears_when_it_is_complete(folder, tmp_path):
+    target = folder / "out" / "a.bin"
+    with writing(target, folder / "parts" / "a.bin" / ".writing") as stream:
+        stream.write(b"x" * 100_000)
+        stream.flush()
+        assert not exists(target)
+    assert target.read_bytes() == b"x" * 100_000
+    assert names(folder) == ["out/a.bin"]
+
+
+def test_a_file_that_was_there_is_replaced_only_when_the_new_one_is_complete(folder):
+    target = folder / "a.bin"
+    put(target, b"old")
+    with pytest.raises(ZeroDivisionError), writing(target, folder / ".writing") as stream:
+        stream.write(b"half")
+        stream.flush()
+        raise ZeroDivisionError
+    assert target.read_bytes() == b"old" and names(folder) == ["a.bin"]
+
+
+def test_nothing_is_left_in_the_temporary_folder(remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path))
+    with writing(remote / "a.bin", remote / ".writing") as stream:
+        stream.write(b"x")
+    with pytest.raises(ZeroDivisionError), writing(remote / "b.bin", remote / ".writing"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == [] and names(remote) == ["a.bin"]
+
+
+def test_a_folder_that_is_a_file_is_the_systems_error(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(OSError), writing(tmp_path / "a" / "b", tmp_path / ".writing"):
+        pass
+
+
+def test_parquet_is_read_where_it_lies(folder):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"x": range(10)}), sink, row_group_size=3)
+    put(folder / "a.parquet", sink.getvalue())
+    for buffer_size in (0, 16):
+        with open_parquet(folder / "a.parquet", buffer_size) as file:
+            assert file.metadata.num_row_groups == 4
+            assert [row["x"] for batch in file.iter_batches(2) for row in batch.to_pylist()] == list(range(10))
+
+
+def test_files_are_listed_from_the_inside_of_a_folder_in_order(folder):
+    assert list_files(folder / "absent") == []
+    for name in ("b", "a/z", "a/a/.x.writing", "ab"):
+        put(folder / "in" / name, b"")
+    put(folder / "in.side", b"")
+    found = list_files(folder / "in")
+    assert [name for _, name in found] == ["a/a/.x.writing", "a/z", "ab", "b"]
+    assert all(exists(location) and location.name == name.rpartition("/")[2] for location, name in found)
+
+
+def test_a_folder_is_removed_with_what_is_in_it_and_the_empty_ones_above(folder):
+    for name in ("parts/de/a.parquet/1", "parts/de/a.parquet/.2.writing", "parts/de/b.parquet/1", "a.parquet"):
+        put(folder / name, b"")
+    remove_folder(folder / "parts/de/a.parquet", folder / "parts")
+    assert names(folder) == ["a.parquet", "parts/de/b.parquet/1"]
+    remove_folder(folder / "parts/de/b.parquet", folder / "parts")
+    remove_folder(folder / "parts/de/b.parquet", folder / "parts")  # again does no harm
+    assert names(folder) == ["a.parquet"]
+    assert not exists(folder / "parts") and exists(folder)
+
+
+def test_a_file_that_is_gone_can_be_removed(folder):
+    put(folder / "a", b"")
+    remove_file(folder / "a")
+    remove_file(folder / "a")
+    assert not exists(folder / "a")
+
+
+class Flaky:
+    """Fails so often, then answers."""
+
+    def __init__(self, n_failures: int, error: Exception) -> None:
+        self.left, self.error, self.calls = n_failures, error, 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.left:
+            self.left -= 1
+            raise self.error
+        return "answer"
+
+
+@pytest.mark.parametrize("error", [OSError("reset"), TimeoutError(), RuntimeError("503"), ConnectionError()], ids=repr)
+def test_what_may_pass_is_tried_again_after_longer_and_longer(remote, waits, error):
+    assert retry(remote, Flaky(len(storage.BACK_OFF), error)) == "answer"
+    assert len(waits) == len(storage.BACK_OFF)
+    for wait, most in zip(waits, storage.BACK_OFF, strict=True):
+        assert most / 2 <= wait <= most
+
+
+def test_what_does_not_pass_is_raised_in_the_end(remote, waits):
+    flaky = Flaky(9, OSError("reset"))
+    with pytest.raises(OSError, match="reset"):
+        retry(remote, flaky)
+    assert (flaky.calls, len(waits)) == (len(storage.BACK_OFF) + 1, len(storage.BACK_OFF))
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(), PermissionError(), pa.ArrowInvalid("x"), EngineError("x")], ids=repr
+)
+def test_what_waiting_does_not_change_is_raised_at_once(remote, waits, error):
+    flaky = Flaky(1, error)
+    with pytest.raises(type(error)):
+        retry(remote, flaky)
+    assert (flaky.calls, waits) == (1, [])
+
+
+def test_the_local_disk_is_asked_once(tmp_path, waits):
+    flaky = Flaky(1, OSError("broken"))
+    with pytest.raises(OSError, match="broken"):
+        retry(tmp_path, flaky)
+    assert (flaky.calls, waits) == (1, [])
+
+
+@pytest.mark.parametrize("call", ["pipe_file", "put_file"])
+def test_a_write_is_tried_again(remote, waits, monkeypatch, call):
+    fs, failures = fsspec.filesystem("memory"), [OSError("reset"), OSError("reset")]
+    real = getattr(fs, call)
+
+    def fails_twice(*arguments: object, **options: object) -> object:
+        if failures:
+            raise failures.pop()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(type(fs), call, staticmethod(fails_twice))
+    if call == "pipe_file":
+        put(remote / "a", b"content")
+    else:
+        with writing(remote / "a", remote / ".writing") as stream:
+            stream.write(b"content")
+    assert (remote / "a").read_bytes() == b"content" and len(waits) == 2
