@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
+import multiprocessing.connection
 import tempfile
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -84,7 +84,9 @@ def _job(result: multiprocessing.connection.Connection, bundle: Path, source: Pa
     with tempfile.TemporaryDirectory() as folder:
         job = Job((str(source),), Path(folder, "scores"))
         meter = run_job(job, opened, ZeroSession(opened), Tokenizer.of(opened), "cuda")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    # Not ru_maxrss: a spawned process inherits its parent's.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = int(status.partition("VmHWM:")[2].split()[0]) // 1024
     result.send((meter.documents, meter.tokens, meter.seconds, peak, meter.shares()))
 
 

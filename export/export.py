@@ -85,6 +85,8 @@ def export_bundle(
     check_heads(heads, weights.spec.hidden_size)
     for name in weights.unused_tensors:
         report(f"unused tensor: {name}")
+    if weights.adapter:
+        report(f"LoRA adapter {weights.adapter} is merged into the weights")
     with _written_aside(out, overwrite) as folder:
         (folder / "graphs").mkdir()
         stacked = stack(heads)

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from jql_engine.data import Layout
-from jql_export.checkpoint import Array, EncoderSpec, EncoderWeights, LayerWeights, Linear, Norm
+from jql_export.checkpoint import EncoderSpec, EncoderWeights, LayerWeights
 from jql_export.heads import StackedHeads
+from jql_export.tensors import Array, Linear, Norm
 
 Pooling = Literal["cls", "mean"]
 MICROSOFT = "com.microsoft"

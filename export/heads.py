@@ -14,7 +14,7 @@ import torch
 
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import HeadError
-from jql_export.checkpoint import Array, Linear
+from jql_export.tensors import Array, Linear
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 EXPECTED = ("layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias")

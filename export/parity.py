@@ -12,8 +12,8 @@ from jql_engine.batching import plan
 from jql_engine.data import Budget, TokenBatch
 from jql_engine.errors import ParityError
 from jql_engine.sessions import Session
-from jql_export.checkpoint import Array
 from jql_export.reference import Expected
+from jql_export.tensors import Array
 from jql_export.tolerances import LONG_TOKENS, Tolerance
 
 

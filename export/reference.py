@@ -1,26 +1,32 @@
 """The plain PyTorch model: the oracle that every graph is measured against.
 
 The encoder is the class that transformers itself has for the checkpoint, an implementation independent of ours, in
-fp32, one document at a time and therefore without padding.
+fp32, one document at a time and therefore without padding. Two published layouts are none that AutoModel can load
+without running their repository's code; for them the native class of the same architecture gets what it lacks here:
+
+- `new` (gte-multilingual-base): NTK-scaled RoPE frequencies;
+- jina-embeddings-v3: the LoRA adapter, computed beside every layer and not merged into its weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, GteConfig, GteModel, JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
 
 from jql_engine.data import TokenBatch
 from jql_engine.errors import CheckpointError
-from jql_export.checkpoint import Array
+from jql_export.checkpoint import LORA_TASK, is_jina_v3, read_config
 from jql_export.graph import Pooling
 from jql_export.heads import HeadWeights
+from jql_export.tensors import Array, open_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +61,91 @@ class Reference:
 
 
 def load_encoder(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The checkpoint's own transformers class, without remote code; raises CheckpointError for a random layer."""
-    model, report = AutoModel.from_pretrained(
-        directory, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
+    """The checkpoint's transformers class, without remote code; raises CheckpointError for a random layer."""
+    config = read_config(directory)
+    encoder: nn.Module
+    if config.get("model_type") == "new":
+        encoder = _load_new(directory, config, dtype)
+    elif is_jina_v3(config):
+        encoder = _load_jina_v3(directory, config, dtype)
+    else:
+        encoder, report = AutoModel.from_pretrained(
+            directory, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
+        )
+        _check(directory, report)
+    return encoder.eval()
+
+
+def _load_new(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """GteModel with the frequencies of new-impl's NTKScalingRotaryEmbedding (modeling.py), in fp32 as there."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    state = {name.removeprefix("new."): read() for name, read in open_tensors(directory).items()}
+    model = _load_state(directory, GteModel, _native(GteConfig, config, theta), state, dtype)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "ntk"):
+        raise CheckpointError(f"{directory}: the oracle knows the RoPE types 'default' and 'ntk', found {kind!r}")
+    if kind == "ntk":
+        dim, factor = config["hidden_size"] // config["num_attention_heads"], rope["factor"]
+        frequencies = 1.0 / ((theta * factor) ** (torch.arange(0, dim, 2).float() / dim))
+        model.rotary_emb.inv_freq = frequencies / factor ** (2 / dim)
+    return model
+
+
+def _load_jina_v3(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """JinaEmbeddingsV3Model, which has no adapters, with LORA_TASK's added to what each layer computes."""
+    state = {name.removeprefix("roberta."): read() for name, read in open_tensors(directory).items()}
+    inner = ".parametrizations.weight.0.lora_"
+    factors = {name: state.pop(name) for name in sorted(state) if inner in name}
+    state = {name.replace(".parametrizations.weight.original", ".weight"): value for name, value in state.items()}
+    native = _native(JinaEmbeddingsV3Config, config, config["rotary_emb_base"])
+    model = _load_state(directory, JinaEmbeddingsV3Model, native, state, dtype)
+    task, scale = config["lora_adaptations"].index(LORA_TASK), config["lora_alpha"] / config["lora_rank"]
+    for name in factors:
+        layer, _, factor = name.partition(inner)
+        if factor == "A" and not layer.startswith("pooler."):
+            a, b = (factors[f"{layer}{inner}{key}"][task].to(dtype) for key in "AB")
+            _adapt(model, layer, a, b, scale)
+    return model
+
+
+def _adapt(model: nn.Module, layer: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    """Add scale (x A^T) B^T to the layer that is published as `layer`; for an embedding table scale A[id] B."""
+    if layer.startswith("embeddings."):
+        model.get_submodule(layer).register_forward_hook(lambda _, args, y: y + scale * (a[args[0]] @ b))
+        return
+    path, _, name = layer.removeprefix("encoder.").rpartition(".")
+    path = path.replace(".mixer", ".self_attn")
+    parts = {"Wqkv": ("q_proj", "k_proj", "v_proj"), "out_proj": ("o_proj",)}.get(name, (name,))
+    for part, rows in zip(parts, b.chunk(len(parts)), strict=True):
+        model.get_submodule(f"{path}.{part}").register_forward_hook(
+            lambda _, args, y, rows=rows: y + scale * ((args[0] @ a.T) @ rows.T)
+        )
+
+
+def _native(kind: Any, config: Mapping[str, Any], theta: Any) -> Any:
+    """The published shape as the config of a native class."""
+    same = (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+        "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "pad_token_id",
+    )  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": float(theta)}
+    return kind(**{key: config[key] for key in same if key in config}, rope_parameters=rope)
+
+
+def _load_state(directory: Path, kind: Any, config: Any, state: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
+    """A native class with all of `state`; transformers renames the tensors of the published layout itself."""
+    model, report = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
     )
+    outside = ("pooler.", "classifier.", "lm_head.")
+    if lost := sorted(key for key in report["unexpected_keys"] if not key.startswith(outside)):
+        raise CheckpointError(f"{directory}: {kind.__name__} has no place for {', '.join(lost)}")
+    _check(directory, report)
+    return model
+
+
+def _check(directory: Path, report: Mapping[str, Any]) -> None:
     # The pooler of BERT feeds no output that is used here.
     random = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
     if random or report["mismatched_keys"]:
@@ -66,8 +153,6 @@ def load_encoder(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Modu
             f"{directory}: transformers finds no weights for {random or report['mismatched_keys']}; "
             "the oracle would be random there"
         )
-    encoder: nn.Module = model.eval()
-    return encoder
 
 
 def _head(weights: HeadWeights) -> nn.Sequential:

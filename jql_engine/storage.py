@@ -104,10 +104,10 @@ def open_read(location: Location) -> BinaryIO:
 def open_parquet(location: Location, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
     """A parquet file; `buffer_size` bytes of a column are read at a time, 0 means a whole column chunk."""
     if isinstance(location, Path):
-        with pq.ParquetFile(location, buffer_size=buffer_size) as file:
+        with pq.ParquetFile(location, buffer_size=buffer_size, pre_buffer=False) as file:
             yield file
     else:
-        with open_read(location) as stream, pq.ParquetFile(stream, buffer_size=buffer_size) as file:
+        with open_read(location) as stream, pq.ParquetFile(stream, buffer_size=buffer_size, pre_buffer=False) as file:
             yield file
 
 

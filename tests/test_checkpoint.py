@@ -138,7 +138,7 @@ def test_no_word_embeddings_are_an_error_that_names_what_is_there(gte):
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("gte", {"model_type": "t5"}, r"model_type 't5' is not supported; known are bert, gte, xlm-roberta"),
+        ("gte", {"model_type": "t5"}, r"model_type 't5' is not supported; known are bert, gte, new, xlm-roberta"),
         ("gte", {"hidden_act": "relu"}, r"hidden_act = 'relu'; supported is 'gelu'"),
         ("bert", {"hidden_act": "gelu_new"}, r"hidden_act = 'gelu_new'; supported is 'gelu'"),
         ("gte", {"layer_norm_type": "rms_norm"}, r"layer_norm_type = 'rms_norm'; supported is 'layer_norm'"),

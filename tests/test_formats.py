@@ -344,3 +344,15 @@ def test_rows_of_json_lines_from_any_row_on_are_the_tail_of_all(tmp_path_factory
         tail = [as_text(pa.Table.from_batches([batch])["text"])[0] for batch in batches(file, start, ["text"])]
     assert file.n_rows == len(expected)
     assert [text for part in tail for text in part.to_pylist()] == expected[start:]
+
+
+def test_a_row_group_is_not_held_whole(tmp_path):
+    """32 MB in one row group, read a few at a time."""
+    texts = [random.Random(i).randbytes(1 << 19).hex() for i in range(32)]
+    path = tmp_path / "a.parquet"
+    # Arrow looks at the size of a page only after so many rows.
+    pq.write_table(pa.table({"text": texts}), path, use_dictionary=False, compression="none", write_batch_size=1)
+    assert pq.read_metadata(path).num_row_groups == 1
+    file, before = opened(path), pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in batches(file, 0, ["text"])]
+    assert len(held) >= 8 and max(held) < 20 << 20

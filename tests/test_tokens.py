@@ -171,8 +171,9 @@ def test_a_fast_tokenizer_that_is_made_anew_gives_the_same_ids(file, monkeypatch
 def test_words_that_were_met_are_forgotten_in_the_end(file, monkeypatch):
     """A process of its own grows by hundreds of MB otherwise: 100 bytes a word."""
     code = f"""
-import random, resource, sys
+import random, sys
 from pathlib import Path
+import jql_engine.tokens as tokens
 tokens.RENEW_CHARACTERS = int(sys.argv[1])
 encode, rng = tokens.fast_encoder(Path({str(file)!r})), random.Random(0)
 def resident(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

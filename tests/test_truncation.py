@@ -26,7 +26,7 @@ from jql_export import probes
 from tests.conftest import SPECIALS
 from tests.test_tokenizer import specials, write_unigram, write_wordpiece, xlm_roberta_normalizer
 
-ADDED = (*SPECIALS, "ab0", "光己")
+ADDED = (*SPECIALS, "a０b", "光己")
 LIMITS = (2, 3, 10, 40)
 LAYOUTS = ("trained", "xlm-roberta", "without split", "nfkc", "bare", "odd rules", "odd rules without split")
 GERMAN, THAI, CHINESE, JAPANESE = (probes.SENTENCES[i] for i in (1, 15, 16, 18))
@@ -37,10 +37,10 @@ ODD_RULES = {
     "\u0600a": "b", "\u0d4e ": "d", " \u0301": "c", "\r\n": "o", "b\u0301": "d  ", "0": "2", "\u0d4eA": "B",
 }  # fmt: skip
 ODD = (
-    *ADDED, " <mask> ", " ab0 ", "</s", " ", "  ", " " * 9, "\n", "\r\n" * 4, "\t", "\u00a0", "\u3000" * 6, "\u200b",
+    *ADDED, " <mask> ", " a0b ", "</s", " ", "  ", " " * 9, "\n", "\r\n" * 4, "\t", "\u00a0", "\u3000" * 6, "\u200b",
     "\u200d", "\x00", "\u0301", "e\u0301", "\u0e33", "\u1100", "\u1161", "\u11a8", "가", "\u0600", "\u0d4e", "\u093c",
     "\u0338", "\ufe0f", "\u2581", "👩‍👩‍👧‍👦", "🇩🇪", "\ufb01", "，", "。", "ｶﾞ", "Å", "ж", "жж", "ξξ", "|",
-    "\u0600a", "\u0d4eA", "\u0d4e a", "\u0d4e \n\n\n\n", "\n\n\n\n \u0301a", "b\u0301 a", "b\u0301\ta",
+    "a0b", "\u0600a", "\u0d4eA", "\u0d4e a", "\u0d4e \n\n\n\n", "\n\n\n\n \u0301a", "b\u0301 a", "b\u0301\ta",
 )  # fmt: skip
 RUNS = st.sampled_from(ALPHABETS).flatmap(lambda alphabet: st.text(alphabet, min_size=1, max_size=40))
 TEXTS = st.lists(
@@ -71,7 +71,7 @@ def write_n_grams(folder, normalizer, whitespace_split, **settings):
     split = [pre_tokenizers.WhitespaceSplit()] if whitespace_split else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, metaspace])
     tokenizer.add_special_tokens(specials())
-    tokenizer.add_tokens(settings.pop("added", [AddedToken("ab0", lstrip=True), AddedToken("光己", rstrip=True)]))
+    tokenizer.add_tokens(settings.pop("added", [AddedToken("a０b", lstrip=True), AddedToken("光己", rstrip=True)]))
     around = [("<s>", 0), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -198,8 +198,8 @@ DOCUMENTS = {
     "a mark that never ends": "a" + "\u0301" * 400,
     "emoji": "👩‍👩‍👧‍👦🏳️‍🌈🇩🇪" * 30,
     "unknown": "ξ" * 300 + "ж" * 300,
-    "literal": ("<s>Wasser</s> ab0 光己<mask>") * 20,
-    "literal in a run": "a<s>" * 100 + "bab0cab" * 40,
+    "literal": ("<s>Wasser</s> a0b 光己<mask>") * 20,
+    "literal in a run": "a<s>" * 100 + "ba0bcab" * 40,
 }
 
 
