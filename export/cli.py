@@ -10,41 +10,73 @@ from typing import Annotated, Any
 import typer
 
 from jql_engine.errors import EngineError
+from jql_export.defaults import EDU_REPOSITORY, SNOWFLAKE
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
 def export(
-    encoder: Annotated[str, typer.Option(help="Checkpoint directory or hub id of the encoder.")],
-    head: Annotated[
-        list[str], typer.Option(help="NAME=FILE.ckpt, a Lightning checkpoint of a regression head; repeat.")
-    ],
     out: Annotated[Path, typer.Option(help="The bundle to write.")],
+    encoder: Annotated[str, typer.Option(help="Checkpoint directory or hub id of the encoder.")] = SNOWFLAKE,
+    head: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=FILE.ckpt, a Lightning checkpoint of a regression head; repeat. By default the JQL-Edu heads.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
+    no_heads: Annotated[bool, typer.Option("--no-heads", help="A bundle that only embeds.")] = False,
     pooling: Annotated[str | None, typer.Option(help="cls or mean, where the checkpoint does not say it.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest input, special tokens included.")] = None,
-    variant: Annotated[list[str], typer.Option(help="Graph to write: cpu-fp32, standard-fp32; repeat.")] = ["cpu-fp32"],  # noqa: B006
-    revision: Annotated[str | None, typer.Option(help="Commit or tag of the hub repository.")] = None,
+    variant: Annotated[
+        list[str],
+        typer.Option(help="Graph to write: cpu-fp32 (the default), standard-fp32; repeat.", show_default=False),
+    ] = [],  # noqa: B006
+    encoder_onnx: Annotated[
+        Path | None, typer.Option(help="ONNX file of the same encoder, made elsewhere: the graph foreign-fp32.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the encoder's repository.")] = None,
+    heads_revision: Annotated[str | None, typer.Option(help="The same for the default heads' repository.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
 ) -> None:
     """Fuse an encoder and all regression heads into one graph and certify it against PyTorch."""
     pairs = [_head_option(value) for value in head]
+    _check_heads(encoder, bool(pairs), no_heads, heads_revision)
     warnings.filterwarnings("ignore")  # torch and transformers warn of what this command checks itself
     from transformers.utils import logging as transformers_logging
 
-    from jql_export.export import export_bundle, find_checkpoint
+    from jql_export.export import export_bundle
     from jql_export.heads import read_head
+    from jql_export.hub import edu_heads, find_checkpoint
 
     quiet: Any = transformers_logging  # untyped
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
+    checkpoint = find_checkpoint(encoder, revision)
+    heads = [read_head(name, file) for name, file in pairs] or (None if no_heads else edu_heads(heads_revision))
     bundle = export_bundle(
-        find_checkpoint(encoder, revision),
-        [read_head(name, file) for name, file in pairs],
-        out, pooling, max_tokens, variant, overwrite,
+        checkpoint, heads, out, pooling, max_tokens,
+        variant or ([] if encoder_onnx else ["cpu-fp32"]),
+        overwrite,
         report=lambda line: print(line, file=sys.stderr),  # noqa: T201
+        encoder_onnx=encoder_onnx,
     )  # fmt: skip
-    print(f"{bundle.path}: bundle {bundle.hash[:12]}, heads {', '.join(bundle.heads)}", file=sys.stderr)  # noqa: T201
+    names = f"heads {', '.join(bundle.heads)}" if bundle.heads else "no heads"
+    print(f"{bundle.path}: bundle {bundle.hash[:12]}, {names}", file=sys.stderr)  # noqa: T201
+
+
+def _check_heads(encoder: str, given: bool, no_heads: bool, heads_revision: str | None) -> None:
+    if no_heads and given:
+        raise typer.BadParameter("leaves no place for --head", param_hint="--no-heads")
+    if heads_revision is not None and (given or no_heads):
+        raise typer.BadParameter("is for the default heads, which are not asked for", param_hint="--heads-revision")
+    if not (given or no_heads) and encoder != SNOWFLAKE:
+        raise typer.BadParameter(
+            f"is missing: the default heads ({EDU_REPOSITORY}) read embeddings of {SNOWFLAKE} and of nothing "
+            f"else, so {encoder} needs its own: give --head NAME=FILE.ckpt, or --no-heads to embed only",
+            param_hint="--head",
+        )
 
 
 def _head_option(value: str) -> tuple[str, Path]:

@@ -227,8 +227,8 @@ def write_graph(file: Path, weights: EncoderWeights, heads: StackedHeads, poolin
         x = _layer(g, dialect, weights.spec, f"layer.{i}", layer, x, cls_only)
     # [B, 1, D] after a layer for the CLS token only
     pooled = g.op("Squeeze", x, g.ints(1)) if pooling == "cls" else dialect.mean(g, x)
-    _heads(g, pooled, heads)
-    _save(file, g, dialect, n_heads=heads.output_weight.shape[1], hidden_size=weights.spec.hidden_size)
+    add_outputs(g, pooled, g.op("ReduceL2", pooled, g.ints(1), keepdims=1), heads)
+    _save(file, g, dialect, heads)
 
 
 def _embed(g: GraphWriter, weights: EncoderWeights) -> str:
@@ -293,11 +293,13 @@ def _rope_caches(g: GraphWriter, spec: EncoderSpec) -> None:
     g.weight("rope.sin", np.sin(angles))
 
 
-def _heads(g: GraphWriter, pooled: str, heads: StackedHeads) -> None:
-    """L2 normalisation, then all heads as one stacked product."""
-    norm = g.op("ReduceL2", pooled, g.ints(1), keepdims=1)
+def add_outputs(g: GraphWriter, pooled: str, norm: str, heads: StackedHeads) -> None:
+    """The embedding, `pooled` [B, D] over its `norm` [B, 1], and all heads as one stacked product: [B, 0] of none."""
     tiny = g.weight("norm_floor", np.array(1e-12, np.float32))
     embedding = g.op("Div", pooled, g.op("Max", norm, tiny), output="embedding")
+    if not len(heads.output_bias):
+        g.op("Slice", embedding, g.ints(0), g.ints(0), g.ints(1), output="scores")
+        return
     hidden = g.op(
         "Gemm",
         embedding,
@@ -309,11 +311,18 @@ def _heads(g: GraphWriter, pooled: str, heads: StackedHeads) -> None:
     g.op("Gemm", g.op("Relu", hidden), output, g.weight("heads.output.bias", heads.output_bias), output="scores")
 
 
-def _save(file: Path, g: GraphWriter, dialect: Dialect, n_heads: int, hidden_size: int) -> None:
-    # Both lengths are symbolic: L differs from batch to batch.
-    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["B", "L"]) for name in dialect.inputs]
-    widths = {"scores": n_heads, "embedding": hidden_size}
+def value_infos(
+    input_names: Sequence[str], heads: StackedHeads
+) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+    """The inputs [B, L] and outputs of a graph; both lengths are symbolic, since L differs from batch to batch."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["B", "L"]) for name in input_names]
+    widths = {"scores": len(heads.output_bias), "embedding": heads.hidden_weight.shape[1]}
     outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", width]) for name, width in widths.items()]
+    return inputs, outputs
+
+
+def _save(file: Path, g: GraphWriter, dialect: Dialect, heads: StackedHeads) -> None:
+    inputs, outputs = value_infos(dialect.inputs, heads)
     data = file.with_suffix(".onnx.data")
     graph = helper.make_graph(g.nodes, "jql", inputs, outputs, _write_weights(data, g.weights))
     opsets = [helper.make_opsetid(domain, version) for domain, version in dialect.opsets.items()]

@@ -28,6 +28,8 @@ class HeadWeights:
     hidden: Linear  # weight [K, D]
     output: Linear  # weight [1, K]
     sha256: str
+    source: str | None = None  # repository and file on the hub
+    revision: str | None = None  # commit there
 
     @property
     def input_size(self) -> int:
@@ -50,8 +52,8 @@ class StackedHeads:
     output_bias: Array  # [H]
 
 
-def read_head(name: str, file: Path) -> HeadWeights:
-    """Read the checkpoint `file`; sizes come from its tensors.
+def read_head(name: str, file: Path, source: str | None = None, revision: str | None = None) -> HeadWeights:
+    """Read the checkpoint `file`; sizes come from its tensors. `source` and `revision` say where on the hub it lies.
 
     Raises HeadError: the name cannot be a column, the file is missing or holds more than plain data, a tensor is
     missing or does not fit the others.
@@ -69,13 +71,13 @@ def read_head(name: str, file: Path) -> HeadWeights:
     if w1.ndim != 2 or w2.shape != (1, len(w1)) or b1.shape != (len(w1),) or b2.shape != (1,):
         shapes = ", ".join(f"{key} {list(state[key].shape)}" for key in EXPECTED)
         raise HeadError(f"head {name}: {file} has {shapes}; expected [K, D], [K], [1, K], [1]")
-    return HeadWeights(name, Linear(w1, b1), Linear(w2, b2), sha256_of(file))
+    return HeadWeights(name, Linear(w1, b1), Linear(w2, b2), sha256_of(file), source, revision)
 
 
 def check_heads(heads: Sequence[HeadWeights], hidden_size: int) -> None:
     """Raise HeadError where two heads share a name or one does not read embeddings [hidden_size]."""
     if not heads:
-        raise HeadError("no heads; give at least one --head NAME=FILE.ckpt")
+        raise HeadError("no heads; give at least one --head NAME=FILE.ckpt, or --no-heads to embed only")
     names = [head.name for head in heads]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise HeadError(f"two heads are named {twice[0]}; each head needs a name of its own")
@@ -87,8 +89,11 @@ def check_heads(heads: Sequence[HeadWeights], hidden_size: int) -> None:
             )
 
 
-def stack(heads: Sequence[HeadWeights]) -> StackedHeads:
-    """Join heads, in their order; hidden sizes may differ."""
+def stack(heads: Sequence[HeadWeights], hidden_size: int | None = None) -> StackedHeads:
+    """Join heads, in their order; hidden sizes may differ. No heads at all need the encoder's `hidden_size` D."""
+    if not heads:
+        assert hidden_size is not None
+        return StackedHeads(*(np.zeros(shape, np.float32) for shape in ((0, hidden_size), (0,), (0, 0), (0,))))
     outputs = np.zeros((sum(head.hidden_size for head in heads), len(heads)), np.float32)
     start = 0
     for i, head in enumerate(heads):

@@ -51,7 +51,7 @@ class Reference:
         """Embed and score every document of `tokens`."""
         embeddings = [self._embed(ids) for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
         stacked = torch.cat(embeddings)
-        scores = torch.cat([head(stacked) for head in self.heads], dim=1)
+        scores = torch.cat([stacked[:, :0], *(head(stacked) for head in self.heads)], dim=1)
         return Expected(stacked.numpy(), scores.numpy())
 
     def _embed(self, ids: NDArray[np.int32]) -> torch.Tensor:

@@ -8,21 +8,28 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from jql_engine.errors import CheckpointError
+from jql_export.defaults import SNOWFLAKE
 from jql_export.graph import Pooling
 
 T = TypeVar("T", dict[str, Any], list[Any])
 
 # sentence-transformers' module types that change nothing here: the embedding is L2-normalised in any case.
 KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
+KNOWN_POOLING: dict[str, Pooling] = {SNOWFLAKE: "cls"}  # of hub ids, for copies without sentence-transformers' files
 NO_LIMIT = 10**9  # tokenizers without a limit of their own say 1e30
 
 
-def pooling_of(directory: Path, requested: str | None, report: Callable[[str], None]) -> Pooling:
-    """`requested`, or the pooling that sentence-transformers' modules name; CheckpointError where neither says it."""
+def pooling_of(
+    directory: Path, requested: str | None, report: Callable[[str], None], known: Pooling | None = None
+) -> Pooling:
+    """`requested`, or the pooling that sentence-transformers' modules name, or what is `known` of this encoder.
+
+    Raises CheckpointError where none of them says it.
+    """
     found = _pooling_of_modules(directory)
     if requested is not None and requested not in get_args(Pooling):
         raise CheckpointError(f"pooling {requested!r} is unknown; known are {', '.join(get_args(Pooling))}")
-    chosen = requested or found
+    chosen = requested or found or known
     if chosen is None:
         raise CheckpointError(
             f"{directory} does not say how its tokens are pooled (no modules.json with a Pooling module): "

@@ -7,14 +7,17 @@ A bundle is a directory that is complete by itself: no network, no torch, no mod
     graphs/<variant>.onnx    one fused graph a variant, weights in graphs/<variant>.onnx.data (memory-mapped)
     heads.safetensors        the stacked heads, fp32: hidden.weight [K, D], hidden.bias [K], output.weight [K, H],
                              output.bias [H]; score = relu(e hidden.weight^T + hidden.bias) output.weight + output.bias
-                             for an embedding e [D]
+                             for an embedding e [D]; without heads the four tensors are there too, K = H = 0
 
 Fields of bundle.json:
 
     format          int, this description is 1; a reader refuses a larger one
-    encoder         id, revision (or null), architecture, layers, hidden_size, files {name: sha256},
-                    unused_tensors [names in the checkpoint that scoring does not need]
-    heads           [{name, hidden_size, sha256 of the checkpoint}] in the order of the graph's output columns
+    encoder         id, revision (the commit on the hub, or null), architecture, layers, hidden_size,
+                    files {name: sha256}, unused_tensors [names in the checkpoint that scoring does not need]
+    heads           [{name, hidden_size, sha256 of the checkpoint, source, revision}] in the order of the graph's
+                    output columns; source: repository and file on the hub ("Jackal-AI/JQL-Edu-Heads/checkpoints/...")
+                    and revision: the commit there, both null or absent for a local file. Empty in a bundle that only
+                    embeds: its graphs give scores [B, 0]
     pooling         "cls" or "mean"; the embedding is L2-normalised after it
     max_tokens      longest input in tokens, `prefix` and `suffix` included
     tokenizer       prefix, suffix: ids put around every document; pad: an id for padding; fast: the fast tokenizer
@@ -71,6 +74,8 @@ class HeadInfo:
     name: str
     hidden_size: int
     sha256: str
+    source: str | None = None  # repository and file on the hub
+    revision: str | None = None  # commit there
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from jql_engine.bundle import Bundle
 from jql_engine.data import EMBEDDING, score_column
 from jql_engine.dataset import SourceFile, find_files
-from jql_engine.errors import InputError
+from jql_engine.errors import BundleError, InputError
 from jql_engine.interrupt import StopError
 from jql_engine.output import METADATA_KEY, PARTS, aside_of, check_output, explained, final_of, find_parts, is_finished
 from jql_engine.ranks import share
@@ -58,8 +58,11 @@ class Heads:
 def rescore_files(job: Job, bundle: Bundle, stop: threading.Event) -> dict[str, Any]:
     """Write, for every output with embeddings that `job` names, the same rows with the scores of `bundle`'s heads.
 
-    Vectors are not copied. Returns the summary; raises InputError where a file holds no vectors or another encoder's.
+    Vectors are not copied. Returns the summary; raises InputError where a file holds no vectors or another encoder's,
+    BundleError where the bundle has no heads.
     """
+    if not bundle.heads:
+        raise BundleError(f"{bundle.path} has no heads to apply; give a bundle of the same encoder with heads")
     started, heads, out = time.monotonic(), Heads.of(bundle), locate(job.out)
     sources = share(find_files(job.inputs), job.rank)
     plans = [(source, *_look(source, bundle)) for source in sources]

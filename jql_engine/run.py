@@ -16,7 +16,7 @@ import pyarrow as pa
 from jql_engine.bundle import Bundle
 from jql_engine.data import Chunk, ChunkDone, Task, embedding_type, score_schema
 from jql_engine.dataset import InputFile, SourceFile, find_files, split
-from jql_engine.errors import InputError, UnreadableError
+from jql_engine.errors import BundleError, InputError, UnreadableError
 from jql_engine.formats import open_file
 from jql_engine.output import (
     PARTS,
@@ -97,7 +97,12 @@ class Work:
 
 
 def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
-    """Find and check all inputs and the output folder before anything is computed; raises InputError, OutputError."""
+    """Find and check all inputs and the output folder before anything is computed.
+
+    Raises InputError, OutputError, and BundleError where the bundle has nothing to compute for this job.
+    """
+    if not bundle.heads and job.embeddings is None:
+        raise BundleError(f"{bundle.path} has no heads, only embeddings; give --embeddings fp16 or fp32 to keep those")
     out = locate(job.out)
     sources = share(find_files(job.inputs), job.rank)
     settings = _settings(job, bundle, variant, chunk_bytes)

@@ -9,7 +9,7 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.message import Message
@@ -20,8 +20,8 @@ from urllib.parse import unquote, urlsplit
 
 from moto.server import ThreadedMotoServer
 
-# drop: hang up without an answer; cut: half of the body; busy: 503; forbidden: 403.
-Fault = Literal["drop", "cut", "busy", "forbidden"]
+# drop: hang up without an answer; cut: half of the body; flip: another last byte; busy: 503; forbidden: 403.
+Fault = Literal["drop", "cut", "flip", "busy", "forbidden"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def serving(answer: Callable[[Request], Answer]) -> Iterator[Server]:
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(result.body[: len(result.body) // 2] if fault == "cut" else result.body)
+                self.wfile.write(spoilt(result.body, fault))
             if fault == "cut":
                 self.wfile.flush()
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -116,6 +116,12 @@ def serving(answer: Callable[[Request], Answer]) -> Iterator[Server]:
         finally:
             listening.shutdown()
             thread.join()
+
+
+def spoilt(body: bytes, fault: Fault | None) -> bytes:
+    if fault == "cut":
+        return body[: len(body) // 2]
+    return body[:-1] + bytes([body[-1] ^ 1]) if fault == "flip" else body
 
 
 @contextmanager
@@ -182,37 +188,95 @@ def files(folder: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def hub(folder: Path, repository: str) -> Iterator[Server]:
-    """A hub with one dataset repository, whose files are those of `folder`."""
-    commit = hashlib.sha1(repository.encode()).hexdigest()
-    api = f"/api/datasets/{repository}"
+def hub(repositories: Mapping[str, Path]) -> Iterator[Server]:
+    """A hub with the folders `repositories`, named like `models/someone/encoder` or `datasets/someone/corpus`.
 
-    def entry(file: Path) -> dict[str, object]:
-        path = file.relative_to(folder).as_posix()
-        oid = hashlib.sha1(file.read_bytes() if file.is_file() else path.encode()).hexdigest()
-        if file.is_dir():
-            return {"type": "directory", "oid": oid, "size": 0, "path": path}
-        return {"type": "file", "oid": oid, "size": file.stat().st_size, "path": path}
-
-    def tree(request: Request) -> Answer:
-        place = folder / request.path.removeprefix(f"{api}/tree/main").lstrip("/")
-        if not place.is_dir():
-            return Answer(404, b'{"error":"no such folder"}', {"X-Error-Code": "EntryNotFound"})
-        found = place.rglob("*") if "recursive=true" in request.query.lower() else place.glob("*")
-        return as_json([entry(file) for file in sorted(found)])
+    A change in a folder is a new commit on main; the commits before stay. Large files lie elsewhere, as LFS has them.
+    """
+    seen = {name: _Repository(folder) for name, folder in repositories.items()}
+    large: dict[str, bytes] = {}
 
     def answer(request: Request) -> Answer:
-        if request.path in (api, f"{api}/revision/main"):
-            return as_json({"_id": "0", "id": repository, "sha": commit, "private": False, "tags": [], "siblings": []})
-        if request.path == f"{api}/tree/main" or request.path.startswith(f"{api}/tree/main/"):
-            return tree(request)
-        file = folder / request.path.removeprefix(f"/datasets/{repository}/resolve/main/")
-        if request.path.startswith(f"/datasets/{repository}/resolve/main/") and file.is_file():
-            return file_answer(request, file.read_bytes(), {"X-Repo-Commit": commit, "ETag": f'"{entry(file)["oid"]}"'})
-        return Answer(404, b'{"error":"Repository not found"}', {"X-Error-Code": "RepoNotFound"})
+        if request.path.startswith("/large/"):
+            return file_answer(request, large[request.path.removeprefix("/large/")], {})
+        api = request.path.startswith("/api/")
+        path = request.path.removeprefix("/api/" if api else "/")
+        path = path if api or path.startswith("datasets/") else f"models/{path}"
+        name = next((name for name in seen if path == name or path.startswith(f"{name}/")), None)
+        if name is None:
+            return missing("Repo", "Repository not found")
+        verb, revision, place = (*path.removeprefix(name).strip("/").split("/", 2), "", "")[:3]
+        commit, files = seen[name].at(revision or "main")
+        if files is None:
+            return missing("Revision", f"Invalid rev id: {revision}")
+        if verb == "tree":
+            return seen[name].tree(files, place, "recursive=true" in request.query.lower())
+        if verb in ("", "revision"):
+            info = {"_id": "0", "id": name.partition("/")[2], "sha": commit, "private": False}
+            return as_json(info | {"tags": [], "siblings": []})
+        if place not in files:
+            return missing("Entry", "Entry not found", {"X-Repo-Commit": commit})
+        body, headers = files[place], {"X-Repo-Commit": commit, "ETag": f'"{git_hash(files[place])}"'}
+        if not place.endswith(LARGE):
+            return file_answer(request, body, headers)
+        digest = hashlib.sha256(body).hexdigest()
+        large[digest] = body
+        place = server.url.replace("127.0.0.1", "localhost")  # on its own host a client would ask on for the headers
+        link = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(body)), "Location": f"{place}/large/{digest}"}
+        return Answer(302, b"", headers | link)
 
     with serving(answer) as server:
         yield server
+
+
+LARGE = (".safetensors", ".ckpt", "tokenizer.json")
+
+
+@dataclass(slots=True)
+class _Repository:
+    folder: Path
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def at(self, revision: str) -> tuple[str, dict[str, bytes] | None]:
+        """The commit that `revision` stands for, and its files."""
+        if revision != "main":
+            return revision, self.commits.get(revision)
+        found = {f.relative_to(self.folder).as_posix(): f for f in sorted(self.folder.rglob("*")) if f.is_file()}
+        files = {name: file.read_bytes() for name, file in found.items()}
+        listing = repr([(name, git_hash(body)) for name, body in files.items()])
+        commit = hashlib.sha1(f"{self.folder}{listing}".encode()).hexdigest()
+        self.commits[commit] = files
+        return commit, files
+
+    def tree(self, files: Mapping[str, bytes], place: str, recursive: bool) -> Answer:
+        prefix = f"{place}/" if place else ""
+        inside = [name for name in files if name.startswith(prefix)]
+        if not inside:
+            return missing("Entry", "no such folder")
+        folders = {"/".join(name.split("/")[:depth]) for name in inside for depth in range(1, name.count("/") + 1)}
+        names = {*inside, *(folder for folder in folders if folder.startswith(prefix))}
+        return as_json([
+            _entry(name, files.get(name))
+            for name in sorted(names)
+            if recursive or "/" not in name.removeprefix(prefix)
+        ])  # fmt: skip
+
+
+def _entry(path: str, body: bytes | None) -> dict[str, object]:
+    if body is None:
+        return {"type": "directory", "oid": git_hash(path.encode()), "size": 0, "path": path}
+    entry: dict[str, object] = {"type": "file", "oid": git_hash(body), "size": len(body), "path": path}
+    if path.endswith(LARGE):
+        entry["lfs"] = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 130}
+    return entry
+
+
+def git_hash(body: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
+def missing(what: str, message: str, headers: Mapping[str, str] | None = None) -> Answer:
+    return Answer(404, json.dumps({"error": message}).encode(), {"X-Error-Code": f"{what}NotFound", **(headers or {})})
 
 
 def as_json(value: object) -> Answer:

@@ -74,7 +74,7 @@ def test_a_head_that_is_not_name_and_file_is_misuse(call, head):
     assert status == 2 and "is not NAME=FILE.ckpt" in err
 
 
-@pytest.mark.parametrize("missing", ["--encoder", "--head", "--out"])
+@pytest.mark.parametrize("missing", ["--head", "--out"])
 def test_a_missing_option_is_misuse(call, missing):
     given = {"--encoder": "any", "--head": "edu=any", "--out": "any"}
     status, err = call(*(f"{name}={value}" for name, value in given.items() if name != missing))

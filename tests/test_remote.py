@@ -467,7 +467,7 @@ def test_a_changed_file_of_a_web_server_is_an_error(client, bundle, tmp_path):
 
 
 def test_a_dataset_of_the_hub(client, bundle, corpus, local, tmp_path, monkeypatch):
-    with servers.hub(corpus, "someone/corpus") as server:
+    with servers.hub({"datasets/someone/corpus": corpus}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
         out = tmp_path / "out"

@@ -1,0 +1,58 @@
+"""A bundle for whoever names an encoder instead: exported once, into a cache that all processes of a user share."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from jql_engine.bundle import MANIFEST, sha256_of
+from jql_engine.errors import BundleError
+
+EXPORT = "from jql_export.cli import main; main()"
+
+
+def exported(encoder: str, heads: Mapping[str, str | Path] | None = None, embed_only: bool = False) -> Path:
+    """The bundle of an encoder (directory or hub id) and `heads` (name -> checkpoint; None: the default heads).
+
+    The first caller runs jql-export in a process of its own, which needs jql-engine[export]; others wait for it.
+    `embed_only` exports no heads. Raises BundleError with what jql-export said.
+    """
+    out = cache_folder() / _key(encoder, heads, embed_only)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when this process ends, however it ends
+        if not (out / MANIFEST).is_file():
+            _export(encoder, heads, embed_only, out)
+    return out
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/jql-engine, by default below ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jql-engine" / "bundles"
+
+
+def _export(encoder: str, heads: Mapping[str, str | Path] | None, embed_only: bool, out: Path) -> None:
+    options = [f"--head={name}={file}" for name, file in (heads or {}).items()]
+    options += ["--no-heads"] if embed_only else []
+    command = [sys.executable, "-c", EXPORT, "--encoder", encoder, "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        raise BundleError(f"jql-export of {encoder} failed with exit code {done.returncode}; it said: {said[-1]}")
+
+
+def _key(encoder: str, heads: Mapping[str, str | Path] | None, embed_only: bool) -> str:
+    """Changes with everything that the bundle is made of."""
+    folder = Path(encoder)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    checkpoints = {name: sha256_of(Path(file)) for name, file in (heads or {}).items()}
+    parts = [str(folder.resolve()) if files else encoder, source, checkpoints, embed_only, version("jql-engine")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
