@@ -173,7 +173,8 @@ def run_job(job: Job, bundle: Bundle, session: Session, tokenizer: Tokenizer, pr
     """What jql-run does with one worker, on any session, in chunks as for `provider`."""
     work = prepare(job, bundle, next(iter(bundle.manifest.variants)), CHUNK_BYTES[provider])
     meter = Meter(work.n_docs)
-    outcome = run(work, Worker(bundle, session, tokenizer, work.targets).run(work.tasks), meter, RunLog(None))
+    worker = Worker(bundle, session, tokenizer, dict(enumerate(work.targets)))
+    outcome = run(work, worker.run(work.tasks), meter, RunLog(None))
     assert not outcome.unfinished
     return meter
 

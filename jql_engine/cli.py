@@ -87,12 +87,16 @@ def _check_usage(context: typer.Context) -> None:
         raise typer.BadParameter("give the folder of the score files", param_hint="--out")
     if (given["rank"] is None) != (given["world_size"] is None):
         raise typer.BadParameter("and --world-size go together", param_hint="--rank")
+    if given["rank"] is not None and not 0 <= given["rank"] < given["world_size"]:
+        raise typer.BadParameter("counts from 0 and is less than --world-size", param_hint="--rank")
+    if given["price_per_hour"] is not None and not given["plan"]:
+        raise typer.BadParameter("has a use with --plan alone", param_hint="--price-per-hour")
     if given["rescore"] is None:
         return
     for name in given.keys() - RESCORE_TAKES:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            option = f"--{name.replace('_', '-')}"
+            option = "inputs" if name == "inputs" else f"--{name.replace('_', '-')}"
             raise typer.BadParameter(f"has no use for {option}: it only applies heads", param_hint="--rescore")
 
 

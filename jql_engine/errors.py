@@ -39,3 +39,7 @@ class UnreadableError(InputError):
 
 class OutputError(EngineError):
     """The output cannot be written, or belongs to another job."""
+
+
+class PartsError(OutputError):
+    """Parts of one output file are gone; others may be complete."""

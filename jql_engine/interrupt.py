@@ -33,10 +33,10 @@ def interruptible() -> Iterator[threading.Event]:
         stop.set()
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
         name = signal.Signals(number).name
-        print(f"\njql-run: {name}: finishing the chunk in hand; once more to stop at once", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"\njql-run: {name}: finishing what is in hand; once more to stop at once", file=sys.stderr, flush=True)  # noqa: T201
 
     def late(_: int, __: FrameType | None) -> None:
-        raise StopError("stopped in the middle of a chunk; start the same command again to continue")
+        raise StopError("stopped; what is committed stays: start the same command again to continue")
 
     handlers = {signal.SIGINT: ask, signal.SIGTERM: ask, signal.SIGALRM: late}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -44,10 +45,12 @@ class Machine:
 
 def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threading.Event) -> dict[str, Any]:
     """Run `job` and return its summary."""
+    began = time.monotonic()
+    log.check()
     choice = choose(bundle, machine.device, machine.variant)
     devices = machine.devices(choice)
     work = prepare(job, bundle, choice.variant, choice.chunk_bytes)
-    meter = Meter(work.n_docs, len(devices))
+    meter = Meter(work.n_docs, max(1, min(len(devices), len(work.tasks))), started=began)
     meter.say(_beginning(job, bundle, choice, work))
     for file in work.unreadable:
         meter.say(f"jql-run: {file.reason}; going on with the other files")
@@ -58,7 +61,7 @@ def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threadi
     with closing(chunks):
         outcome = run(work, chunks, meter, log)
     meter.close()
-    return _summary(outcome, work, meter, choice, bundle)
+    return _summary(job, outcome, work, meter, choice, bundle)
 
 
 def estimate(job: Job, bundle: Bundle, machine: Machine, price_per_hour: float | None) -> dict[str, Any]:
@@ -87,10 +90,12 @@ def _in_this_process(
     job: Job, bundle: Bundle, choice: Choice, threads: int | None, work: Work, meter: Meter, stop: threading.Event
 ) -> Generator[ChunkDone]:
     def executed(batch: Batch) -> None:
-        meter.executed(len(batch.rows), batch.n_tokens)
+        meter.executed(len(batch.rows), batch.n_tokens, batch.n_padding)
 
     session = open_session(bundle, choice.devices[0], choice.variant, threads)
-    worker = Worker(bundle, session, Tokenizer.of(bundle), work.targets, job.embedding_dtype, stop, executed)
+    worker = Worker(
+        bundle, session, Tokenizer.of(bundle), dict(enumerate(work.targets)), job.embedding_dtype, stop, executed
+    )
     return worker.run(work.tasks)
 
 
@@ -105,25 +110,25 @@ def _in_processes(
     stop: threading.Event,
 ) -> Generator[ChunkDone]:
     def executed(done: Executed) -> None:
-        meter.executed(done.documents, done.tokens)
+        meter.executed(done.documents, done.tokens, done.padding)
 
     n_threads = threads or _share_of_cores(devices)
-    specs = [
-        Spec(bundle.path, device, choice.variant, n_threads, work.targets, job.embedding_dtype) for device in devices
-    ]
-    return Pool(specs, stop, executed, lambda line: meter.say(f"jql-run: {line}")).run(work.tasks)
+    specs = [Spec(bundle.path, device, choice.variant, n_threads, job.embedding_dtype) for device in devices]
+    return Pool(specs, work.targets, stop, executed, lambda line: meter.say(f"jql-run: {line}")).run(work.tasks)
 
 
 def _share_of_cores(devices: tuple[str, ...]) -> int | None:
     return max(1, len(os.sched_getaffinity(0)) // len(devices)) if devices[0] == "cpu" else None
 
 
-def _summary(outcome: Outcome, work: Work, meter: Meter, choice: Choice, bundle: Bundle) -> dict[str, Any]:
+def _summary(job: Job, outcome: Outcome, work: Work, meter: Meter, choice: Choice, bundle: Bundle) -> dict[str, Any]:
     return meter.figures() | {
         "files": outcome.n_files,
         "skipped_files": work.n_finished,
         "unfinished": [asdict(file) for file in outcome.unfinished],
         "workers": meter.n_workers,
+        "rank": job.rank.rank,
+        "world_size": job.rank.world_size,
         "variant": choice.variant,
         "bundle": bundle.hash,
     }

@@ -3,8 +3,8 @@
     OUT/a/b.parquet                              the scores of the input a/b.parquet, all rows in order
     OUT/.parts/a/b.parquet/<start>-<stop>.parquet    rows [start, stop) while the file is not finished
 
-Which files and rows are finished is what is there: no database, no lock. Two runs on one output by mistake do the work
-twice and do no harm.
+Which files and rows are finished is what is there: no database, no lock. Two runs on one output by mistake do work
+twice and no harm: each writes under names of its own, and a file that the other has finished is finished.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import errno
 import glob
 import hashlib
 import json
+import os
+import socket
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +30,8 @@ import pyarrow.parquet as pq
 
 from jql_engine.data import Segment
 from jql_engine.dataset import InputFile, SourceFile, fixed_part, fixed_part_of_url
-from jql_engine.errors import EngineError, OutputError
-from jql_engine.reading import Cursor
+from jql_engine.errors import EngineError, OutputError, PartsError
+from jql_engine.reading import Cursor, check_unchanged
 from jql_engine.storage import (
     Location,
     exists,
@@ -46,6 +49,7 @@ from jql_engine.storage import (
 
 METADATA_KEY = b"jql_engine"
 PARTS = ".parts"
+OTHER_HOST_SECONDS = 24 * 3600.0
 PROBE = ".jql-run"  # always the same name: where a run is killed beside it, the next one removes it
 # A row group of the finished file closes past either of these.
 GROUP_ROWS = 100_000
@@ -62,7 +66,12 @@ class Target:
     file: InputFile
     scores: pa.Schema  # of the columns that scoring adds
     kind: Kind
-    settings: Settings
+    shared: Settings  # of the whole job, one object for all files
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides about the scores of this file; written into its metadata."""
+        return settings_of(self.shared, self.file.source, self.file.limit)
 
     @property
     def final(self) -> Location:
@@ -103,13 +112,26 @@ class Target:
             write(self.final if self.is_whole(segment) else part, sink.getvalue(), self.aside)
 
     def assemble(self) -> None:
-        """Write the finished file from its parts and remove them; raises OutputError, InputError."""
+        """Write the finished file from its parts and remove them.
+
+        Raises OutputError; InputError where the source was changed or cannot be read, PartsError where parts are gone.
+        """
+        try:
+            self._assemble()
+        except PartsError:
+            if not is_finished(self.final, self.settings):
+                raise
+            with explained(self.final):  # another run on the same output was faster
+                remove_folder(self.parts, self.out / PARTS)
+
+    def _assemble(self) -> None:
         tables = self._append() if self.kind == "append" else self._tables()
         schema = self._final_schema()
         with explained(self.final):
             with writing(self.final, self.aside) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as out:
                 for group in _groups(tables):
                     out.write_table(group.cast(schema))
+                check_unchanged(self.file.source)
             remove_folder(self.parts, self.out / PARTS)
 
     def _final_schema(self) -> pa.Schema:
@@ -123,11 +145,11 @@ class Target:
         row = 0
         for start, stop in sorted(part for part in (rows_of(name) for _, name in list_files(self.parts)) if part):
             if start != row:
-                raise OutputError(f"{self.parts} lacks rows {row} to {start}; start the same command again")
+                raise PartsError(f"{self.parts} lacks rows {row} to {start}; start the same command again")
             yield _read_part(self.parts / part_name(start, stop))
             row = stop
         if row != self.file.n_rows:
-            raise OutputError(f"{self.parts} lacks rows {row} to {self.file.n_rows}; start the same command again")
+            raise PartsError(f"{self.parts} lacks rows {row} to {self.file.n_rows}; start the same command again")
 
     def _append(self) -> Iterator[pa.Table]:
         """The source's own columns and the scores beside them."""
@@ -146,7 +168,15 @@ def _read_part(part: Location) -> pa.Table:
         with open_parquet(part) as file:
             return file.read()
 
-    return retry(part, read)
+    try:
+        return retry(part, read)
+    except FileNotFoundError as error:
+        raise PartsError(f"{part} is gone; start the same command again") from error
+
+
+def settings_of(shared: Settings, source: SourceFile, limit: int | None = None) -> dict[str, Any]:
+    """The settings of a job and of one of its files."""
+    return {**shared, "source_bytes": source.size, "source_version": source.version, "limit": limit}
 
 
 def final_of(out: Location, source: SourceFile) -> Location:
@@ -161,7 +191,19 @@ def parts_of(out: Location, source: SourceFile) -> Location:
 
 def aside_of(out: Location, source: SourceFile) -> Location:
     """A new name for what is not finished yet of an input's output; `Parts.left_by` finds it after a kill."""
-    return out / PARTS / f".{_digest(source)}.{uuid4().hex}.writing"
+    return out / PARTS / f".{_digest(source)}.{_host()}.{os.getpid()}.{uuid4().hex}.writing"
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _is_left(file: Location) -> bool:
+    """Whether whoever was writing `file` is gone: on this machine as it is, on another after a day."""
+    _, _, host, process, *_ = file.name.split(".")
+    if host == _host():
+        return not Path("/proc", process).exists()
+    return isinstance(file, Path) and time.time() - file.stat().st_mtime > OTHER_HOST_SECONDS
 
 
 def _digest(source: SourceFile) -> str:
@@ -187,9 +229,9 @@ class Parts:
     unfinished: list[Location]  # files that a run was writing when it was killed, or is writing
 
     def left_by(self, sources: Iterable[SourceFile]) -> list[Location]:
-        """The unfinished files of these inputs, which no other run should be writing."""
+        """The unfinished files of these inputs that nobody is writing any more."""
         digests = {_digest(source) for source in sources}
-        return [file for file in self.unfinished if file.name[1:].partition(".")[0] in digests]
+        return [file for file in self.unfinished if file.name.split(".")[1] in digests and _is_left(file)]
 
 
 def find_parts(out: Location) -> Parts:
@@ -201,7 +243,7 @@ def find_parts(out: Location) -> Parts:
         file, _, part = name.rpartition("/")
         if rows := rows_of(part):
             found.rows[file].add(rows)
-        else:
+        elif name.endswith(".writing") and name.count(".") == 5:
             found.unfinished.append(location)
     return found
 
@@ -236,6 +278,8 @@ def check_names(file: InputFile, scores: pa.Schema, kind: Kind) -> None:
         raise OutputError(f"{location}: --output append writes the columns of parquet files; use --output sidecar")
     kept = file.schema.names if kind == "append" else [file.id_column]
     for name in kept:
+        if kept.count(name) > 1:
+            raise OutputError(f"{location} has {kept.count(name)} columns named {name!r}; use --output sidecar")
         if name in scores.names:
             what = "the id column" if kind == "sidecar" else "a column"
             raise OutputError(f"{location}: {what} {name!r} has the name of a score column; choose other head names")
@@ -263,6 +307,11 @@ def check_settings(target: Location, settings: Settings) -> None:
             f"{target} exists and was computed with other settings: {key} was {found.get(key)!r}, is now "
             f"{settings.get(key)!r}; choose another --out, or give --overwrite"
         )
+
+
+def is_written_by_us(file: Location) -> bool:
+    """False for what is damaged, or another program's."""
+    return METADATA_KEY in _metadata_of(file)
 
 
 def _metadata_of(target: Location) -> dict[bytes, bytes]:

@@ -47,7 +47,6 @@ class Spec:
     device: str
     variant: str
     threads: int | None
-    targets: Sequence[Target]
     embeddings: np.dtype[Any] | None
 
 
@@ -60,7 +59,20 @@ class Executed:
     padding: int
 
 
-Message: TypeAlias = Executed | ChunkDone | EngineError
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A worker has loaded its graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A task, and the targets of its files; a worker has no others, however many files the job has."""
+
+    task: Task
+    targets: dict[int, Target]
+
+
+Message: TypeAlias = Ready | Executed | ChunkDone | EngineError
 
 
 class Handout:
@@ -113,7 +125,7 @@ class _Process:
     in_hand: dict[int, Task] = field(default_factory=dict)
     alone: bool = False  # has one suspect chunk in hand and gets nothing beside it
     file: int | None = None
-    served: bool = False  # has finished a chunk since it was started
+    ready: bool = False
 
     @property
     def name(self) -> str:
@@ -126,14 +138,15 @@ class Pool:
     def __init__(
         self,
         specs: Sequence[Spec],
+        targets: Sequence[Target],
         stop: threading.Event,
         executed: Callable[[Executed], None] = lambda _: None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
         """One process for each of `specs`; `report` is told of deaths, one sentence each."""
-        self._specs, self._stop, self._executed, self._report = specs, stop, executed, report
+        self._specs, self._targets, self._stop, self._executed, self._report = specs, targets, stop, executed, report
         self._deaths: Counter[int] = Counter()
-        self._barren = 0  # deaths in a row of workers that had not finished anything
+        self._stillborn = 0  # deaths in a row of workers that were not ready
 
     def run(self, tasks: Sequence[Task]) -> Generator[ChunkDone]:
         """Yield each task once it is done or given up; raises an EngineError that a worker could not go on after."""
@@ -161,13 +174,13 @@ class Pool:
                 worker.alone = False
                 if suspect := handout.take_suspect():
                     worker.alone = True
-                    _give(worker, suspect)
+                    self._give(worker, suspect)
             while not worker.alone and len(worker.in_hand) < IN_FLIGHT:
                 busy = {other.file for other in workers if other is not worker and other.in_hand}
                 task = handout.take(worker.file, busy)
                 if task is None:
                     break
-                _give(worker, task)
+                self._give(worker, task)
 
     def _receive(
         self, worker: _Process, workers: list[_Process], handout: Handout, told_to_stop: bool
@@ -182,11 +195,13 @@ class Pool:
             return
         if isinstance(message, EngineError):
             raise message
+        if isinstance(message, Ready):
+            worker.ready, self._stillborn = True, 0
+            return
         if isinstance(message, Executed):
             self._executed(message)
             return
         del worker.in_hand[message.task.number]
-        worker.served, self._barren = True, 0
         for failure in message.failures:
             handout.drop(failure.segment.file)
         yield message
@@ -195,29 +210,32 @@ class Pool:
         """Report a death, put back what the worker had in hand, give up what has killed twice."""
         worker.process.join()
         how = f"{worker.name} died with exit code {worker.process.exitcode}"
-        self._barren += not worker.served
-        if self._barren > len(self._specs) + DEATHS:
-            raise EngineError(f"{how}; no worker lives long enough to finish a chunk (out of memory?)")
+        self._stillborn += not worker.ready
+        if self._stillborn > len(self._specs) + DEATHS:
+            raise EngineError(f"{how} before it was ready, as those before it did (out of memory?)")
         for task in worker.in_hand.values():
-            self._deaths[task.number] += 1
+            self._deaths[task.number] += worker.ready
         lost = [task for task in worker.in_hand.values() if self._deaths[task.number] >= DEATHS and worker.alone]
-        where = ", ".join(_describe(task, worker.spec) for task in worker.in_hand.values()) or "nothing"
+        where = ", ".join(self._describe(task) for task in worker.in_hand.values()) or "nothing"
         self._report(f"{how} with {where} in hand; another takes its place")
         handout.put_back(task for task in worker.in_hand.values() if task not in lost)
         for task in lost:
-            reason = f"{DEATHS} workers died on {_describe(task, worker.spec)}; it is left out and its file unfinished"
+            reason = f"{DEATHS} workers died on {self._describe(task)}; it is left out and its file unfinished"
             yield ChunkDone(task, tuple(Failure(s, reason) for s in task.chunk.segments), 0, 0, 0, 0, 0, 0, 0, {})
+
+    def _describe(self, task: Task) -> str:
+        first, *others = task.chunk.segments
+        location = self._targets[first.file].file.source.location
+        more = f" and {len(others)} more files" if others else ""
+        return f"{location} rows {first.start} to {first.stop}{more}"
+
+    def _give(self, worker: _Process, task: Task) -> None:
+        worker.in_hand[task.number], worker.file = task, _file(task)
+        _send(worker, Order(task, {s.file: self._targets[s.file] for s in task.chunk.segments}))
 
 
 def _file(task: Task) -> int:
     return task.chunk.segments[0].file
-
-
-def _describe(task: Task, spec: Spec) -> str:
-    first, *others = task.chunk.segments
-    location = spec.targets[first.file].file.source.location
-    more = f" and {len(others)} more files" if others else ""
-    return f"{location} rows {first.start} to {first.stop}{more}"
 
 
 def _start(spec: Spec) -> _Process:
@@ -227,11 +245,6 @@ def _start(spec: Spec) -> _Process:
     process.start()
     theirs.close()
     return _Process(spec, process, ours)
-
-
-def _give(worker: _Process, task: Task) -> None:
-    worker.in_hand[task.number], worker.file = task, _file(task)
-    _send(worker, task)
 
 
 def _send(worker: _Process, message: object) -> bool:
@@ -247,8 +260,9 @@ def work(connection: Connection, spec: Spec) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the job decides when a worker stops
         signal.signal(ignored, signal.SIG_IGN)
     tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+    targets = _Held()
     stop, sending = threading.Event(), threading.Lock()
-    threading.Thread(target=_listen, args=(connection, tasks, stop), daemon=True).start()
+    threading.Thread(target=_listen, args=(connection, tasks, targets, stop), daemon=True).start()
 
     def send(message: Message) -> None:
         with sending:
@@ -258,9 +272,11 @@ def work(connection: Connection, spec: Spec) -> None:
         bundle = Bundle.open(spec.bundle)
         session = open_session(bundle, spec.device, spec.variant, spec.threads)
         progress = _Progress(send)
-        worker = Worker(bundle, session, Tokenizer.of(bundle), spec.targets, spec.embeddings, stop, progress.executed)
+        worker = Worker(bundle, session, Tokenizer.of(bundle), targets, spec.embeddings, stop, progress.executed)
+        send(Ready())
         for done in worker.run(iter(tasks.get, None)):
             progress.flush()
+            targets.release(done.task)
             send(done)
     except EngineError as error:
         send(error)
@@ -272,7 +288,9 @@ def work(connection: Connection, spec: Spec) -> None:
         os._exit(0)  # a thread may be in the middle of an execution that nobody waits for
 
 
-def _listen(connection: Connection, tasks: queue.SimpleQueue[Task | None], stop: threading.Event) -> None:
+def _listen(
+    connection: Connection, tasks: queue.SimpleQueue[Task | None], targets: _Held, stop: threading.Event
+) -> None:
     while True:
         try:
             message = connection.recv()
@@ -282,7 +300,29 @@ def _listen(connection: Connection, tasks: queue.SimpleQueue[Task | None], stop:
             stop.set()
             tasks.put(None)
         else:
-            tasks.put(message)
+            targets.hold(message)
+            tasks.put(message.task)
+
+
+class _Held(dict[int, Target]):
+    """The targets of the tasks that a worker has in hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._users: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def hold(self, order: Order) -> None:
+        with self._lock:
+            self.update(order.targets)
+            self._users.update(list(order.targets))
+
+    def release(self, task: Task) -> None:
+        with self._lock:
+            for file in {segment.file for segment in task.chunk.segments}:
+                self._users[file] -= 1
+                if not self._users[file]:
+                    del self[file], self._users[file]
 
 
 class _Progress:

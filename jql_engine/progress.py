@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jql_engine.data import ChunkDone, StageSeconds
+from jql_engine.errors import OutputError
 
 TERMINAL_SECONDS = 0.5
 LOG_SECONDS = 30.0  # between lines where stderr is a file
@@ -31,13 +32,15 @@ class Meter:
     padding: int = 0
     stages: dict[str, StageSeconds] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
-    _live: list[int] = field(default_factory=lambda: [0, 0])  # documents and tokens of batches, ahead of the chunks
+    _live: list[int] = field(
+        default_factory=lambda: [0, 0, 0]
+    )  # documents, tokens, padding of batches, ahead of chunks
     _shown: float = field(default_factory=time.monotonic)
 
-    def executed(self, documents: int, tokens: int) -> None:
+    def executed(self, documents: int, tokens: int, padding: int = 0) -> None:
         """A batch was computed."""
-        self._live[0] += documents
-        self._live[1] += tokens
+        for i, count in enumerate((documents, tokens, padding)):
+            self._live[i] += count
         now = time.monotonic()
         if now - self._shown >= (TERMINAL_SECONDS if self.stream.isatty() else LOG_SECONDS):
             self._shown = now
@@ -60,7 +63,7 @@ class Meter:
         total = self.seconds * self.n_workers
         return {
             name: {kind: round(value / total, 3) for kind, value in asdict(seconds).items()}
-            for name, seconds in self.stages.items()
+            for name, seconds in dict(self.stages).items()  # another thread may add one
         }
 
     @property
@@ -74,7 +77,8 @@ class Meter:
         left = timedelta(seconds=round(max(0, self.total - done) / rate)) if rate else "?"
         line = (
             f"{done:,} of {self.total:,} documents, {rate:,.1f} documents/s, "
-            f"{self._live[1] / self.seconds:,.0f} tokens/s, ETA {left}"
+            f"{self._live[1] / self.seconds:,.0f} tokens/s, padding {self._live[2] / max(1, sum(self._live[1:])):.1%}, "
+            f"ETA {left}"
         )
         if name := self.bottleneck:
             line += f", bottleneck {name} ({self.shares()[name]['busy']:.0%} busy)"
@@ -119,6 +123,14 @@ class RunLog:
     """Appends one line of JSON for every chunk to a file."""
 
     file: Path | None
+
+    def check(self) -> None:
+        """Raise OutputError where the file cannot be written."""
+        try:
+            if self.file is not None:
+                self.file.open("a").close()
+        except OSError as error:
+            raise OutputError(f"--metrics {self.file} cannot be written: {error.strerror}") from error
 
     def record(self, done: ChunkDone, names: list[str]) -> None:
         """`names` of the files in the chunk."""

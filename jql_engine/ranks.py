@@ -40,12 +40,22 @@ def rank_of(rank: int | None, world_size: int | None, environment: Mapping[str, 
         inner, n_inner = number["SLURM_PROCID"], number["SLURM_STEP_NUM_TASKS"]
         said_by.append("SLURM_PROCID")
     outer, n_outer = 0, 1
-    if "SLURM_ARRAY_TASK_ID" in number and "SLURM_ARRAY_TASK_COUNT" in number:
-        step = number.get("SLURM_ARRAY_TASK_STEP", 1)
-        outer = (number["SLURM_ARRAY_TASK_ID"] - number.get("SLURM_ARRAY_TASK_MIN", 0)) // step
-        n_outer = number["SLURM_ARRAY_TASK_COUNT"]
+    if "SLURM_ARRAY_TASK_ID" in number:
+        outer, n_outer = _place_in_array(number)
         said_by.append("SLURM_ARRAY_TASK_ID")
     return Rank(outer * n_inner + inner, n_outer * n_inner, ", ".join(said_by) or "default")
+
+
+def _place_in_array(number: Mapping[str, int]) -> tuple[int, int]:
+    """Number and count of a job array's task; raises EngineError for what may be some tasks of it, submitted again."""
+    task, count = number["SLURM_ARRAY_TASK_ID"], number.get("SLURM_ARRAY_TASK_COUNT", 0)
+    first, last = number.get("SLURM_ARRAY_TASK_MIN", 0), number.get("SLURM_ARRAY_TASK_MAX", 0)
+    if count < 2 or first != 0 or last != count - 1:
+        raise EngineError(
+            f"SLURM job array of {count} tasks, {first} to {last}: expected all of 0 to N-1, since the share of a task "
+            "depends on N; for others give --rank $SLURM_ARRAY_TASK_ID --world-size N with the N of the whole job"
+        )
+    return task, count
 
 
 def share(files: Sequence[SourceFile], rank: Rank) -> list[SourceFile]:

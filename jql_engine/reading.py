@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import pyarrow as pa
 
 from jql_engine.data import ChunkEnd, DocumentBatch, Failure, Piece, Segment, Task
-from jql_engine.dataset import InputFile
+from jql_engine.dataset import InputFile, SourceFile
 from jql_engine.errors import InputError
 from jql_engine.formats import batches
 from jql_engine.storage import is_remote, retry, version_of
 
 
-def read(files: Sequence[InputFile], tasks: Iterable[Task]) -> Iterator[Piece | ChunkEnd]:
+class Files(Protocol):
+    """Input files by number."""
+
+    def __getitem__(self, number: int, /) -> InputFile:
+        """File `number`."""
+        ...
+
+
+def read(files: Files, tasks: Iterable[Task]) -> Iterator[Piece | ChunkEnd]:
     """Yield the pieces of each task's chunk, then its end.
 
     A segment that cannot be read is named at the end of its chunk, and nothing more is read of its file.
@@ -93,15 +103,21 @@ class Cursor:
 
     def _next(self) -> pa.RecordBatch | None:
         source = self.file.source
-        if self._broke_off and version_of(source.location) != (source.size, source.version):
-            raise InputError(f"{source.location} was changed while it was read; start the same command again")
         if self._batches is None:
+            if self._broke_off or isinstance(source.location, Path):  # elsewhere it is a request for every file
+                check_unchanged(source)
             self._batches = batches(self.file, self.row, self._columns)
         try:
             return next(self._batches, None)
         except BaseException:
             self._batches, self._broke_off = None, True  # the next attempt opens the file again, at this row
             raise
+
+
+def check_unchanged(source: SourceFile) -> None:
+    """Raise InputError where a file is not the one that was found when the run began."""
+    if version_of(source.location) != (source.size, source.version):
+        raise InputError(f"{source.location} was changed during the run; start the same command again")
 
 
 def _pieces(cursor: Cursor, segment: Segment, first: int) -> Iterator[Piece]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeVar
@@ -16,7 +16,7 @@ import pyarrow as pa
 from jql_engine.bundle import Bundle
 from jql_engine.data import Chunk, ChunkDone, Task, embedding_type, score_schema
 from jql_engine.dataset import InputFile, SourceFile, find_files, split
-from jql_engine.errors import BundleError, InputError, UnreadableError
+from jql_engine.errors import BundleError, InputError, PartsError, UnreadableError
 from jql_engine.formats import open_file
 from jql_engine.output import (
     PARTS,
@@ -30,16 +30,19 @@ from jql_engine.output import (
     final_of,
     find_parts,
     is_finished,
+    is_written_by_us,
     part_name,
     parts_of,
+    settings_of,
 )
 from jql_engine.progress import Meter, RunLog
 from jql_engine.ranks import Rank, share
-from jql_engine.storage import Location, locate, remove_file, remove_folder, remove_if_empty
+from jql_engine.storage import Location, locate, remove_empty_folders, remove_file, remove_folder
 
 S = TypeVar("S")
 T = TypeVar("T")
 CHUNK_ROWS = 20_000
+ASSEMBLERS = 4  # files finished at once
 OPENERS = 16  # files looked into at once: on a remote file system each waits for the network
 LIBRARIES = ("jql-engine", "onnxruntime", "onnxruntime-gpu", "tokenizers", "tokie")
 
@@ -103,17 +106,18 @@ def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
     """
     if not bundle.heads and job.embeddings is None:
         raise BundleError(f"{bundle.path} has no heads, only embeddings; give --embeddings fp16 or fp32 to keep those")
-    out = locate(job.out)
-    sources = share(find_files(job.inputs), job.rank)
-    settings = _settings(job, bundle, variant, chunk_bytes)
-    scores = _score_schema(job, bundle)
-    finished = set() if job.overwrite or job.limit else _finished(out, sources, settings)
-    files, unreadable = _open_all(job, [source for source in sources if source not in finished])
-    targets = [Target(out, file, scores, job.output, _of_source(settings, file)) for file in files]
+    out, settings = locate(job.out), _settings(job, bundle, variant, chunk_bytes)
+    sources, finished = find_files(job.inputs), set()
+    if job.limit is None:
+        sources = share(sources, job.rank)
+        finished = set() if job.overwrite else _finished(out, sources, settings)
+    files, unreadable = _open(job, sources, finished)
+    sources = sources if job.limit is None else [file.source for file in files]
+    targets = [Target(out, file, _score_schema(job, bundle), job.output, settings) for file in files]
     for target in targets:
-        check_names(target.file, scores, job.output)
+        check_names(target.file, target.scores, job.output)
     check_output(out, job.inputs, sources)
-    if job.limit and not job.overwrite:
+    if job.limit is not None and not job.overwrite:
         targets = [target for target in targets if not is_finished(target.final, target.settings)]
     parts = find_parts(out)
     _tidy(out, sources, finished if not job.overwrite else set(sources), parts)
@@ -135,10 +139,12 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
             log.record(done, [ledger.name(segment.file) for segment in done.task.chunk.segments])
             for number in ledger.record(done):
                 assembly.begin(number, work.targets[number])
-        for number, reason in assembly.failures():
+            for number, reason in assembly.failures(wait=False):
+                ledger.fail(number, reason)
+        for number, reason in assembly.failures(wait=True):
             ledger.fail(number, reason)
     for out in {target.out for target in work.targets}:
-        remove_if_empty(out / PARTS)
+        remove_empty_folders(out / PARTS)
     return Outcome(ledger.n_files_done(), [*work.unreadable, *ledger.failed.values()])
 
 
@@ -178,21 +184,23 @@ class _Ledger:
 
 
 class _Assembly:
-    """Finishes files beside the work on others, one at a time."""
+    """Finishes files beside the work on others, a few at a time."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="assemble")
+        self._pool = ThreadPoolExecutor(ASSEMBLERS, thread_name_prefix="assemble")
         self._running: list[tuple[int, Future[None]]] = []
 
     def begin(self, number: int, target: Target) -> None:
         self._running.append((number, self._pool.submit(target.assemble)))
 
-    def failures(self) -> Iterator[tuple[int, str]]:
-        """Wait for all; raises OutputError."""
-        for number, future in self._running:
+    def failures(self, wait: bool) -> Iterator[tuple[int, str]]:
+        """Files that could not be finished, of those that are through, or, with `wait`, of all; raises OutputError."""
+        through = [(number, future) for number, future in self._running if wait or future.done()]
+        self._running = [running for running in self._running if running not in through]
+        for number, future in through:
             try:
                 future.result()
-            except InputError as error:
+            except (InputError, PartsError) as error:
                 yield number, str(error)
 
     def __enter__(self) -> _Assembly:
@@ -204,40 +212,63 @@ class _Assembly:
 
 def open_inputs(job: Job) -> tuple[list[InputFile], list[Unfinished]]:
     """The files of `job` that can be read, and those that cannot; raises InputError."""
-    return _open_all(job, share(find_files(job.inputs), job.rank))
+    sources = find_files(job.inputs)
+    return _open(job, sources if job.limit else share(sources, job.rank), set())
 
 
 def _finished(out: Location, sources: Sequence[SourceFile], settings: dict[str, Any]) -> set[SourceFile]:
     def check(source: SourceFile) -> bool:
-        return is_finished(final_of(out, source), settings | _source_settings(source, None))
+        return is_finished(final_of(out, source), settings_of(settings, source))
 
     return {source for source, done in zip(sources, _in_threads(check, sources), strict=True) if done}
 
 
-def _open_all(job: Job, sources: Sequence[SourceFile]) -> tuple[list[InputFile], list[Unfinished]]:
-    """The files that can be read; raises InputError where one has not the columns, or none can be read."""
+def _open(
+    job: Job, sources: Sequence[SourceFile], finished: set[SourceFile]
+) -> tuple[list[InputFile], list[Unfinished]]:
+    """Open `sources` but those `finished`; with a limit this rank's of the first that hold so many documents.
 
-    def look(source: SourceFile) -> InputFile | UnreadableError:
-        try:
-            return open_file(source, job.text_column, job.id_column)
-        except UnreadableError as error:
-            return error
-
-    files, errors, unreadable = [], [], []
-    for source, result in zip(sources, _in_threads(look, sources), strict=True):
-        if isinstance(result, InputFile):
-            files.append(result)
-        else:
-            errors.append(result)
-            unreadable.append(Unfinished(str(source.location), str(result)))
+    Raises InputError where a file has not the columns, or none can be read.
+    """
+    files: list[InputFile] = []
+    errors: list[tuple[SourceFile, UnreadableError]] = []
+    wanted = [source for source in sources if source not in finished]
+    step = len(wanted) if job.limit is None else OPENERS
+    for start in range(0, len(wanted), max(1, step)):
+        group = wanted[start : start + step]
+        for source, found in zip(group, _in_threads(partial(_look, job), group), strict=True):
+            files += [found] if isinstance(found, InputFile) else []
+            errors += [(source, found)] if isinstance(found, UnreadableError) else []
+        if job.limit is not None and sum(file.n_rows for file in files) >= job.limit:
+            break
     if errors and not files:
-        raise errors[0]
-    return list(_first(files, job.limit)) if job.limit else files, unreadable
+        raise errors[0][1]
+    if job.limit is not None:
+        files = list(_first(files, job.limit))
+        mine = set(share([file.source for file in files], job.rank))
+        files = [file for file in files if file.source in mine]
+    return _with_shared_schemas(files), [Unfinished(str(source.location), str(error)) for source, error in errors]
+
+
+def _look(job: Job, source: SourceFile) -> InputFile | UnreadableError:
+    try:
+        return open_file(source, job.text_column, job.id_column)
+    except UnreadableError as error:
+        return error
+
+
+def _with_shared_schemas(files: Sequence[InputFile]) -> list[InputFile]:
+    """One object for equal schemas: of a hundred thousand files each would keep half a gigabyte."""
+    known: dict[bytes, pa.Schema] = {}
+    return [replace(file, schema=known.setdefault(file.schema.serialize().to_pybytes(), file.schema)) for file in files]
 
 
 def _in_threads(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
-    with ThreadPoolExecutor(OPENERS) as pool:
+    pool = ThreadPoolExecutor(OPENERS)
+    try:
         return list(pool.map(function, items))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # one may sleep between two attempts
 
 
 def _first(files: Iterable[InputFile], n_docs: int) -> Iterator[InputFile]:
@@ -265,8 +296,8 @@ def _tasks(
     done: dict[int, set[tuple[int, int]]] = {}
     for number, target in enumerate(targets):
         if found := parts.get(target.file.source.relative.as_posix()):
-            _in_threads(partial(_check_part, target), sorted(found))
-            done[number] = found
+            usable = _in_threads(partial(_is_usable, target), sorted(found))
+            done[number] = {rows for rows, fine in zip(sorted(found), usable, strict=True) if fine}
     chunks = split([target.file for target in targets], job.chunk_rows, chunk_bytes)
     for number, chunk in enumerate(chunks):
         left = tuple(s for s in chunk.segments if (s.start, s.stop) not in done.get(s.file, ()))
@@ -274,8 +305,14 @@ def _tasks(
             yield Task(number, Chunk(left))
 
 
-def _check_part(target: Target, rows: tuple[int, int]) -> None:
-    check_settings(target.parts / part_name(*rows), target.settings)
+def _is_usable(target: Target, rows: tuple[int, int]) -> bool:
+    """Whether a part can be read; removes one that cannot. Raises OutputError where it is another job's."""
+    part = target.parts / part_name(*rows)
+    if not is_written_by_us(part):
+        remove_file(part)
+        return False
+    check_settings(part, target.settings)
+    return True
 
 
 def _score_schema(job: Job, bundle: Bundle) -> pa.Schema:
@@ -300,14 +337,6 @@ def _settings(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> dict[
         "chunk_bytes": chunk_bytes,
         **{name: found for name in LIBRARIES if (found := _version(name))},
     }
-
-
-def _source_settings(source: SourceFile, rows: int | None) -> dict[str, Any]:
-    return {"source_bytes": source.size, "source_version": source.version, "limit": rows}
-
-
-def _of_source(settings: dict[str, Any], file: InputFile) -> dict[str, Any]:
-    return settings | _source_settings(file.source, file.limit)
 
 
 def _version(package: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from jql_engine.data import (
     Task,
     TokenBatch,
 )
+from jql_engine.dataset import InputFile
 from jql_engine.output import Target
 from jql_engine.pipeline import StageTime, pipeline
 from jql_engine.reading import read
@@ -47,7 +48,7 @@ class Worker:
     bundle: Bundle
     session: Session
     tokenizer: Tokenizer
-    targets: Sequence[Target]  # of each file
+    targets: Mapping[int, Target]  # by the number of the file; may change while tasks come
     embeddings: np.dtype[Any] | None = None  # the type in which embeddings are kept
     stop: threading.Event = field(default_factory=threading.Event)  # set: finish the chunk in hand and no other
     executed: Callable[[Batch], None] = lambda _: None  # told of every batch
@@ -66,7 +67,7 @@ class Worker:
             lap = now
 
     def _read(self, tasks: Iterator[Task]) -> Iterator[Piece | ChunkEnd]:
-        return read([target.file for target in self.targets], self._until_stopped(tasks))
+        return read(_Files(self.targets), self._until_stopped(tasks))
 
     def _tokenise(self, items: Iterator[Piece | ChunkEnd]) -> Iterator[_Chunk]:
         pieces: list[Piece] = []
@@ -113,6 +114,16 @@ class Worker:
             if self.stop.is_set():
                 return
             yield item
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The input files of targets."""
+
+    targets: Mapping[int, Target]
+
+    def __getitem__(self, number: int, /) -> InputFile:
+        return self.targets[number].file
 
 
 @dataclass(slots=True)

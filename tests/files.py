@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ def not_utf8() -> pa.StringArray:
 
 
 def damage(path: Path, row_group: int) -> None:
-    """Overwrite the text of one row group; the footer stays as it is."""
+    """Overwrite the text of one row group; the footer and the file's time stay as they are."""
+    status = path.stat()
     metadata = pq.read_metadata(path).row_group(row_group)
     column = next(
         metadata.column(i) for i in range(metadata.num_columns) if metadata.column(i).path_in_schema == "text"
@@ -26,3 +28,4 @@ def damage(path: Path, row_group: int) -> None:
     with path.open("r+b") as stream:
         stream.seek(column.dictionary_page_offset or column.data_page_offset)
         stream.write(b"\xff" * column.total_compressed_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from jql_engine.storage import version_of
 from tests.files import damage
 
 HEADS = ("edu", "prose")
-SETTINGS = {"bundle": "abc", "variant": "cpu-fp32", "id_column": None, "source_bytes": 12}
+SETTINGS = {"bundle": "abc", "variant": "cpu-fp32", "id_column": None}
 
 
 def described(path: Path, relative: str | None = None, id_column: str | None = None) -> InputFile:
@@ -88,7 +90,7 @@ def test_parts_lie_apart_until_the_file_is_whole(tmp_path):
     target.assemble()
     assert visible(tmp_path / "out") == ["sub", "sub/a.parquet"]
     assert pq.read_table(tmp_path / "out/sub/a.parquet").equals(scores(0, 30))
-    check_settings(tmp_path / "out/sub/a.parquet", SETTINGS)
+    check_settings(tmp_path / "out/sub/a.parquet", target.settings)
 
 
 def test_a_gap_between_parts_is_an_error_and_nothing_is_lost(tmp_path):
@@ -103,11 +105,17 @@ def test_a_gap_between_parts_is_an_error_and_nothing_is_lost(tmp_path):
 def test_the_unfinished_files_of_a_killed_run_are_found_by_their_input(tmp_path):
     one, other = (target_of(tmp_path / "out", source(tmp_path / f"{name}.parquet", 30)) for name in "ab")
     commit_parts(one, 0, 15)
-    left = [one.aside, other.aside, one.aside]
-    for file in left:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    mine = f".{os.getpid()}."
+    left = [file.with_name(file.name.replace(mine, f".{ended.pid}.")) for file in (one.aside, other.aside, one.aside)]
+    another_host = one.aside.with_name(re.sub(r"\.[0-9a-f]{8}\.", ".01234567.", one.aside.name))
+    old = another_host.with_name(another_host.name.replace("writing", "0.writing").replace(".0.", "0."))
+    for file in [*left, one.aside, another_host, old]:
         file.write_bytes(b"half a file " * 1000)
+    os.utime(old, (0, 0))
     parts = find_parts(tmp_path / "out")
-    assert sorted(parts.left_by([one.file.source])) == sorted([left[0], left[2]])
+    assert sorted(parts.left_by([one.file.source])) == sorted([left[0], left[2], old])
     assert parts.rows == {"a.parquet": {(0, 15)}}
 
 
@@ -147,7 +155,7 @@ def test_append_keeps_every_column_and_the_metadata(tmp_path, row_group_size):
         assert found.schema.field(field.name).equals(field, check_metadata=True)
     assert found.select(score_schema(HEADS).names).equals(scores(0, 4))
     assert found.schema.metadata[b"dataset"] == b"of 2024" and found.schema.metadata[b"pandas"] == b"{}"
-    assert json.loads(found.schema.metadata[METADATA_KEY]) == SETTINGS
+    assert json.loads(found.schema.metadata[METADATA_KEY]) == target.settings
     assert visible(tmp_path / "out") == ["a.parquet"]
 
 
@@ -166,11 +174,33 @@ def test_a_source_that_can_not_be_read_again_leaves_the_parts(tmp_path):
     pq.write_table(pa.table({"text": [f"text {i}" * 50 for i in range(40)]}), path, row_group_size=20)
     target = target_of(tmp_path / "out", described(path), "append")
     commit_parts(target, 0, 20, 40)
+    modified = path.stat().st_mtime_ns
     damage(path, row_group=1)
+    os.utime(path, ns=(modified, modified))
     with pytest.raises(InputError, match=r"a\.parquet cannot be read to its end"):
         target.assemble()
     assert find_parts(tmp_path / "out").rows == {"a.parquet": {(0, 20), (20, 40)}}
     assert not (tmp_path / "out/a.parquet").exists()
+
+
+@pytest.mark.parametrize("kind", ["sidecar", "append"])
+def test_a_source_that_was_changed_meanwhile_is_an_error_and_nothing_appears(tmp_path, kind):
+    path = tmp_path / "a.parquet"
+    target = target_of(tmp_path / "out", source(path, 30), kind)
+    commit_parts(target, 0, 20, 30)
+    os.utime(path, (1, 1))
+    with pytest.raises(InputError, match=r"a\.parquet was changed during the run"):
+        target.assemble()
+    assert not (tmp_path / "out/a.parquet").exists() and not list((tmp_path / "out").rglob("*.writing"))
+
+
+def test_a_file_that_another_run_has_finished_is_finished(tmp_path):
+    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 30))
+    commit_parts(target, 0, 20, 30)
+    target.assemble()
+    before = (tmp_path / "out/a.parquet").stat()
+    target.assemble()
+    assert (tmp_path / "out/a.parquet").stat() == before
 
 
 def test_row_groups_of_the_finished_file_hold_many_parts(tmp_path):
@@ -232,8 +262,11 @@ def test_an_id_that_may_not_be_null_stays_so(tmp_path):
 
 
 def test_the_settings_are_in_the_metadata(tmp_path):
-    write_all(tmp_path / "out", source(tmp_path / "a.parquet"))
-    assert json.loads(pq.read_schema(tmp_path / "out/a.parquet").metadata[METADATA_KEY]) == SETTINGS
+    file = source(tmp_path / "a.parquet")
+    write_all(tmp_path / "out", file)
+    found = json.loads(pq.read_schema(tmp_path / "out/a.parquet").metadata[METADATA_KEY])
+    size, version = version_of(tmp_path / "a.parquet")
+    assert found == {**SETTINGS, "source_bytes": size, "source_version": version, "limit": None}
 
 
 def test_a_file_where_a_folder_should_be_is_an_error(tmp_path):
@@ -319,10 +352,10 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path, out):
 
 
 def test_a_file_is_finished_once_it_was_written_with_the_same_settings(tmp_path):
-    target = tmp_path / "out" / "a.parquet"
-    assert not is_finished(target, SETTINGS)
-    write_all(tmp_path / "out", source(tmp_path / "a.parquet"))
-    assert is_finished(target, dict(SETTINGS))
+    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet"))
+    assert not is_finished(target.final, target.settings)
+    write_all(tmp_path / "out", target.file)
+    assert is_finished(target.final, target.settings)
 
 
 @pytest.mark.parametrize(
@@ -330,24 +363,17 @@ def test_a_file_is_finished_once_it_was_written_with_the_same_settings(tmp_path)
     [
         ({"bundle": "xyz"}, "bundle was 'abc', is now 'xyz'"),
         ({"id_column": "id"}, "id_column was None, is now 'id'"),
-        ({"source_bytes": 13}, "source_bytes was 12, is now 13"),
+        ({"source_bytes": 13}, r"source_bytes was \d+, is now 13"),
         ({"colour": "red"}, "colour was None, is now 'red'"),
+        ({"variant": None}, "variant was 'cpu-fp32', is now None"),
     ],
 )
 def test_other_settings_are_named(tmp_path, change, message):
-    write_all(tmp_path / "out", source(tmp_path / "a.parquet"))
-    target = tmp_path / "out" / "a.parquet"
-    with pytest.raises(
-        OutputError, match=f"{re.escape(str(target))} exists and .* other settings: {message}; .*--overwrite"
-    ):
-        is_finished(target, {**SETTINGS, **change})
-
-
-def test_a_setting_that_is_no_longer_made_is_named(tmp_path):
-    write_all(tmp_path / "out", source(tmp_path / "a.parquet"))
-    fewer = {key: value for key, value in SETTINGS.items() if key != "variant"}
-    with pytest.raises(OutputError, match="variant was 'cpu-fp32', is now None"):
-        is_finished(tmp_path / "out" / "a.parquet", fewer)
+    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet"))
+    write_all(tmp_path / "out", target.file)
+    place = re.escape(str(target.final))
+    with pytest.raises(OutputError, match=f"{place} exists and .* other settings: {message}; .*--overwrite"):
+        is_finished(target.final, {**target.settings, **change})
 
 
 @pytest.mark.parametrize("kind", ["foreign parquet", "text", "folder"])

@@ -5,7 +5,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jql_engine import pool
 from jql_engine.data import Chunk, ChunkDone, Segment, Task
 from jql_engine.errors import EngineError, OutputError
 from jql_engine.output import Target, find_parts
-from jql_engine.pool import Executed, Handout, Pool, Spec
+from jql_engine.pool import Executed, Handout, Order, Pool, Spec
 from jql_engine.run import Job, Work, prepare
 
 ROWS = 100
@@ -77,16 +78,17 @@ class FullTarget(Target):
 
 
 def prepared(bundle, tmp_path: Path, kind: type[Target]) -> Work:
+    tmp_path.mkdir(exist_ok=True)
     pq.write_table(pa.table({"text": [f"Water {i}" for i in range(10 * ROWS)]}), tmp_path / "a.parquet")
     job = Job((str(tmp_path / "a.parquet"),), tmp_path / "out", chunk_rows=ROWS)
     work = prepare(job, bundle, "cpu-fp32", 1 << 20)
-    targets = [kind(t.out, t.file, t.scores, t.kind, t.settings) for t in work.targets]
+    targets = [kind(t.out, t.file, t.scores, t.kind, t.shared) for t in work.targets]
     return Work(targets, work.tasks, 0, [])
 
 
 def run(bundle, work: Work, said: list[str], n_workers: int = 2) -> Iterator[ChunkDone]:
-    spec = Spec(bundle.path, "cpu", "cpu-fp32", 1, work.targets, None)
-    return Pool([spec] * n_workers, threading.Event(), report=said.append).run(work.tasks)
+    spec = Spec(bundle.path, "cpu", "cpu-fp32", 1, None)
+    return Pool([spec] * n_workers, work.targets, threading.Event(), report=said.append).run(work.tasks)
 
 
 def test_a_chunk_on_which_two_workers_died_is_given_up_and_the_others_are_done(bundle, tmp_path):
@@ -114,15 +116,15 @@ def test_what_no_worker_can_go_on_after_ends_the_job(bundle, tmp_path):
 
 def test_workers_that_die_before_they_begin_end_the_job(bundle, tmp_path):
     work = prepared(bundle, tmp_path, Target)
-    spec = Spec(tmp_path / "no-bundle", "cpu", "cpu-fp32", 1, work.targets, None)
+    spec = Spec(tmp_path / "no-bundle", "cpu", "cpu-fp32", 1, None)
     with pytest.raises(EngineError, match="no-bundle is no bundle"):
-        list(Pool([spec], threading.Event()).run(work.tasks))
+        list(Pool([spec], work.targets, threading.Event()).run(work.tasks))
 
 
 def test_progress_adds_up_to_what_is_done(bundle, tmp_path):
     work, seen = prepared(bundle, tmp_path, Target), []
-    spec = Spec(bundle.path, "cpu", "cpu-fp32", 1, work.targets, None)
-    done = list(Pool([spec] * 2, threading.Event(), executed=seen.append).run(work.tasks))
+    spec = Spec(bundle.path, "cpu", "cpu-fp32", 1, None)
+    done = list(Pool([spec] * 2, work.targets, threading.Event(), executed=seen.append).run(work.tasks))
     assert all(isinstance(message, Executed) for message in seen)
     assert sum(m.documents for m in seen) == sum(d.documents for d in done) == 10 * ROWS
     assert sum(m.tokens for m in seen) == sum(d.tokens for d in done)
@@ -131,3 +133,51 @@ def test_progress_adds_up_to_what_is_done(bundle, tmp_path):
 def test_a_job_without_tasks_starts_no_worker(bundle, tmp_path):
     work = prepared(bundle, tmp_path, Target)
     assert list(run(bundle, Work(work.targets, [], 0, []), [])) == []
+
+
+@dataclass(frozen=True, slots=True)
+class DeadliestTarget(Target):
+    """Kills its worker wherever a chunk of it is committed."""
+
+    def commit(self, segment: Segment, scores: pa.Table, ids: pa.ChunkedArray | None) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_file_that_kills_on_every_chunk_does_not_end_the_job(bundle, tmp_path):
+    deadly, sound = (prepared(bundle, tmp_path / name, kind) for name, kind in (("a", DeadliestTarget), ("b", Target)))
+    tasks = [Task(t.number + 10, Chunk(tuple(replace(s, file=1) for s in t.chunk.segments))) for t in sound.tasks]
+    work = Work([*deadly.targets, *sound.targets], [*deadly.tasks, *tasks], 0, [])
+    done = list(run(bundle, work, []))
+    assert Counter(d.task.number for d in done) == Counter(range(20))
+    assert [d.task.number for d in done if not d.failures] == sorted(t.number for t in tasks)
+
+
+def test_a_worker_that_dies_while_it_starts_is_replaced_however_many_files_there_are(bundle, tmp_path, monkeypatch):
+    for i in range(200):
+        pq.write_table(pa.table({"text": [f"Water {i}"]}), tmp_path / f"{i}.parquet")
+    job = Job((str(tmp_path / "*.parquet"),), tmp_path / "out", chunk_rows=20)
+    work, said = prepare(job, bundle, "cpu-fp32", 1 << 20), []
+    started = pool._start
+
+    def start_and_kill_the_first(spec: Spec):
+        process = started(spec)
+        if not said and not hasattr(start_and_kill_the_first, "done"):
+            start_and_kill_the_first.done = True
+            process.process.kill()
+        return process
+
+    monkeypatch.setattr(pool, "_start", start_and_kill_the_first)
+    done = list(run(bundle, work, said))
+    assert sum(d.documents for d in done) == 200 and not any(d.failures for d in done)
+    assert len(said) == 1 and "died with exit code -9" in said[0]
+
+
+def test_a_worker_holds_the_targets_of_what_it_has_in_hand_only(bundle, tmp_path):
+    work, held = prepared(bundle, tmp_path, Target), pool._Held()
+    first, second = work.tasks[:2]
+    for t in (first, second):
+        held.hold(Order(t, {0: work.targets[0]}))
+    held.release(first)
+    assert held[0] is work.targets[0]
+    held.release(second)
+    assert not held

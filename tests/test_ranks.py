@@ -13,8 +13,8 @@ from jql_engine.ranks import Rank, rank_of, share
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
 STEP = BATCH | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}
 ARRAY = {
-    "SLURM_ARRAY_TASK_ID": "17", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_STEP": "4",
-    "SLURM_ARRAY_TASK_COUNT": "5", "SLURM_ARRAY_TASK_MAX": "21",
+    "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_STEP": "1",
+    "SLURM_ARRAY_TASK_COUNT": "5", "SLURM_ARRAY_TASK_MAX": "4",
 }  # fmt: skip
 
 
@@ -30,7 +30,7 @@ ARRAY = {
         (STEP, Rank(5, 8, "SLURM_PROCID")),
         (BATCH | ARRAY, Rank(3, 5, "SLURM_ARRAY_TASK_ID")),
         (STEP | ARRAY, Rank(29, 40, "SLURM_PROCID, SLURM_ARRAY_TASK_ID")),
-        ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_COUNT": "5"}, Rank(4, 5, "SLURM_ARRAY_TASK_ID")),
+        (ARRAY | {"SLURM_ARRAY_TASK_ID": "4"}, Rank(4, 5, "SLURM_ARRAY_TASK_ID")),
     ],
     ids=[
         "nothing",
@@ -49,10 +49,21 @@ def test_the_environment_says_the_rank(environment, expected):
     assert rank_of(None, None, environment) == expected
 
 
+@pytest.mark.parametrize(("first", "last", "count"), [(5, 5, 1), (0, 0, 1), (3, 7, 2), (0, 7, 2), (1, 4, 4), (0, 8, 5)])
+def test_some_tasks_of_an_array_that_are_submitted_again_do_not_guess(first, last, count):
+    limits = {
+        "SLURM_ARRAY_TASK_MIN": str(first),
+        "SLURM_ARRAY_TASK_MAX": str(last),
+        "SLURM_ARRAY_TASK_COUNT": str(count),
+    }
+    with pytest.raises(EngineError, match=f"job array of {count} tasks, {first} to {last}: .*--rank .*--world-size N"):
+        rank_of(None, None, BATCH | ARRAY | limits | {"SLURM_ARRAY_TASK_ID": str(last)})
+
+
 def test_every_task_of_an_array_of_steps_has_a_rank_of_its_own():
     ranks = [
         rank_of(None, None, STEP | ARRAY | {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_PROCID": str(process)})
-        for task in range(5, 22, 4)
+        for task in range(5)
         for process in range(8)
     ]
     assert [rank.rank for rank in ranks] == list(range(40))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from jql_engine.data import Chunk, ChunkEnd, Piece, Segment, Task
 from jql_engine.dataset import InputFile
 from jql_engine.errors import InputError
 from jql_engine.reading import Cursor, as_text, file_columns, read
+from jql_engine.storage import version_of
 from tests.files import damage, not_utf8
 from tests.test_dataset import chunks_of, opened, write
 from tests.test_formats import PACK, lines, write_groups
@@ -240,7 +242,17 @@ def test_rows_that_are_passed_over_are_not_decoded(tmp_path):
 def test_the_end_of_all_columns_is_an_error_where_the_footer_says_more(tmp_path):
     file = opened(write(tmp_path / "a.parquet", ["x"] * 4))
     write(tmp_path / "a.parquet", ["x"] * 3)
+    now = replace(
+        file.source, size=version_of(tmp_path / "a.parquet")[0], version=version_of(tmp_path / "a.parquet")[1]
+    )
     with pytest.raises(InputError, match="ends 1 rows before its footer says"):
+        list(Cursor(replace(file, source=now), 0, ["text"]).take(4))
+
+
+def test_a_file_that_was_changed_since_it_was_found_is_an_error(tmp_path):
+    file = opened(write(tmp_path / "a.parquet", ["x"] * 4))
+    write(tmp_path / "a.parquet", ["y"] * 4)
+    with pytest.raises(InputError, match="was changed during the run; start the same command again"):
         list(Cursor(file, 0, ["text"]).take(4))
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -430,9 +431,70 @@ def test_a_limit_scores_the_first_documents_only(engine, tmp_path):
     assert (summary.documents, visible(tmp_path / "out")) == (17, ["a.parquet", "b.parquet"])
     assert pq.read_table(tmp_path / "out/b.parquet")["id"].to_pylist() == list(range(7))
     again = score(engine, tmp_path / "out", tmp_path / "in", limit=17)
-    assert (again.documents, again.skipped_files) == (0, 3)
+    assert (again.documents, again.skipped_files) == (0, 2)
     with pytest.raises(OutputError, match=r"b\.parquet exists .* limit was 7, is now None"):
         score(engine, tmp_path / "out", tmp_path / "in")
+
+
+def test_a_limit_counts_the_documents_of_all_ranks(engine, tmp_path):
+    for name in "abcd":
+        write(tmp_path / f"in/{name}.parquet", TEXTS[:10], 3)
+    counts = [score(engine, tmp_path / "out", tmp_path / "in", limit=25, rank=Rank(r, 2)).documents for r in (0, 1)]
+    assert sum(counts) == 25 and min(counts) >= 5
+    assert visible(tmp_path / "out") == ["a.parquet", "b.parquet", "c.parquet"]
+
+
+def test_a_limit_opens_no_more_files_than_it_needs(engine, tmp_path):
+    for i in range(40):
+        write(tmp_path / f"in/{i:02}.parquet", TEXTS[:10])
+    (tmp_path / "in/39.parquet").write_bytes(b"no parquet")
+    assert score(engine, tmp_path / "out", tmp_path / "in", limit=15).unfinished == []
+
+
+def test_a_damaged_part_is_computed_again(engine, tmp_path):
+    path = sparse(tmp_path / "a.parquet", 1000)
+    interrupted(engine, tmp_path / "out", path, 7, chunk_rows=100)
+    part = tmp_path / "out" / parts_of(tmp_path / "out")[3]
+    part.write_bytes(part.read_bytes()[:100])
+    assert score(engine, tmp_path / "out", path, chunk_rows=100).documents == 400
+    assert_scored(engine, path, tmp_path / "out/a.parquet")
+
+
+def test_a_run_log_that_can_not_be_written_is_an_error_before_anything_is_computed(engine, tmp_path):
+    path = write(tmp_path / "a.parquet", TEXTS)
+    with pytest.raises(OutputError, match=r"--metrics .*x\.jsonl cannot be written: No such file"):
+        score(engine, tmp_path / "out", path, metrics=tmp_path / "absent/x.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_columns_of_one_name_can_not_be_kept(engine, tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], names=["text", "x", "x"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    score(engine, tmp_path / "sidecar", tmp_path / "a.parquet")
+    with pytest.raises(OutputError, match="has 2 columns named 'x'"):
+        score(engine, tmp_path / "out", tmp_path / "a.parquet", output="append")
+
+
+def test_empty_folders_of_a_killed_run_go(engine, tmp_path):
+    (tmp_path / "out/.parts/sub/0.parquet").mkdir(parents=True)
+    score(engine, tmp_path / "out", write(tmp_path / "a.parquet", TEXTS))
+    assert not (tmp_path / "out/.parts").exists()
+
+
+def test_two_runs_on_one_output_do_no_harm(engine, tmp_path):
+    for i in range(6):
+        sparse(tmp_path / f"in/{i}.parquet", 600)
+
+    def one(_: int) -> SimpleNamespace:
+        return score(engine, tmp_path / "out", tmp_path / "in", chunk_rows=50, output="append")
+
+    with ThreadPoolExecutor(2) as pool:
+        summaries = list(pool.map(one, range(2)))
+    assert all(not s.unfinished for s in summaries)
+    assert visible(tmp_path / "out") == [f"{i}.parquet" for i in range(6)]
+    for i in range(6):
+        found = pq.read_table(tmp_path / f"out/{i}.parquet")
+        assert found["id"].to_pylist() == list(range(600)) and found["score_edu"].null_count == 597
 
 
 def test_two_ranks_share_the_files_and_together_do_all(engine, tmp_path):

@@ -28,8 +28,9 @@ def score_dataset(
     """`ds` with the columns `score_<head>`, `n_tokens` and `truncated` behind its own.
 
     `concurrency` actors, a number or (least, most), each with `num_gpus` GPUs (0 or None: the CPU) and `num_cpus`
-    cores, load `bundle`, a path that every node can read; leave cores for the tasks that read, or nothing begins. An
-    actor that dies is restarted by Ray and its batch done again. A dataset that has a column of these names, or none named `text_column`, fails with InputError.
+    cores, load `bundle`, a path that every node can read. Leave cores for the tasks that read, or nothing begins. An
+    actor that dies is restarted by Ray and its batch done again. A dataset that has a column of these names, or none
+    named `text_column`, fails with InputError.
     """
     least, most = (concurrency, concurrency) if isinstance(concurrency, int) else concurrency
     device = "cuda:0" if num_gpus else "cpu"  # Ray shows an actor only its own GPUs
