@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(bin)/python examples/demo.py
 
 test: $(VENV)/.installed-dev
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.installed-dev
 	$(bin)/ruff check .

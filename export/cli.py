@@ -53,10 +53,9 @@ def export(
     quiet: Any = transformers_logging  # untyped
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
-    checkpoint = find_checkpoint(encoder, revision)
     heads = [read_head(name, file) for name, file in pairs] or (None if no_heads else edu_heads(heads_revision))
     bundle = export_bundle(
-        checkpoint, heads, out, pooling, max_tokens,
+        find_checkpoint(encoder, revision), heads, out, pooling, max_tokens,
         variant or ([] if encoder_onnx else ["cpu-fp32"]),
         overwrite,
         report=lambda line: print(line, file=sys.stderr),  # noqa: T201

@@ -111,14 +111,14 @@ def write_foreign(file: Path, encoder: ForeignEncoder, heads: StackedHeads, pool
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """What ONNX Runtime says of a foreign graph, as a CheckpointError."""
+def explained(file: Path) -> Iterator[None]:
+    """What ONNX Runtime says of the graph made from `file`, as a CheckpointError."""
     try:
         yield
     except EngineError:
         raise
     except Exception as error:  # onnxruntime's errors share no class
-        raise CheckpointError(f"--encoder-onnx: ONNX Runtime cannot run it: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{file} cannot be run by ONNX Runtime: {' '.join(str(error).split())}") from error
 
 
 def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
