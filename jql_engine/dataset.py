@@ -42,8 +42,12 @@ class SourceFile:
     @property
     def format(self) -> Format:
         """By its name."""
-        name = self.location.name.partition("?")[0]  # of an http URL what follows is its query
-        return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), "parquet")
+        return SUFFIXES.get(self.suffix, "parquet")
+
+    @property
+    def suffix(self) -> str:
+        """The one of SUFFIXES that its name ends in, empty for any other."""
+        return _suffix_of(self.location.name.partition("?")[0])  # of an http URL what follows is its query
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,8 @@ def find_files(inputs: Sequence[str]) -> list[SourceFile]:
     for given in inputs:
         for file in _expand(given):
             other = found.setdefault(file.relative, file)
-            if _identity(other.location) != _identity(file.location):
+            # Looking a path up takes longer than finding it.
+            if other is not file and _identity(other.location) != _identity(file.location):
                 raise InputError(
                     f"{other.location} and {file.location} would both be written to {file.relative}; give their "
                     "common parent folder, or run them into two --out folders"
@@ -220,15 +225,19 @@ def _source(file: Path, relative: Path) -> SourceFile:
 
 def _output_name(relative: Path) -> Path:
     """Scores are parquet: a.jsonl.gz gives a.parquet."""
-    suffix = next((suffix for suffix in SUFFIXES if relative.name.endswith(suffix)), "")
+    suffix = _suffix_of(relative.name)
     if not suffix or suffix == ".parquet":
         return relative
     return relative.with_name(relative.name.removesuffix(suffix) + ".parquet")
 
 
+def _suffix_of(name: str) -> str:
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+
+
 def _is_input(relative: Path) -> bool:
     """By its name; False for what a writer has not finished: a leading dot or underscore anywhere."""
-    return relative.name.endswith(tuple(SUFFIXES)) and not any(part.startswith((".", "_")) for part in relative.parts)
+    return bool(_suffix_of(relative.name)) and not any(part.startswith((".", "_")) for part in relative.parts)
 
 
 def _identity(location: Location) -> str:

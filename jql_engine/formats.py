@@ -10,14 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.json as pj
+import pyarrow.parquet as pq
 
-from jql_engine.dataset import InputFile, SourceFile, check_columns
+from jql_engine.dataset import SUFFIXES, InputFile, SourceFile, check_columns
 from jql_engine.errors import EngineError, UnreadableError
 from jql_engine.storage import Location, is_remote, open_parquet, open_read, retry
 
 READ_ROWS = 2_048  # rows decoded at a time, at most
-READ_BYTES = 4 << 20  # text decoded at a time, by the row group's own statistics; lines of JSON parsed at a time
-SCHEMA_LINES = 1_000  # documents of a JSON Lines file that tell its keys and their types
+READ_BYTES = 4 << 20  # decoded at a time, by the row group's own statistics; lines of JSON parsed at a time
 BUFFER_BYTES = 1 << 20  # compressed bytes read at a time; without it a whole row group is held
 
 
@@ -32,11 +32,17 @@ def open_file(source: SourceFile, text_column: str, id_column: str | None = None
     except EngineError:
         raise
     except (pa.ArrowException, OSError, EOFError) as error:
-        raise UnreadableError(f"{source.location} is not a complete {source.format} file: {error}") from error
+        raise UnreadableError(f"{_found(source)} is not a complete {source.format} file: {error}") from error
     except Exception as error:
         if not is_remote(source.location):
             raise
         raise UnreadableError(f"{source.location} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _found(source: SourceFile) -> str:
+    if source.suffix:
+        return str(source.location)
+    return f"{source.location} has a name that ends in none of {', '.join(SUFFIXES)}; it was taken for parquet, and"
 
 
 def batches(file: InputFile, start: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
@@ -73,19 +79,28 @@ def _parquet_batches(file: InputFile, first: int, columns: Sequence[str] | None)
     schema = file.schema if columns is None else pa.schema([file.schema.field(name) for name in columns])
     with open_parquet(file.source.location, BUFFER_BYTES) as parquet:
         for group in range(first, len(file.group_rows)):
-            bytes_per_row = max(1, file.group_bytes[group] // max(1, file.group_rows[group]))
-            n_rows = min(READ_ROWS, max(1, READ_BYTES // bytes_per_row))
+            footer = parquet.metadata.row_group(group)
+            size = file.group_bytes[group] if columns is not None else _size(footer)
+            n_rows = min(READ_ROWS, max(1, READ_BYTES * footer.num_rows // max(1, size)))
             for batch in parquet.iter_batches(n_rows, row_groups=[group], columns=columns):
-                yield pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=schema)
+                # All of them by position: two may have one name.
+                arrays = batch.columns if columns is None else [batch.column(name) for name in schema.names]
+                yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _size(group: pq.RowGroupMetaData) -> int:
+    """Uncompressed bytes of all columns; writers differ in what they give as the total."""
+    return sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
 
 
 def _describe_lines(source: SourceFile, text_column: str, id_column: str | None) -> InputFile:
     """Cut the file into groups of about READ_BYTES of whole lines, counting the lines of each."""
-    rows, sizes, first = [], [], b""
+    rows, sizes, first, is_first = [], [], b"", True
     for block in _blocks(source.location):
         rows.append(len(_lines(block)))
         sizes.append(len(block))
-        first = first if sum(rows[:-1]) else block
+        first = block if is_first else first
+        is_first = is_first and not rows[-1]
     schema = _schema_of_lines(source.location, first, text_column, id_column)
     id_column = check_columns(source.location, schema, text_column, id_column)
     needed = [schema.field(name) for name in dict.fromkeys((text_column, id_column)) if name is not None]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,13 @@ from jql_engine.dataset import SourceFile, find_files
 from jql_engine.errors import BundleError, InputError
 from jql_engine.interrupt import StopError
 from jql_engine.output import METADATA_KEY, PARTS, aside_of, check_output, explained, final_of, find_parts, is_finished
+from jql_engine.progress import LOG_SECONDS
 from jql_engine.ranks import share
-from jql_engine.run import Job
+from jql_engine.run import OPENERS, Job
 from jql_engine.storage import Location, locate, open_parquet, read_schema, remove_file, remove_if_empty, writing
 
-ROWS = 16_384  # vectors in one product
+ROWS = 16_384  # vectors read and written at a time
+PRODUCT_ROWS = 4_096  # vectors in one product: what lies between its two halves is [PRODUCT_ROWS, K]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +51,42 @@ class Heads:
 
     def score(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores [n, H] of `embeddings` [n, D]."""
-        hidden = embeddings @ self.hidden_weight
-        hidden += self.hidden_bias
-        np.maximum(hidden, 0, out=hidden)
-        scores: NDArray[np.float32] = (hidden @ self.output_weight).astype(np.float32, copy=False)
+        scores = np.empty((len(embeddings), len(self.output_bias)), np.float32)
+        hidden = np.empty((min(PRODUCT_ROWS, len(embeddings)), len(self.hidden_bias)), np.float32)
+        for start in range(0, len(embeddings), PRODUCT_ROWS):
+            part = embeddings[start : start + PRODUCT_ROWS]
+            between = np.matmul(part, self.hidden_weight, out=hidden[: len(part)])
+            between += self.hidden_bias
+            np.maximum(between, 0, out=between)
+            np.matmul(between, self.output_weight, out=scores[start : start + PRODUCT_ROWS])
         scores += self.output_bias
         return scores
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts what is done, and says so now and then on stderr."""
+
+    total: int  # files
+    documents: int = 0
+    files: int = 0  # finished by this run or before it
+    started: float = field(default_factory=time.monotonic)
+    shown: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return max(1e-9, time.monotonic() - self.started)
+
+    def add(self, n_docs: int) -> None:
+        """So many more documents have new scores."""
+        self.documents += n_docs
+        if time.monotonic() - self.shown >= LOG_SECONDS:
+            self.shown = time.monotonic()
+            rate = self.documents / self.seconds
+            line = f"{self.documents:,} documents, {self.files:,} of {self.total:,} files, {rate:,.0f} documents/s"
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
 
 
 def rescore_files(job: Job, bundle: Bundle, stop: threading.Event) -> dict[str, Any]:
@@ -63,34 +97,43 @@ def rescore_files(job: Job, bundle: Bundle, stop: threading.Event) -> dict[str, 
     """
     if not bundle.heads:
         raise BundleError(f"{bundle.path} has no heads to apply; give a bundle of the same encoder with heads")
-    started, heads, out = time.monotonic(), Heads.of(bundle), locate(job.out)
+    heads, out = Heads.of(bundle), locate(job.out)
     sources = share(find_files(job.inputs), job.rank)
-    plans = [(source, *_look(source, bundle)) for source in sources]
-    check_output(out, job.inputs, sources)
+    progress = Progress(len(sources))
+    with ThreadPoolExecutor(OPENERS) as pool:
+        plans = list(pool.map(lambda source: _look(source, bundle), sources))
+        check_output(out, job.inputs, sources)
+        done = list(
+            pool.map(lambda plan: not job.overwrite and is_finished(final_of(out, plan.source), plan.settings), plans)
+        )
     for file in find_parts(out).left_by(sources):  # by a run that was killed
         remove_file(file)
-    n_docs = n_files = n_finished = 0
-    for source, schema, settings in plans:
-        if not job.overwrite and is_finished(final_of(out, source), settings):
-            n_finished += 1
-            continue
-        with closing(_tables(source, heads, schema)) as tables:
-            n_docs += _write(out, source, schema, tables, stop)
-        n_files += 1
+    progress.files = n_finished = sum(done)
+    for plan in (plan for plan, finished in zip(plans, done, strict=True) if not finished):
+        with closing(_tables(plan, heads)) as tables:
+            _write(out, plan, tables, progress, stop)
+        progress.files += 1
     remove_if_empty(out / PARTS)
-    seconds = time.monotonic() - started
     return {
-        "documents": n_docs,
-        "seconds": round(seconds, 3),
-        "documents_per_second": round(n_docs / seconds, 1),
-        "files": n_files,
+        "documents": progress.documents,
+        "seconds": round(progress.seconds, 3),
+        "documents_per_second": round(progress.documents / progress.seconds, 1),
+        "files": progress.files - n_finished,
         "skipped_files": n_finished,
         "bundle": bundle.hash,
     }
 
 
-def _look(source: SourceFile, bundle: Bundle) -> tuple[pa.Schema, dict[str, Any]]:
-    """The schema of the new output, and its settings."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A file of vectors, and what its new output will be."""
+
+    source: SourceFile
+    schema: pa.Schema
+    settings: dict[str, Any]
+
+
+def _look(source: SourceFile, bundle: Bundle) -> Plan:
     try:
         schema = read_schema(source.location)
         before = dict(json.loads((schema.metadata or {})[METADATA_KEY]))
@@ -105,7 +148,7 @@ def _look(source: SourceFile, bundle: Bundle) -> tuple[pa.Schema, dict[str, Any]
             f"those of {bundle.encoder_hash[:12]}...; use a bundle of the same encoder, pooling and length"
         )
     settings = {**before, "bundle": bundle.hash, "heads": list(bundle.heads), "rescored_from": source.version}
-    return _schema(source, schema, bundle, settings), settings
+    return Plan(source, _schema(source, schema, bundle, settings), settings)
 
 
 def _schema(source: SourceFile, stored: pa.Schema, bundle: Bundle, settings: dict[str, Any]) -> pa.Schema:
@@ -122,40 +165,52 @@ def _schema(source: SourceFile, stored: pa.Schema, bundle: Bundle, settings: dic
     return pa.schema([*kept[:at], *new, *kept[at:]], metadata=metadata)
 
 
-def _write(
-    out: Location, source: SourceFile, schema: pa.Schema, tables: Iterable[pa.Table], stop: threading.Event
-) -> int:
-    """Write the new output and return its number of rows."""
-    n_docs, target = 0, final_of(out, source)
+def _write(out: Location, plan: Plan, tables: Iterable[pa.Table], progress: Progress, stop: threading.Event) -> None:
+    target = final_of(out, plan.source)
     with (
         explained(target),
-        writing(target, aside_of(out, source)) as stream,
-        pq.ParquetWriter(stream, schema, compression="zstd") as writer,
+        writing(target, aside_of(out, plan.source)) as stream,
+        pq.ParquetWriter(stream, plan.schema, compression="zstd") as writer,
     ):
         for table in tables:
             if stop.is_set():
                 raise StopError("interrupted; start the same command again to continue")
             writer.write_table(table)
-            n_docs += table.num_rows
-    return n_docs
+            progress.add(table.num_rows)
 
 
-def _tables(source: SourceFile, heads: Heads, schema: pa.Schema) -> Generator[pa.Table]:
-    new = [score_column(head) for head in json.loads(schema.metadata[METADATA_KEY])["heads"]]
-    with open_parquet(source.location, 1 << 20) as file:
+def _tables(plan: Plan, heads: Heads) -> Generator[pa.Table]:
+    new = [score_column(head) for head in plan.settings["heads"]]
+    with open_parquet(plan.source.location, 1 << 20) as file:
         stored = file.schema_arrow.names
-        columns = [name for name in stored if name in schema.names or name == EMBEDDING]
-        for batch in _batches(source, file, columns):
-            vectors = batch.column(EMBEDDING)
-            values = vectors.values.slice(
-                vectors.offset * vectors.type.list_size, len(vectors) * vectors.type.list_size
-            )
-            matrix = values.to_numpy(zero_copy_only=False).reshape(len(vectors), -1).astype(np.float32, copy=False)
-            scores = heads.score(np.nan_to_num(matrix))
-            null = vectors.is_null().to_numpy(zero_copy_only=False)
-            by_name = {name: batch.column(name) for name in batch.schema.names}
-            by_name |= {name: pa.array(np.ascontiguousarray(scores[:, i]), mask=null) for i, name in enumerate(new)}
-            yield pa.table([by_name[name] for name in schema.names], schema=schema)
+        columns = [name for name in stored if name in plan.schema.names or name == EMBEDDING]
+        with closing(_ahead(_batches(plan.source, file, columns))) as batches:
+            for batch in batches:
+                vectors = batch.column(EMBEDDING)
+                null = vectors.is_null().to_numpy(zero_copy_only=False)
+                scores = heads.score(_matrix(vectors, null))
+                by_name = {name: batch.column(name) for name in batch.schema.names}
+                by_name |= {name: pa.array(np.ascontiguousarray(scores[:, i]), mask=null) for i, name in enumerate(new)}
+                yield pa.table([by_name[name] for name in plan.schema.names], schema=plan.schema)
+
+
+def _matrix(vectors: pa.FixedSizeListArray, null: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """[n, D]; zeros where there is no vector. A NaN in a vector stays one, and makes its scores NaN."""
+    width = vectors.type.list_size
+    values = vectors.values.slice(vectors.offset * width, len(vectors) * width).to_numpy(zero_copy_only=False)
+    matrix: NDArray[np.float32] = values.reshape(len(vectors), width).astype(np.float32, copy=bool(null.any()))
+    if null.any():
+        matrix[null] = 0
+    return matrix
+
+
+def _ahead(batches: Iterator[pa.RecordBatch]) -> Generator[pa.RecordBatch]:
+    """The same; the next one is read while this one is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch
 
 
 def _batches(source: SourceFile, file: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:

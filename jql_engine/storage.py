@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,11 +27,19 @@ T = TypeVar("T")
 
 # Seconds between attempts on a remote file system, each drawn from half of it to all: 7 attempts in about a minute.
 BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-# Waiting changes none of these.
+# Waiting changes none of these. A ValueError is not among them: what network libraries raise where half an answer came,
+# JSONDecodeError for one, is one too.
 FINAL = (
     FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError,
-    pa.ArrowInvalid, EngineError,
+    TypeError, AttributeError, AssertionError, pa.ArrowInvalid, EngineError,
 )  # fmt: skip
+# Nor these, of libraries that are not imported for a local job. FileExpired is s3fs's: the object is another one now;
+# opened again it would give rows of that.
+FINAL_NAMES = {
+    "FileExpired", "NoCredentialsError", "PartialCredentialsError", "GatedRepoError", "RepositoryNotFoundError",
+    "RevisionNotFoundError",
+}  # fmt: skip
+DENIED = (401, 403)  # statuses of http
 MKDIR_ATTEMPTS = 8
 # fsspec reads ahead by this much; parquet column chunks of one text column are read front to back.
 REMOTE_BLOCK = 8 << 20
@@ -63,8 +72,18 @@ def retry(location: Location, function: Callable[[], T]) -> T:
         except Exception as error:  # every file system has errors of its own
             if _is_final(error):
                 raise
-            time.sleep(seconds * random.uniform(0.5, 1))
+            seconds *= random.uniform(0.5, 1)
+            report_wait(location, error, seconds)
+            time.sleep(seconds)
     return function()
+
+
+def report_wait(location: Location, error: Exception, seconds: float) -> None:
+    """Say on stderr what went wrong and when it is tried again."""
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the live line
+    what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+    sys.stderr.write(f"{start}jql-run: {location}: {what}; again in {seconds:.2g} s\n")
+    sys.stderr.flush()
 
 
 def _is_final(error: Exception) -> bool:
@@ -72,8 +91,13 @@ def _is_final(error: Exception) -> bool:
     if isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp"):
         # fsspec's http says of whatever happens that the file was not found.
         return 400 <= getattr(cause, "status", 0) < 500
-    # s3fs: the object is another one now; opened again it would give rows of that.
-    return isinstance(error, FINAL) or type(error).__name__ == "FileExpired"
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, FINAL) or not names.isdisjoint(FINAL_NAMES) or _status_of(error) in DENIED
+
+
+def _status_of(error: Exception) -> object:
+    """Of an error of http: aiohttp's know it, the hub's know the answer."""
+    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
 def version_of(location: Location) -> tuple[int, str]:
@@ -187,8 +211,9 @@ def remove_file(location: Location) -> None:
 def remove_folder(folder: Location, root: Location) -> None:
     """Remove `folder` with all in it, and the folders above it, below `root` and `root` itself, that are left empty."""
     if isinstance(folder, Path):
-        for file in folder.glob("*") if folder.is_dir() else ():
-            file.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):  # others remove it too
+            for name in os.listdir(folder):  # noqa: PTH208 (a list: what is removed meanwhile does not matter)
+                (folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # another process still writes there, or it is gone
             for empty in (folder, *folder.parents):
                 empty.rmdir()
@@ -198,6 +223,13 @@ def remove_folder(folder: Location, root: Location) -> None:
         with suppress(FileNotFoundError):
             retry(folder, lambda: folder.fs.rm(folder.path, recursive=True))
         folder.fs.invalidate_cache(folder.path)
+
+
+def remove_empty_folders(root: Location) -> None:
+    """Remove `root` and the folders in it as far as nothing is in them; object stores have no folders."""
+    if isinstance(root, Path):
+        for folder, _, _ in os.walk(root, topdown=False):
+            remove_if_empty(Path(folder))
 
 
 def remove_if_empty(folder: Location) -> None:
@@ -211,7 +243,7 @@ def list_files(folder: Location) -> list[tuple[Location, str]]:
     """Every file below `folder`, with its path inside of it, sorted; none where there is no folder."""
     if isinstance(folder, Path):
         found: list[tuple[Location, str]] = [
-            (file, file.relative_to(folder).as_posix()) for file in folder.rglob("*") if file.is_file()
+            (file, file.relative_to(folder).as_posix()) for file in _walk(folder) if file.is_file()
         ]
     else:
         folder.fs.invalidate_cache(folder.path)  # what it knows of other folders saves a request for each file
@@ -219,3 +251,14 @@ def list_files(folder: Location) -> list[tuple[Location, str]]:
         paths: list[str] = retry(folder, lambda: folder.fs.find(folder.path))
         found = [(folder / path.removeprefix(root), path.removeprefix(root)) for path in paths if path.startswith(root)]
     return sorted(found, key=lambda item: item[1])
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Whatever is below a folder and no folder; those that others remove meanwhile are passed over."""
+    for parent, _, names in os.walk(folder, onerror=_raise_unless_gone):
+        yield from (Path(parent, name) for name in names)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error

@@ -34,7 +34,8 @@ HUGE = 1 << 16
 HUGE_PER_TOKEN = 16
 # Text after which the fast tokenizer is made anew: about a second of its work, and 3 % of it to do so.
 RENEW_CHARACTERS = 32 << 20
-# tokie 0.1.4 holds 170 bytes for each byte of a text without white space and slows down, the oracle 60.
+# Of those that stay whole for want of a place to cut, larger ones go to the oracle: for each byte of a text without
+# white space tokie 0.1.4 needs 170 bytes of memory, the oracle 65 and no more time.
 VAST = 1 << 22
 
 
@@ -55,6 +56,7 @@ class Tokenizer:
         self.room = max_tokens - len(info.prefix) - len(info.suffix)
         self._tokenizer = read_oracle(file)
         self._oracle = oracle_encoder(self._tokenizer)
+        self._huge = max(HUGE, HUGE_PER_TOKEN * max_tokens)
         self._fast = fast_encoder(file) if info.fast else None
         literal = "|".join(re.escape(token) for token in info.added_tokens)
         self._literal = literal or None
@@ -74,12 +76,12 @@ class Tokenizer:
 
     @cached_property
     def _shortener(self) -> Shortener | None:
-        return shortener(self._tokenizer)  # 0.9 s for 250,000 pieces, so not before a document needs it
+        return shortener(self._tokenizer)  # 0.5 s for 250,000 pieces, so not before a document needs it
 
     def _shorten(self, texts: pa.LargeStringArray) -> pa.LargeStringArray:
         """Put in the place of every huge text a shorter one whose ids are the same once they are cut."""
         offsets = _offsets(texts)
-        huge = np.flatnonzero(np.diff(offsets) > max(HUGE, HUGE_PER_TOKEN * self.max_tokens))
+        huge = np.flatnonzero(np.diff(offsets) > self._huge)
         if not len(huge) or self._shortener is None:
             return texts
         import pyarrow.compute as pc
@@ -97,7 +99,9 @@ class Tokenizer:
     def _content(self, texts: pa.LargeStringArray) -> Ragged:
         if self._fast is None:
             return self._oracle(texts.to_pylist())
-        listed, vast = texts.to_pylist(), np.diff(_offsets(texts)) > VAST
+        listed, vast = texts.to_pylist(), np.diff(_offsets(texts)) > max(VAST, self._huge)
+        if vast.any() and self._shortener is None:
+            vast[:] = False
         for i in np.flatnonzero(vast):
             listed[i] = ""
         ids, lengths = self._fast(listed)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
+from jql_engine import dataset
 from jql_engine.data import Chunk, Segment
 from jql_engine.dataset import InputFile, SourceFile, find_files, split
 from jql_engine.errors import EngineError, InputError
@@ -113,6 +114,15 @@ def test_a_file_with_a_wildcard_in_its_name_is_itself(tmp_path):
 def test_a_file_given_twice_is_scored_once(tmp_path):
     path = write(tmp_path / "a.parquet", ["x"])
     assert places(find_files([str(path), str(tmp_path), str(tmp_path / "*.parquet")])) == [(path, Path("a.parquet"))]
+
+
+def test_files_are_looked_up_only_where_two_have_one_output(tmp_path, monkeypatch):
+    looked_up = []
+    real = dataset._identity
+    monkeypatch.setattr(dataset, "_identity", lambda location: looked_up.append(location) or real(location))
+    paths = [write(tmp_path / f"{number}.parquet", ["x"]) for number in range(5)]
+    assert len(find_files([str(tmp_path)])) == 5 and looked_up == []
+    assert len(find_files([str(tmp_path), str(paths[0])])) == 5 and looked_up == [paths[0]] * 2
 
 
 def test_two_files_that_would_be_written_to_one_are_an_error(tmp_path):

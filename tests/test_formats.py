@@ -70,6 +70,13 @@ def test_what_is_no_parquet_file_is_named(tmp_path, content):
         opened(path)
 
 
+@pytest.mark.parametrize("name", ["a.json", "part-0", "a.csv"])
+def test_a_name_that_says_nothing_is_answered_with_those_that_do(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"text": "x"}\n')
+    with pytest.raises(InputError, match=rf"{name} has a name .* \.jsonl\.gz.* \.json\.gz.* not a complete parquet"):
+        opened(tmp_path / name)
+
+
 @pytest.mark.parametrize("kept", [0.2, 0.9])
 def test_a_truncated_file_is_named(tmp_path, kept):
     path = write(tmp_path / "a.parquet", ["some text"] * 100)
@@ -115,6 +122,19 @@ def test_a_file_without_lines_has_no_rows(tmp_path, suffix, content):
 def test_a_file_of_no_bytes_may_be_called_compressed(tmp_path):
     (tmp_path / "a.jsonl.gz").touch()
     assert opened(tmp_path / "a.jsonl.gz").n_rows == 0
+
+
+def test_many_blocks_are_counted_once_each(tmp_path, monkeypatch, small_blocks):
+    n_summed = 0
+
+    def counting(values: Sequence[int]) -> int:
+        nonlocal n_summed
+        n_summed += len(values)
+        return sum(values)
+
+    monkeypatch.setattr(formats, "sum", counting, raising=False)
+    file = opened(lines(tmp_path / "a.jsonl", *[{"text": "x" * 64}] * 500))
+    assert len(file.group_rows) > 400 and n_summed <= len(file.group_rows)
 
 
 def test_the_last_line_needs_no_end(tmp_path, small_blocks):
@@ -356,3 +376,33 @@ def test_a_row_group_is_not_held_whole(tmp_path):
     file, before = opened(path), pa.total_allocated_bytes()
     held = [pa.total_allocated_bytes() - before for _ in batches(file, 0, ["text"])]
     assert len(held) >= 8 and max(held) < 20 << 20
+
+
+def test_rows_with_a_wide_column_besides_the_text_are_few_at_a_time(tmp_path):
+    """64 MB in one row group, of which the texts are almost nothing."""
+    images = [random.Random(i).randbytes(1 << 20) for i in range(64)]
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["x"] * 64, "image": images})
+    pq.write_table(table, path, use_dictionary=False, compression="none", write_batch_size=1)
+    assert pq.read_metadata(path).num_row_groups == 1
+    del table
+    file, before = opened(path), pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in batches(file, 0, None)]
+    assert len(held) >= 16 and max(held) < 20 << 20
+
+
+def test_two_columns_of_one_name_are_read_in_their_order(tmp_path):
+    columns = [pa.array(["a", "b"]), pa.array([1, 2]), pa.array([3, 4])]
+    table = pa.Table.from_arrays(columns, names=["text", "x", "x"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    file = opened(tmp_path / "a.parquet")
+    assert pa.Table.from_batches(list(batches(file, 0, None))).equals(table)
+    assert rows_of(file) == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize(("name", "option"), [("text", "--text-column"), ("id", "--id-column")])
+def test_two_texts_or_ids_are_an_error(tmp_path, name, option):
+    columns = [pa.array(["a"])] * 3
+    pq.write_table(pa.Table.from_arrays(columns, names=["text" if name == "id" else "id", name, name]), tmp_path / "a")
+    with pytest.raises(InputError, match=f"has 2 columns named '{name}'.*{option}"):
+        opened(tmp_path / "a", "id")

@@ -361,10 +361,13 @@ def test_a_network_that_fails_now_and_then_changes_nothing(s3, bundle, corpus, l
     assert_bucket_is(local)
 
 
-def test_a_file_that_stays_out_of_reach_is_named_and_the_rest_is_done(s3, bundle, corpus, local):
+def test_a_file_that_stays_out_of_reach_is_named_and_the_rest_is_done(s3, bundle, corpus, local, capsys):
     upload(corpus)
     s3.fault = failing("GET", "/bucket/in/a.parquet", "drop")
     summary = run(bundle, "s3://bucket/out", "s3://bucket/in")
+    waits = [line for line in capsys.readouterr().err.splitlines() if "; again in " in line]
+    assert len(waits) == len(storage.BACK_OFF)
+    assert all(line.startswith("jql-run: s3://bucket/in/a.parquet: ") for line in waits)
     assert [file["file"] for file in summary["unfinished"]] == ["s3://bucket/in/a.parquet"]
     assert "s3://bucket/in/a.parquet cannot be read" in summary["unfinished"][0]["reason"]
     s3.fault = lambda _: None
@@ -439,6 +442,18 @@ def test_an_output_that_cannot_be_looked_at_is_not_called_foreign(s3, bundle, co
         run(bundle, "s3://bucket/out", "s3://bucket/in/a.parquet")
 
 
+def test_without_credentials_nothing_is_waited_for(s3, bundle, corpus, tmp_path, monkeypatch):
+    upload(corpus)
+    forget()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    waits: list[object] = []
+    monkeypatch.setattr(storage, "report_wait", lambda *about: waits.append(about))
+    with pytest.raises(InputError, match=r"s3://bucket/in/a\.parquet cannot be listed: NoCredentialsError"):
+        run(bundle, tmp_path / "out", "s3://bucket/in/a.parquet")
+    assert waits == []
+
+
 @pytest.mark.parametrize("query", ["", "?download=true"])
 def test_files_of_a_web_server(client, bundle, corpus, local, tmp_path, query):
     with servers.files(corpus) as server:
@@ -481,3 +496,14 @@ def test_a_dataset_of_the_hub(client, bundle, corpus, local, tmp_path, monkeypat
     assert json.loads(done.stdout.splitlines()[-1])["skipped_files"] == 3
     for name in map(output_name, NAMES):
         assert_same(pq.read_table(out / name), pq.read_table(local / name))
+
+
+def test_a_dataset_of_the_hub_that_one_may_not_read_is_named_at_once(client, bundle, corpus, tmp_path, monkeypatch):
+    with servers.hub({"datasets/someone/corpus": corpus}) as server:
+        server.fault = lambda _: "forbidden"
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        start = command(bundle, str(tmp_path / "out"), "hf://datasets/someone/corpus")
+        done = subprocess.run(start, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "403" in done.stderr and "; again in " not in done.stderr
+    assert len(server.requests) < len(storage.BACK_OFF), [request.path for request in server.requests]

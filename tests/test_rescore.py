@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,84 @@ def test_a_file_without_scores_comes_out_without(engine, other, tmp_path, texts)
     found = pq.read_table(tmp_path / "out/a.parquet")
     assert found.column_names == ["score_news", "score_edu", "score_toxic", "n_tokens", "truncated"]
     assert found["score_edu"].to_pylist() == [None] * len(texts)
+
+
+@pytest.mark.parametrize("embeddings", ["fp32", "fp16"])
+def test_a_vector_that_is_not_a_number_has_no_score_that_looks_like_one(engine, other, tmp_path, embeddings):
+    path = write(tmp_path / "a.parquet", ["zero", None, "two", "three"], id=range(4))
+    vectors = stored(engine.bundle, tmp_path / "vectors", path, embeddings=embeddings) / "a.parquet"
+    table = pq.read_table(vectors)
+    values = table["embedding"].to_pylist()
+    values[0] = [*values[0][:5], np.nan, *values[0][6:]]
+    i = table.schema.get_field_index("embedding")
+    pq.write_table(table.set_column(i, table.schema.field(i), pa.array(values, table.schema.field(i).type)), vectors)
+    rescored(other, tmp_path / "out", vectors.parent)
+    found = pq.read_table(tmp_path / "out/a.parquet")
+    for head in other.heads:
+        column = found[f"score_{head}"]
+        assert column.is_null().to_pylist() == [False, True, False, False]
+        scores = column.to_pylist()
+        assert np.isnan(scores[0]) and np.isfinite(scores[2:]).all()
+
+
+@pytest.mark.parametrize("n_docs", [0, 1, 3, 7, 9])
+def test_products_of_a_few_rows_give_all_scores(other, monkeypatch, n_docs):
+    monkeypatch.setattr(rescore, "PRODUCT_ROWS", 3)
+    heads = Heads.of(other)
+    embeddings = np.random.default_rng(0).standard_normal((n_docs, 32)).astype(np.float32)
+    hidden = np.maximum(embeddings.astype(np.float64) @ heads.hidden_weight + heads.hidden_bias, 0)
+    found = heads.score(embeddings)
+    assert found.shape == (n_docs, 3) and found.dtype == np.float32
+    np.testing.assert_allclose(found, hidden @ heads.output_weight + heads.output_bias, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", ["read_schema", "is_finished"])
+def test_files_are_looked_into_at_once(other, vectors, tmp_path, monkeypatch, function):
+    together, real = threading.Barrier(3, timeout=20), getattr(rescore, function)
+
+    def meets_the_others(*arguments: object) -> object:
+        together.wait()
+        return real(*arguments)
+
+    monkeypatch.setattr(rescore, function, meets_the_others)
+    assert rescored(other, tmp_path / "out", vectors)["files"] == 3
+
+
+def test_the_next_rows_are_read_while_the_heads_are_computed(engine, other, tmp_path, monkeypatch):
+    monkeypatch.setattr(rescore, "ROWS", 5)
+    path = write(tmp_path / "a.parquet", [f"text {i}" for i in range(20)])
+    vectors = stored(engine.bundle, tmp_path / "vectors", path)
+    n_read, waited_for, real = threading.Semaphore(0), [], rescore._batches
+
+    def counted(*arguments: object) -> Iterator[pa.RecordBatch]:
+        for batch in real(*arguments):
+            n_read.release()
+            yield batch
+
+    class Waiting(Heads):
+        def score(self, embeddings: np.ndarray) -> np.ndarray:
+            # The first needs two batches to be read, each later one another, the last one none.
+            for _ in range([2, 1, 1, 0][len(waited_for)]):
+                assert n_read.acquire(timeout=20)
+            waited_for.append(len(embeddings))
+            return super().score(embeddings)
+
+    monkeypatch.setattr(rescore, "_batches", counted)
+    monkeypatch.setattr(rescore, "Heads", Waiting)
+    assert rescored(other, tmp_path / "out", vectors)["documents"] == 20
+    assert waited_for == [5] * 4
+
+
+def test_progress_is_a_line_on_stderr_now_and_then(other, vectors, tmp_path, monkeypatch, capsys):
+    rescored(other, tmp_path / "quick", vectors)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(rescore, "LOG_SECONDS", 0)
+    rescored(other, tmp_path / "out", vectors)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" files, ")[0] for line in said] == [
+        f"{10 * (n + 1)} documents, {n} of 3" for n in range(3)
+    ]  # fmt: skip
+    assert all(line.endswith(" documents/s") for line in said)
 
 
 def test_appended_columns_stay_as_they_are(engine, other, tmp_path):

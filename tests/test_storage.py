@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pyarrow as pa
@@ -18,6 +21,7 @@ from jql_engine.storage import (
     locate,
     open_parquet,
     open_read,
+    remove_empty_folders,
     remove_file,
     remove_folder,
     retry,
@@ -158,6 +162,47 @@ def test_a_folder_is_removed_with_what_is_in_it_and_the_empty_ones_above(folder)
     assert not exists(folder / "parts") and exists(folder)
 
 
+def test_a_folder_that_others_remove_while_it_is_listed_is_passed_over(tmp_path, monkeypatch):
+    for name in ("a/1", "gone/2", "z/3"):
+        put(tmp_path / name, b"")
+    real = os.scandir
+
+    def removed_before(folder: object) -> object:
+        if str(folder).endswith("gone"):
+            shutil.rmtree(folder)
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", removed_before)
+    assert names(tmp_path) == ["a/1", "z/3"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path, monkeypatch):
+    def broken(folder: Path) -> object:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        list_files(tmp_path)
+
+
+def test_empty_folders_are_removed_and_others_stay(folder):
+    root = folder / "parts"
+    remove_empty_folders(root)  # that is not there
+    put(root / "de" / "a.parquet" / "1", b"")
+    if isinstance(root, Path):
+        (root / "fr/x/b.parquet").mkdir(parents=True)
+        (root / "de/b.parquet").mkdir()
+    remove_empty_folders(root)
+    assert names(root) == ["de/a.parquet/1"]
+    if isinstance(root, Path):
+        assert sorted(path.relative_to(root).as_posix() for path in root.rglob("*")) == [
+            "de", "de/a.parquet", "de/a.parquet/1",
+        ]  # fmt: skip
+    remove_file(root / "de/a.parquet/1")
+    remove_empty_folders(root)
+    assert not exists(root)
+
+
 def test_a_file_that_is_gone_can_be_removed(folder):
     put(folder / "a", b"")
     remove_file(folder / "a")
@@ -179,12 +224,44 @@ class Flaky:
         return "answer"
 
 
+def named(name: str, base: type[Exception] = Exception, **attributes: object) -> Exception:
+    """An error of a library that need not be there."""
+    return type(name, (base,), attributes)("x")
+
+
 @pytest.mark.parametrize("error", [OSError("reset"), TimeoutError(), RuntimeError("503"), ConnectionError()], ids=repr)
 def test_what_may_pass_is_tried_again_after_longer_and_longer(remote, waits, error):
     assert retry(remote, Flaky(len(storage.BACK_OFF), error)) == "answer"
     assert len(waits) == len(storage.BACK_OFF)
     for wait, most in zip(waits, storage.BACK_OFF, strict=True):
         assert most / 2 <= wait <= most
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("half an answer"),
+        named("ClientResponseError", status=503),
+        named("HfHubHTTPError", OSError, response=SimpleNamespace(status_code=500)),
+        named("ClientError", response={"Error": {}}),
+    ],
+    ids=repr,
+)
+def test_what_a_server_may_get_over_is_tried_again(remote, waits, error):
+    assert retry(remote, Flaky(1, error)) == "answer" and len(waits) == 1
+
+
+def test_every_wait_is_a_line_on_stderr(remote, waits, capsys):
+    retry(remote / "a.parquet", Flaky(2, TimeoutError("no answer\nfrom there")))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    for line, wait in zip(said, waits, strict=True):
+        assert line == f"jql-run: {remote / 'a.parquet'}: TimeoutError: no answer; again in {wait:.2g} s"
+
+
+def test_an_error_without_words_is_named(remote, waits, capsys):
+    retry(remote, Flaky(1, TimeoutError()))
+    assert f"{remote}: TimeoutError; again in " in capsys.readouterr().err
 
 
 def test_what_does_not_pass_is_raised_in_the_end(remote, waits):
@@ -195,7 +272,16 @@ def test_what_does_not_pass_is_raised_in_the_end(remote, waits):
 
 
 @pytest.mark.parametrize(
-    "error", [FileNotFoundError(), PermissionError(), pa.ArrowInvalid("x"), EngineError("x")], ids=repr
+    "error",
+    [
+        *(FileNotFoundError(), PermissionError(), pa.ArrowInvalid("x"), EngineError("x")),
+        *(TypeError("x"), AttributeError("x"), AssertionError("x"), pa.ArrowTypeError("x")),
+        *(named("NoCredentialsError"), named("GatedRepoError", OSError), named("RepositoryNotFoundError", OSError)),
+        type("Inherited", (type(named("GatedRepoError")),), {})(),
+        named("ClientResponseError", status=401),
+        named("HfHubHTTPError", OSError, response=SimpleNamespace(status_code=403)),
+    ],
+    ids=lambda error: type(error).__name__,
 )
 def test_what_waiting_does_not_change_is_raised_at_once(remote, waits, error):
     flaky = Flaky(1, error)

@@ -98,9 +98,9 @@ def test_a_text_that_tokie_gets_wrong_is_put_right(file, text):
 
 def test_a_vast_text_is_left_to_tokenizers(file, monkeypatch):
     texts, seen = ["Water", "月亮" * 9, "boils", "", " boils at"], []
-    tokenizer = Tokenizer(file, tokenizer_of(file, "tokie").info, UNLIMITED)
-    fast = tokenizer._fast
     monkeypatch.setattr(module, "VAST", 53)
+    tokenizer = Tokenizer(file, tokenizer_of(file, "tokie").info, UNLIMITED)
+    fast, tokenizer._huge = tokenizer._fast, 0
     monkeypatch.setattr(tokenizer, "_fast", lambda given: seen.extend(given) or fast(given))
     assert ids_of(encode(tokenizer, texts)) == ids_of(encode(tokenizer_of(file, None), texts))
     assert seen == ["Water", "", "boils", "", " boils at"]

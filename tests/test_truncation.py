@@ -28,6 +28,7 @@ from tests.test_tokenizer import specials, write_unigram, write_wordpiece, xlm_r
 
 ADDED = (*SPECIALS, "a０b", "光己")
 LIMITS = (2, 3, 10, 40)
+HUGE = 100
 LAYOUTS = ("trained", "xlm-roberta", "without split", "nfkc", "bare", "odd rules", "odd rules without split")
 GERMAN, THAI, CHINESE, JAPANESE = (probes.SENTENCES[i] for i in (1, 15, 16, 18))
 ALPHABETS = ("月亮自己发光", "さくらの花毎", "กขคงน\u0e34\u0e48\u0e33", "abcdeéoó", "0123", "AB/+")
@@ -127,21 +128,22 @@ def far(tmp_path_factory):
     return write(tmp_path_factory.mktemp("layout"), "xlm-roberta")
 
 
-@pytest.fixture(scope="module")
-def lowered():
-    """Texts of a hundred bytes are huge, and the first prefix is too short."""
+@pytest.fixture(scope="module", autouse=True)
+def short_prefixes():
+    """First prefixes too short for what is wanted, so that some are lengthened."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "HUGE", 100)
-        patch.setattr(tokens, "HUGE_PER_TOKEN", 0)
         patch.setattr(truncation, "FIRST", 2)
         yield
 
 
 @cache
-def tokenizer_of(file, limit, fast=None):
-    tokenizer = read_oracle(file)
-    info = TokenizerInfo([0], [2], 1, fast, tokenizer.token_to_id("▁"), sorted(tokenizer.get_vocab().keys() & {*ADDED}))
-    return Tokenizer(file, info, limit)
+def tokenizer_of(file, limit, fast=None, huge=HUGE):
+    """The Tokenizer of a file for which texts of more than `huge` bytes are huge."""
+    oracle = read_oracle(file)
+    info = TokenizerInfo([0], [2], 1, fast, oracle.token_to_id("▁"), sorted(oracle.get_vocab().keys() & {*ADDED}))
+    tokenizer = Tokenizer(file, info, limit)
+    tokenizer._huge = huge
+    return tokenizer
 
 
 def shortener_of(file):
@@ -204,7 +206,6 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.usefixtures("lowered")
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_huge_document_gets_the_ids_of_the_whole(file, name, limit):
@@ -212,13 +213,11 @@ def test_a_huge_document_gets_the_ids_of_the_whole(file, name, limit):
     assert encode(tokenizer_of(file, limit), texts) == expect(file, texts, limit)
 
 
-@pytest.mark.usefixtures("lowered")
 def test_with_the_fast_tokenizer_ids_are_the_same(trained):
     texts = [*DOCUMENTS.values(), *probes.texts()]
     assert encode(tokenizer_of(trained, 10, "tokie"), texts) == expect(trained, texts, 10)
 
 
-@pytest.mark.usefixtures("lowered")
 @settings(deadline=None, max_examples=150)
 @given(texts=st.lists(TEXTS | st.none(), max_size=4), limit=st.sampled_from(LIMITS))
 def test_any_huge_document_gets_the_ids_of_the_whole(file, texts, limit):
@@ -281,7 +280,6 @@ def test_a_flood_of_white_space_may_be_dammed(file, text):
         assert oracle.encode(read).ids == oracle.encode(flooded).ids
 
 
-@pytest.mark.usefixtures("lowered")
 @pytest.mark.parametrize("n_bytes", [99, 100, 101, 102])
 @pytest.mark.parametrize("unit", ["月亮自", "abcda", "ab cd "])
 def test_around_the_threshold_nothing_changes(file, unit, n_bytes):
@@ -296,10 +294,9 @@ def test_around_the_threshold_nothing_changes(file, unit, n_bytes):
 @pytest.mark.parametrize("unit", [CHINESE, JAPANESE, shuffled(THAI, 50), GERMAN + " ", "".join(GERMAN.split()), " "])
 def test_of_fifty_megabytes_less_than_one_is_tokenised(trained, monkeypatch, unit, fast):
     text = unit * (50_000_000 // len(unit.encode()))
-    assert handed_over(tokenizer_of(trained, 512, fast), text, monkeypatch) < 1_000_000
+    assert handed_over(tokenizer_of(trained, 512, fast, tokens.HUGE), text, monkeypatch) < 1_000_000
 
 
-@pytest.mark.usefixtures("lowered")
 @pytest.mark.parametrize("name", ["chinese", "japanese", "thai", "german", "base64", "digits", "every language"])
 def test_of_a_document_with_places_to_cut_only_a_prefix_is_tokenised(trained, monkeypatch, name):
     text = DOCUMENTS[name] * 20
@@ -314,7 +311,6 @@ def test_a_cut_anywhere_would_change_ids(far, unit):
     assert any(ids != whole[: len(ids)] for ids in kept)
 
 
-@pytest.mark.usefixtures("lowered")
 @pytest.mark.parametrize("fault", ["any place", "no agreement", "no id to spare"])
 def test_without_a_condition_ids_would_change(far, monkeypatch, fault):
     def agree(room, ids, lengths):
@@ -355,7 +351,6 @@ REFUSED = {
 }
 
 
-@pytest.mark.usefixtures("lowered")
 @pytest.mark.parametrize("name", [*REFUSED, "wordpiece"])
 def test_with_a_tokenizer_of_another_kind_documents_stay_whole(tmp_path, name):
     if name == "wordpiece":

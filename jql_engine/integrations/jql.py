@@ -27,15 +27,16 @@ def get_embedder_instance(
     is computed in is the bundle's precision, whatever `dtype` says.
     """
     wanted = str(device)
-    return Embedder(Engine(bundle or exported(model_id, embed_only=True), wanted), dtype)
+    place = wanted if wanted.startswith("cuda") else "cpu"
+    return Embedder(Engine(bundle or exported(model_id, embed_only=True), wanted), dtype, place)
 
 
 class Embedder:
     """Texts to L2-normalised embeddings."""
 
-    def __init__(self, engine: Engine, dtype: Any = None) -> None:
-        """`dtype`: of the embeddings."""
-        self._engine, self._dtype = engine, dtype
+    def __init__(self, engine: Engine, dtype: Any = None, device: str = "cpu") -> None:
+        """`dtype` and torch `device` of the embeddings."""
+        self._engine, self._dtype, self._device = engine, dtype, device
 
     def embed(self, texts: Sequence[str]) -> Any:
         """Embeddings [n, D] of `texts`."""
@@ -43,7 +44,7 @@ class Embedder:
         torch = _torch()
         if torch is None:
             return embeddings if self._dtype is None else embeddings.astype(self._dtype)
-        tensor = torch.from_numpy(embeddings)
+        tensor = torch.from_numpy(embeddings).to(self._device)
         return tensor if self._dtype is None else tensor.to(self._dtype)
 
 
