@@ -28,7 +28,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jql_engine.data import Segment
+from jql_engine.data import EMBEDDING, Segment
 from jql_engine.dataset import InputFile, SourceFile, fixed_part, fixed_part_of_url
 from jql_engine.errors import EngineError, OutputError, PartsError
 from jql_engine.reading import Cursor, check_unchanged
@@ -106,7 +106,7 @@ class Target:
             empty = pa.chunked_array([], schema.field(0).type)
             scores = scores.add_column(0, schema.field(0), empty if ids is None else ids)
         sink = pa.BufferOutputStream()
-        pq.write_table(scores.cast(schema), sink, compression="zstd")
+        pq.write_table(scores.cast(schema), sink, compression="zstd", use_dictionary=with_dictionary(schema))
         with explained(self.final):
             part = self.parts / part_name(segment.start, segment.stop)
             write(self.final if self.is_whole(segment) else part, sink.getvalue(), self.aside)
@@ -128,7 +128,11 @@ class Target:
         tables = self._append() if self.kind == "append" else self._tables()
         schema = self._final_schema()
         with explained(self.final):
-            with writing(self.final, self.aside) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as out:
+            dictionary = with_dictionary(schema) if self.kind == "sidecar" else True
+            with (
+                writing(self.final, self.aside) as stream,
+                pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=dictionary) as out,
+            ):
                 for group in _groups(tables):
                     out.write_table(group.cast(schema))
                 check_unchanged(self.file.source)
@@ -172,6 +176,11 @@ def _read_part(part: Location) -> pa.Table:
         return retry(part, read)
     except FileNotFoundError as error:
         raise PartsError(f"{part} is gone; start the same command again") from error
+
+
+def with_dictionary(schema: pa.Schema) -> bool | list[str]:
+    """Columns to encode with a dictionary: not the vectors, which read 4 times and write 3 times as fast without."""
+    return [name for name in schema.names if name != EMBEDDING] if EMBEDDING in schema.names else True
 
 
 def settings_of(shared: Settings, source: SourceFile, limit: int | None = None) -> dict[str, Any]:

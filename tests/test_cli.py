@@ -179,7 +179,7 @@ def test_a_signal_finishes_the_chunk_in_hand_and_leaves_a_resumable_state(bundle
     result = interrupt(process, out, signal_)
     assert time.monotonic() - began < 10
     assert result.code == 1 and result.stdout == ""
-    assert f"{signal_.name}: finishing the chunk in hand" in result.stderr
+    assert f"{signal_.name}: finishing what is in hand" in result.stderr
     assert "start the same command again" in result.stderr and "Traceback" not in result.stderr
     done = segments(log)
     assert done and not (out / "a.parquet").exists()
@@ -354,5 +354,5 @@ def test_a_gpu_that_is_not_there_exits_1_and_writes_nothing(jql_run, tmp_path, d
         pytest.skip("this onnxruntime has the CUDA provider")
     result = jql_run(write(tmp_path / "a.parquet", ["x"]), "--out", tmp_path / "out", "--device", device)
     assert result.code == 1 and result.stdout == ""
-    assert f"device {device} was requested" in result.stderr and "CPUExecutionProvider" in result.stderr
+    assert f"device {device} was requested" in result.stderr
     assert visible(tmp_path) == ["a.parquet"]
