@@ -200,18 +200,31 @@ def parts_of(out: Location, source: SourceFile) -> Location:
 
 def aside_of(out: Location, source: SourceFile) -> Location:
     """A new name for what is not finished yet of an input's output; `Parts.left_by` finds it after a kill."""
-    return out / PARTS / f".{_digest(source)}.{_host()}.{os.getpid()}.{uuid4().hex}.writing"
+    return out / PARTS / f".{_digest(source)}.{_host()}.{os.getpid()}-{_started(os.getpid())}.{uuid4().hex}.writing"
 
 
 def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
+def _started(process: int) -> str | None:
+    """When a process of this machine began, in ticks since it was switched on; None where there is none.
+
+    The number alone would not do: another process, or a thread of one, may have it by now.
+    """
+    try:
+        status = Path("/proc", str(process), "stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return status.rpartition(")")[2].split()[19]  # field 22 of proc(5)
+
+
 def _is_left(file: Location) -> bool:
     """Whether whoever was writing `file` is gone: on this machine as it is, on another after a day."""
     _, _, host, process, *_ = file.name.split(".")
-    if host == _host():
-        return not Path("/proc", process).exists()
+    number, _, started = process.partition("-")
+    if host == _host() and number.isdigit():
+        return _started(int(number)) != started
     return isinstance(file, Path) and time.time() - file.stat().st_mtime > OTHER_HOST_SECONDS
 
 

@@ -107,15 +107,16 @@ def test_the_unfinished_files_of_a_killed_run_are_found_by_their_input(tmp_path)
     commit_parts(one, 0, 15)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    mine = f".{os.getpid()}."
-    left = [file.with_name(file.name.replace(mine, f".{ended.pid}.")) for file in (one.aside, other.aside, one.aside)]
+    mine = f".{os.getpid()}-"
+    left = [file.with_name(file.name.replace(mine, f".{ended.pid}-")) for file in (one.aside, other.aside, one.aside)]
+    reused = one.aside.with_name(re.sub(r"-\d+\.", "-1.", one.aside.name))  # this number, but begun at another time
     another_host = one.aside.with_name(re.sub(r"\.[0-9a-f]{8}\.", ".01234567.", one.aside.name))
     old = another_host.with_name(another_host.name.replace("writing", "0.writing").replace(".0.", "0."))
-    for file in [*left, one.aside, another_host, old]:
+    for file in [*left, reused, one.aside, another_host, old]:
         file.write_bytes(b"half a file " * 1000)
     os.utime(old, (0, 0))
     parts = find_parts(tmp_path / "out")
-    assert sorted(parts.left_by([one.file.source])) == sorted([left[0], left[2], old])
+    assert sorted(parts.left_by([one.file.source])) == sorted([left[0], left[2], reused, old])
     assert parts.rows == {"a.parquet": {(0, 15)}}
 
 
