@@ -208,7 +208,7 @@ def _host() -> str:
 
 
 def _started(process: int) -> str | None:
-    """When a process of this machine began, in ticks since it was switched on; None where there is none.
+    """When a process of this machine began, in ticks since it was switched on; None where there is none any more.
 
     The number alone would not do: another process, or a thread of one, may have it by now.
     """
@@ -216,7 +216,8 @@ def _started(process: int) -> str | None:
         status = Path("/proc", str(process), "stat").read_text(encoding="utf-8")
     except OSError:
         return None
-    return status.rpartition(")")[2].split()[19]  # field 22 of proc(5)
+    state, *fields = status.rpartition(")")[2].split()
+    return None if state in "ZX" else fields[18]  # fields 3 and 22 of proc(5); a zombie writes no more
 
 
 def _is_left(file: Location) -> bool:

@@ -143,7 +143,9 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
                 ledger.fail(number, reason)
         for number, reason in assembly.failures(wait=True):
             ledger.fail(number, reason)
+    # Again: the workers of a killed run live on for a moment, in which this run had begun already.
     for out in {target.out for target in work.targets}:
+        _tidy(out, [target.file.source for target in work.targets], set(), find_parts(out))
         remove_empty_folders(out / PARTS)
     return Outcome(ledger.n_files_done(), [*work.unreadable, *ledger.failed.values()])
 
