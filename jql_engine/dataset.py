@@ -102,7 +102,7 @@ def find_files(inputs: Sequence[str]) -> list[SourceFile]:
         for file in _expand(given):
             other = found.setdefault(file.relative, file)
             # Looking a path up takes longer than finding it.
-            if other is not file and _identity(other.location) != _identity(file.location):
+            if other is not file and identity(other.location) != identity(file.location):
                 raise InputError(
                     f"{other.location} and {file.location} would both be written to {file.relative}; give their "
                     "common parent folder, or run them into two --out folders"
@@ -240,7 +240,8 @@ def _is_input(relative: Path) -> bool:
     return bool(_suffix_of(relative.name)) and not any(part.startswith((".", "_")) for part in relative.parts)
 
 
-def _identity(location: Location) -> str:
+def identity(location: Location) -> str:
+    """What two names of one file have in common."""
     return str(location.resolve() if isinstance(location, Path) else location)
 
 

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jql_engine.data import EMBEDDING, Segment
-from jql_engine.dataset import InputFile, SourceFile, fixed_part, fixed_part_of_url
+from jql_engine.dataset import InputFile, SourceFile, fixed_part, fixed_part_of_url, identity
 from jql_engine.errors import EngineError, OutputError, PartsError
 from jql_engine.reading import Cursor, check_unchanged
 from jql_engine.storage import (
@@ -275,9 +275,9 @@ def check_output(out: Location, inputs: Sequence[str], sources: Sequence[SourceF
     """Create the folder `out` and make sure that this job may write there; raises OutputError."""
     for given in inputs:
         _check_apart(out, given)
-    places = {_place(source.location) for source in sources}
+    places = {identity(source.location) for source in sources}
     for source in sources:
-        if (target := _place(final_of(out, source))) in places:
+        if (target := identity(final_of(out, source))) in places:
             raise OutputError(
                 f"the scores of {source.location} would overwrite the input {target}; choose another --out"
             )
@@ -405,7 +405,3 @@ def _check_apart(out: Location, given: str) -> None:
 
 def _contains(folder: Path, inner: Path) -> bool:
     return inner.resolve().is_relative_to(folder.resolve())
-
-
-def _place(location: Location) -> str:
-    return str(location.resolve() if isinstance(location, Path) else location)

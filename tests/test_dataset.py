@@ -118,8 +118,8 @@ def test_a_file_given_twice_is_scored_once(tmp_path):
 
 def test_files_are_looked_up_only_where_two_have_one_output(tmp_path, monkeypatch):
     looked_up = []
-    real = dataset._identity
-    monkeypatch.setattr(dataset, "_identity", lambda location: looked_up.append(location) or real(location))
+    real = dataset.identity
+    monkeypatch.setattr(dataset, "identity", lambda location: looked_up.append(location) or real(location))
     paths = [write(tmp_path / f"{number}.parquet", ["x"]) for number in range(5)]
     assert len(find_files([str(tmp_path)])) == 5 and looked_up == []
     assert len(find_files([str(tmp_path), str(paths[0])])) == 5 and looked_up == [paths[0]] * 2
