@@ -30,9 +30,10 @@ from jql_engine.sessions.cpu import CpuSession
 from jql_engine.tokens import Tokenizer
 from jql_export import parity, probes
 from jql_export.checkpoint import FAMILIES, EncoderSpec, EncoderWeights, read_config, read_encoder
+from jql_export.dialects import VARIANTS
 from jql_export.foreign import VARIANT as FOREIGN
 from jql_export.foreign import ForeignEncoder, Shape, explained, read_foreign, read_shape, write_foreign
-from jql_export.graph import VARIANTS, Pooling, write_graph
+from jql_export.graph import Pooling, write_graph
 from jql_export.heads import HeadWeights, StackedHeads, check_heads, stack
 from jql_export.hub import Checkpoint
 from jql_export.reference import Reference
@@ -197,7 +198,8 @@ def _manifest(
 def _variant(name: str) -> Variant:
     kind = VARIANTS["standard-fp32" if name == FOREIGN else name]  # the same inputs, and for no runtime in particular
     tolerance = asdict(TOLERANCES[kind.precision])
-    return Variant(f"graphs/{name}.onnx", kind.layout, kind.precision, kind.provider, tolerance, parity={})
+    graph = f"{name}.onnx" if name == FOREIGN else kind.graph
+    return Variant(f"graphs/{graph}", kind.layout, kind.precision, kind.provider, tolerance, parity={})
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from jql_engine.errors import CheckpointError, EngineError
 from jql_export.checkpoint import read_config
-from jql_export.graph import EXTERNAL_BYTES, GraphWriter, Pooling, add_outputs, value_infos
+from jql_export.graph import EXTERNAL_BYTES, GraphInput, GraphWriter, Pooling, add_outputs, value_infos
 from jql_export.heads import StackedHeads
 
 VARIANT = "foreign-fp32"
@@ -101,7 +101,7 @@ def write_foreign(file: Path, encoder: ForeignEncoder, heads: StackedHeads, pool
     add_outputs(g, pooled, _norm(g, pooled, encoder.opset), heads)
     del graph.node[:], graph.input[:], graph.output[:]
     graph.node.extend(g.nodes)
-    inputs, outputs = value_infos(INPUTS, heads)
+    inputs, outputs = value_infos([GraphInput(name, ("B", "L")) for name in INPUTS], heads)
     graph.input.extend(inputs)
     graph.output.extend(outputs)
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in g.weights.items())

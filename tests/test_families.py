@@ -23,8 +23,8 @@ from jql_engine.sessions.cpu import CpuSession
 from jql_engine.tokens import Tokenizer
 from jql_export import parity, probes
 from jql_export.checkpoint import read_encoder
+from jql_export.dialects import VARIANTS
 from jql_export.export import Checkpoint, export_bundle
-from jql_export.graph import VARIANTS
 from jql_export.heads import read_head
 from jql_export.reference import Reference, load_encoder
 from jql_export.tolerances import LONG_TOKENS, TOLERANCES

@@ -19,7 +19,8 @@ from jql_engine.sessions.cpu import CpuSession
 from jql_engine.tokens import Tokenizer
 from jql_export import parity, probes
 from jql_export.checkpoint import read_encoder
-from jql_export.graph import EXTERNAL_BYTES, MICROSOFT, PAGE, VARIANTS, write_graph
+from jql_export.dialects import MICROSOFT, VARIANTS
+from jql_export.graph import EXTERNAL_BYTES, PAGE, write_graph
 from jql_export.heads import read_head, stack
 from jql_export.reference import Reference
 from jql_export.tolerances import LONG_TOKENS, TOLERANCES
@@ -104,7 +105,7 @@ def test_the_graph_uses_only_the_operators_of_its_dialect(bundles, variant):
     model = load(bundles["gte"], variant)
     found = {node.domain for node in model.graph.node}
     assert found == ({"", MICROSOFT} if variant == "cpu-fp32" else {""})
-    assert {opset.domain: opset.version for opset in model.opset_import} == VARIANTS[variant].dialect.opsets
+    assert {opset.domain: opset.version for opset in model.opset_import} == VARIANTS[variant].dialect().opsets
 
 
 @each_variant

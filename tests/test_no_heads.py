@@ -19,8 +19,8 @@ from jql_engine.launch import Machine, rescore_all, score
 from jql_engine.progress import RunLog
 from jql_engine.run import Job
 from jql_export import cli, probes
+from jql_export.dialects import VARIANTS
 from jql_export.export import export_bundle
-from jql_export.graph import VARIANTS
 from jql_export.hub import Checkpoint
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, MAX_TOKENS, POOLING

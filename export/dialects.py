@@ -1,0 +1,246 @@
+"""Ways to write the same encoder: with ONNX Runtime's fused CPU operators, and in plain ONNX for everybody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import TensorProto
+
+from jql_engine.data import Layout
+from jql_export.checkpoint import EncoderSpec, LayerWeights
+from jql_export.graph import Dialect, GraphInput, GraphWriter
+from jql_export.tensors import Array, Norm
+
+MICROSOFT = "com.microsoft"
+INPUT_IDS = GraphInput("input_ids", ("B", "L"))
+ATTENTION_MASK = GraphInput("attention_mask", ("B", "L"))
+
+
+class CpuDialect:
+    """ONNX Runtime's fused CPU operators; a batch holds documents of one length, so there is no mask.
+
+    The flash path of MultiHeadAttention exists on the CPU only for fp32 without a mask: at 8,192 tokens it needs
+    57 MiB where a masked call takes 3.2 GiB and seven times as long.
+    """
+
+    layout: Layout = "exact"
+    dtype: type[np.float32] | type[np.float16] = np.float32
+    inputs: tuple[GraphInput, ...] = (INPUT_IDS,)
+    opsets = {"": 20, MICROSOFT: 1}  # noqa: RUF012
+    ir_version = 10
+
+    def prepare(self, g: GraphWriter, spec: EncoderSpec) -> None:
+        """RoPE caches, each [max_positions, head_size / 2]."""
+        if spec.positions == "rope":
+            rope_caches(g, spec)
+
+    def position_rows(self, g: GraphWriter, spec: EncoderSpec) -> str:
+        """See Dialect."""
+        return _position_rows(g, spec)
+
+    def attend(
+        self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str, cls_only: bool
+    ) -> tuple[str, str]:
+        """See Dialect."""
+        queries = _first_token(g, x) if cls_only else x
+        q = g.project_and_add(queries, f"{name}.query", layer.query)
+        k = g.project_and_add(x, f"{name}.key", layer.key)
+        v = g.project(x, f"{name}.value", layer.value)
+        if spec.positions == "rope":
+            k = self._rotate(g, k, spec)
+            q = q if cls_only else self._rotate(g, q, spec)
+        return g.op("MultiHeadAttention", q, k, v, domain=MICROSOFT, num_heads=spec.n_attention_heads), queries
+
+    def _rotate(self, g: GraphWriter, x: str, spec: EncoderSpec) -> str:
+        # A position_ids of one element is the offset of the first token.
+        inputs = (x, g.ints(0), "rope.cos", "rope.sin")
+        return g.op("RotaryEmbedding", *inputs, domain=MICROSOFT, num_heads=spec.n_attention_heads)
+
+    def norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
+        """See Dialect."""
+        return layer_norm(g, name, x, norm, eps)
+
+    def add_norm(
+        self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
+    ) -> str:
+        """See Dialect."""
+        return skip_layer_norm(g, name, y, bias, residual, norm, eps)
+
+    def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
+        """See Dialect."""
+        return _expand(g, name, layer, x, self._gelu)
+
+    def _gelu(self, g: GraphWriter, x: str, name: str, bias: Array | None) -> str:
+        if bias is None:
+            return g.op("Gelu", x, domain=MICROSOFT)
+        return g.op("BiasGelu", x, g.parameter(f"{name}.bias", bias), domain=MICROSOFT)
+
+    def first(self, g: GraphWriter, x: str) -> str:
+        """See Dialect."""
+        return g.op("Squeeze", x, g.ints(1))
+
+    def mean(self, g: GraphWriter, x: str) -> str:
+        """See Dialect."""
+        return g.op("ReduceMean", x, g.ints(1), keepdims=0)
+
+
+class StandardDialect:
+    """ONNX opset 23 and nothing else, for TensorRT, OpenVINO and any other runtime.
+
+    `padded` batches come with a mask; where a batch holds documents of one `exact` length there is none. In fp16 the
+    norms are computed in fp32, the softmax as the operator's definition has it: in fp32.
+    """
+
+    opsets = {"": 23}  # noqa: RUF012
+    ir_version = 11
+
+    def __init__(self, layout: Layout, dtype: type[np.float32] | type[np.float16] = np.float32) -> None:
+        assert layout != "packed", "the standard has no packed attention"
+        self.layout: Layout = layout
+        self.dtype = dtype
+        self.inputs: tuple[GraphInput, ...] = (INPUT_IDS, ATTENTION_MASK) if layout == "padded" else (INPUT_IDS,)
+
+    def prepare(self, g: GraphWriter, spec: EncoderSpec) -> None:
+        """`attend`: bool [B, 1, L, L]; `attend_first`: its first query; `positions`: int64 [B, L] for RoPE."""
+        shape = g.op("Shape", "input_ids")
+        length = g.op("Gather", shape, g.ints(1))
+        if self.layout == "padded":
+            mask = g.op("Unsqueeze", "attention_mask", g.ints(1, 2))
+            mask = g.op("Cast", mask, to=TensorProto.BOOL, output="attend_first")
+            # The operator lets a mask broadcast over the queries; ONNX Runtime 1.32 on the CPU refuses one that does.
+            g.op("Expand", mask, g.op("Concat", g.ints(1, 1), length, g.ints(1), axis=0), output="attend")
+        if spec.positions == "rope":
+            rope_caches(g, spec)
+            zero, one = g.weight("zero", np.array(0, np.int64)), g.weight("one", np.array(1, np.int64))
+            g.op("Expand", g.op("Range", zero, g.op("Squeeze", length), one), shape, output="positions")
+
+    def position_rows(self, g: GraphWriter, spec: EncoderSpec) -> str:
+        """See Dialect."""
+        return _position_rows(g, spec)
+
+    def attend(
+        self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str, cls_only: bool
+    ) -> tuple[str, str]:
+        """See Dialect."""
+        queries = _first_token(g, x) if cls_only else x
+        q = g.project_and_add(queries, f"{name}.query", layer.query)
+        k = g.project_and_add(x, f"{name}.key", layer.key)
+        v = g.project(x, f"{name}.value", layer.value)
+        heads = spec.n_attention_heads
+        if spec.positions == "rope":
+            k = g.op("RotaryEmbedding", k, "rope.cos", "rope.sin", "positions", num_heads=heads)
+            q = q if cls_only else g.op("RotaryEmbedding", q, "rope.cos", "rope.sin", "positions", num_heads=heads)
+        masks = [] if self.layout == "exact" else ["attend_first" if cls_only else "attend"]
+        return g.op("Attention", q, k, v, *masks, q_num_heads=heads, kv_num_heads=heads), queries
+
+    def norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
+        """See Dialect."""
+        if self.dtype == np.float32:
+            return layer_norm(g, name, x, norm, eps)
+        scale, shift = g.weight(f"{name}.weight", norm.weight), g.weight(f"{name}.bias", norm.bias)
+        y = g.op("LayerNormalization", g.op("Cast", x, to=TensorProto.FLOAT), scale, shift, axis=-1, epsilon=eps)
+        return g.op("Cast", y, to=TensorProto.FLOAT16)
+
+    def add_norm(
+        self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
+    ) -> str:
+        """See Dialect."""
+        if bias is not None:
+            y = g.op("Add", y, g.parameter(f"{name}.residual_bias", bias))
+        return self.norm(g, name, g.op("Add", y, residual), norm, eps)
+
+    def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
+        """See Dialect."""
+        return _expand(g, name, layer, x, self._gelu)
+
+    def _gelu(self, g: GraphWriter, x: str, name: str, bias: Array | None) -> str:
+        return g.op("Gelu", x if bias is None else g.op("Add", x, g.parameter(f"{name}.bias", bias)))
+
+    def first(self, g: GraphWriter, x: str) -> str:
+        """See Dialect."""
+        return g.op("Squeeze", x, g.ints(1))
+
+    def mean(self, g: GraphWriter, x: str) -> str:
+        """See Dialect."""
+        if self.layout == "exact":
+            return g.op("ReduceMean", x, g.ints(1), keepdims=0)
+        if self.dtype != np.float32:
+            x = g.op("Cast", x, to=TensorProto.FLOAT)  # a sum over thousands of tokens
+        mask = g.op("Cast", g.op("Unsqueeze", "attention_mask", g.ints(2)), to=TensorProto.FLOAT)
+        total = g.op("ReduceSum", g.op("Mul", x, mask), g.ints(1), keepdims=0)
+        return g.op("Div", total, g.op("ReduceSum", mask, g.ints(1), keepdims=0))
+
+
+@dataclass(frozen=True, slots=True)
+class VariantKind:
+    """What a --variant name stands for."""
+
+    dialect: Callable[[], Dialect]
+    precision: str
+    provider: str  # the session it is written for; "any" runs with ONNX Runtime on the CPU too
+    graph: str  # variants that differ in what a runtime makes of it share a graph
+
+    @property
+    def layout(self) -> Layout:
+        """How it takes a batch."""
+        return self.dialect().layout
+
+
+VARIANTS = {
+    "cpu-fp32": VariantKind(CpuDialect, "fp32", "cpu", "cpu-fp32.onnx"),
+    "standard-fp32": VariantKind(lambda: StandardDialect("padded"), "fp32", "any", "standard-fp32.onnx"),
+}
+
+
+def layer_norm(g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
+    """ONNX's LayerNormalization in the encoder's type."""
+    scale, shift = g.parameter(f"{name}.weight", norm.weight), g.parameter(f"{name}.bias", norm.bias)
+    return g.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=eps)
+
+
+def skip_layer_norm(
+    g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
+) -> str:
+    """ONNX Runtime's fused LayerNorm(residual + y + bias)."""
+    scale, shift = g.parameter(f"{name}.weight", norm.weight), g.parameter(f"{name}.bias", norm.bias)
+    extra = [] if bias is None else [g.parameter(f"{name}.residual_bias", bias)]
+    return g.op("SkipLayerNormalization", y, residual, scale, shift, *extra, domain=MICROSOFT, epsilon=eps)
+
+
+def rope_caches(g: GraphWriter, spec: EncoderSpec) -> None:
+    """Cos and sin of position * frequency, each [max_positions, head_size / 2]: angles in fp32, as the reference."""
+    assert spec.inverse_frequencies is not None
+    angles = np.arange(spec.max_positions, dtype=np.float32)[:, None] * spec.inverse_frequencies
+    g.parameter("rope.cos", np.cos(angles))
+    g.parameter("rope.sin", np.sin(angles))
+
+
+def _first_token(g: GraphWriter, x: str) -> str:
+    return g.op("Slice", x, g.ints(0), g.ints(1), g.ints(1))
+
+
+def _expand(
+    g: GraphWriter,
+    name: str,
+    layer: LayerWeights,
+    x: str,
+    gelu: Callable[[GraphWriter, str, str, Array | None], str],
+) -> str:
+    up = g.project(x, f"{name}.up", layer.up)
+    if layer.gate is None:
+        return gelu(g, up, f"{name}.up", layer.up.bias)
+    gate = g.project(x, f"{name}.gate", layer.gate)
+    return g.op("Mul", gelu(g, gate, f"{name}.gate", layer.gate.bias), up)
+
+
+def _position_rows(g: GraphWriter, spec: EncoderSpec) -> str:
+    """The rows themselves for a rectangle of ids, [L, D] or [B, L, D]."""
+    if not spec.counts_from_pad:
+        length = g.op("Gather", g.op("Shape", "input_ids"), g.ints(1))
+        return g.op("Slice", "position", g.ints(0), length, g.ints(0))
+    is_pad = g.op("Equal", "input_ids", g.weight("pad", np.array(spec.pad_id, np.int64)))
+    counted = g.op("Cast", g.op("Not", is_pad), to=TensorProto.INT64)
+    axis = g.weight("one", np.array(1, np.int64))
+    return g.op("Gather", "position", g.op("Mul", g.op("CumSum", counted, axis), counted))
