@@ -43,7 +43,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import ParquetReader
 from datatrove.pipeline.writers import ParquetWriter
 
-from benchmarks.throughput import Row, write_result
+from benchmarks.table import Row, write_result
 from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch
 from jql_engine.engine import as_texts
@@ -52,7 +52,7 @@ from jql_engine.integrations.ray import score_dataset
 from jql_engine.launch import Machine, score
 from jql_engine.progress import RunLog
 from jql_engine.run import Job
-from jql_engine.sessions import choose
+from jql_engine.sessions import SessionOptions, choose
 from jql_engine.tokens import Tokenizer
 
 EQUAL = 1e-5  # scores of one document in different batches
@@ -128,7 +128,7 @@ def _timed(path: Way, source: Path) -> float:
 
 
 def _jql_run(bundle: Path, threads: int, source: Path, out: Path) -> None:
-    job, machine = Job((str(source),), out), Machine("cpu", workers=1, threads=threads)
+    job, machine = Job((str(source),), out), Machine("cpu", workers=1, options=SessionOptions(threads=threads))
     summary = score(job, Bundle.open(bundle), machine, RunLog(None), threading.Event())
     assert not summary["unfinished"]
 

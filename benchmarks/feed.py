@@ -33,7 +33,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from benchmarks.throughput import Row, ZeroSession, print_rows, run_job, write_result
+from benchmarks.table import Row, print_rows, write_result
+from benchmarks.throughput import ZeroSession, run_job
 from jql_engine.bundle import Bundle
 from jql_engine.run import Job
 from jql_engine.tokens import Tokenizer

@@ -34,7 +34,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from benchmarks.throughput import Row, _onnx_product, write_result
+from benchmarks.ceilings import onnx_product
+from benchmarks.table import Row, write_result
 from jql_engine.bundle import Bundle
 from jql_engine.data import Scores
 from jql_engine.rescore import PRODUCT_ROWS, Heads, rescore_files
@@ -108,7 +109,7 @@ def _cases(path: Path, folder: Path, n_docs: int) -> list[Case]:
     first, both = 2 * width * hidden, 2 * hidden * (width + n_heads)
     x = _unit_vectors(np.random.default_rng(0), PRODUCT_ROWS, width).astype(np.float32)
     out = np.empty((PRODUCT_ROWS, hidden), np.float32)
-    onnx = _onnx_product(heads.hidden_weight)
+    onnx = onnx_product(heads.hidden_weight)
     products: list[tuple[str, Callable[[], object]]] = [
         ("numpy", lambda: np.matmul(x, heads.hidden_weight, out=out)),
         ("onnxruntime", lambda: onnx(x)),

@@ -9,25 +9,21 @@ Tokens are real ones: padding is work, not throughput. What is compared:
     engine      the graphs of a bundle, ids to scores, planned by jql_engine.batching
     end_to_end  jql-run's own pipeline, parquet to parquet, scores included
     feed        the same pipeline with a session that returns zeros: read, tokenise, plan, write (cold: no text twice)
-    ceiling     a large fp32 matrix product with the engine's library and with torch's: what the chip can give
+    ceiling     a large matrix product with the engine's libraries and with torch: what the chip can give
 
-    python benchmarks/throughput.py --encoder DIR --bundle BUNDLE --corpus CORPUS.parquet --name NAME
+Scores are compared too: every row's largest difference to the fp32 reference of the same run, and Spearman's rank
+correlation for each head. A reference row scores with the bundle's heads, in fp32.
+
+    python -m benchmarks.throughput --encoder DIR --bundle BUNDLE --corpus CORPUS.parquet --name NAME
 
 The last line of stdout is the path of the JSON it wrote, benchmarks/results/NAME.json: machine, versions, date, rows.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -35,49 +31,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
+from safetensors.numpy import load_file
+from scipy.stats import spearmanr
 
+from benchmarks.ceilings import ceilings
 from benchmarks.corpus import sample
+from benchmarks.table import Row, print_rows, write_result
 from jql_engine.bundle import Bundle
-from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
+from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch, score_column
 from jql_engine.engine import Engine
 from jql_engine.progress import Meter, RunLog
 from jql_engine.run import Job, prepare, run
-from jql_engine.sessions import CHUNK_BYTES, Session
+from jql_engine.sessions import CHUNK_BYTES, Session, runnable
 from jql_engine.tokens import Tokenizer
 from jql_engine.worker import Worker
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("jql-engine", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "tokie", "tokenizers", "pyarrow")
-ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
-MEAN_TOKENS = 690  # documents per minute are given at the published mean, so that corpora can be compared
-
-
-@dataclass(slots=True)
-class Row:
-    """One line of the table."""
-
-    what: str  # reference | engine | end_to_end | feed | ceiling
-    name: str
-    variant: str
-    documents: int
-    tokens: int
-    seconds: list[float] = field(default_factory=list)
-    tokens_per_second: float = 0.0
-    documents_per_minute: float = 0.0  # at MEAN_TOKENS
-    gflops: float = 0.0  # of a ceiling
-    peak_memory_mib: int = 0  # resident, where a row has a process of its own
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)  # shares of the time, of a pipeline
-
-    def finish(self) -> None:
-        """Fill in the rates from the median of the rounds."""
-        self.tokens_per_second = round(self.tokens / statistics.median(self.seconds), 1)
-        self.documents_per_minute = round(self.tokens_per_second * 60 / MEAN_TOKENS, 1)
+ORACLE = ("reference", "transformers, one at a time", "fp32")
 
 
 class ZeroSession:
     """Takes batches as a GPU session would, and computes nothing."""
 
     variant = "zero"
+    n_overflowed = 0
 
     def __init__(self, bundle: Bundle) -> None:
         self.budget = Budget(65_536, "packed")
@@ -105,13 +81,16 @@ def main(
     texts, tokens = sample(corpus, documents, Tokenizer.of(opened), max_tokens)
     cases = [*(_references(encoder, opened, bf16) if encoder else []), *_engines(bundle, texts)]
     rows = [Row(what, case, variant, len(texts), len(tokens.ids)) for what, case, variant, _ in cases]
+    scores: dict[tuple[str, str, str], np.ndarray] = {}
     for _ in range(rounds):
-        for row, (*_, load) in zip(rows, cases, strict=True):
-            _time(row, load(), tokens)
-    ceilings = _ceilings()
+        for row, (*key, load) in zip(rows, cases, strict=True):
+            found = _time(row, load(), tokens)
+            if found is not None:
+                scores[key[0], key[1], key[2]] = found
     for row in rows:
         row.finish()
-    rows += ceilings
+        _compare(row, scores, opened.heads)
+    rows += ceilings(bf16)
     if feed:
         rows.append(_feed(opened, corpus))
     print_rows(rows)
@@ -120,8 +99,17 @@ def main(
     )
 
 
-Run = Callable[[TokenBatch], object]
+Run = Callable[[TokenBatch], np.ndarray | None]  # scores [N, H] in the order of the documents
 Case = tuple[str, str, str, Callable[[], Run]]
+
+
+def _compare(row: Row, scores: dict[tuple[str, str, str], np.ndarray], heads: tuple[str, ...]) -> None:
+    found, expected = scores.get((row.what, row.name, row.variant)), scores.get(ORACLE)
+    if found is None or expected is None or found is expected:
+        return
+    row.score_difference = float(f"{np.abs(found - expected).max():.2e}")
+    ranks = [float(spearmanr(found[:, i], expected[:, i])[0]) for i in range(len(heads))]
+    row.spearman = dict(zip(heads, [round(rank, 6) for rank in ranks], strict=True))
 
 
 def _references(encoder: Path, bundle: Bundle, bf16: bool) -> list[Case]:
@@ -132,7 +120,7 @@ def _references(encoder: Path, bundle: Bundle, bf16: bool) -> list[Case]:
     def load(dtype: torch.dtype, budget: int) -> Callable[[], Run]:
         def loaded() -> Run:
             model = TransformersEncoder(encoder, bundle.manifest.pooling, dtype)
-            return lambda tokens: model.embed(tokens, budget)
+            return lambda tokens: _scored(bundle, model.embed(tokens, budget))
 
         return loaded
 
@@ -143,22 +131,25 @@ def _references(encoder: Path, bundle: Bundle, bf16: bool) -> list[Case]:
 
 def _engines(bundle: Path, texts: list[str]) -> list[Case]:
     opened = Bundle.open(bundle)
-    names = [name for name, variant in opened.manifest.variants.items() if variant.provider == "cpu"]
+    names = runnable(opened, "cpu")
 
     def engine(variant: str) -> Run:
-        return Engine(bundle, device="cpu", variant=variant).score_tokens
+        loaded = Engine(bundle, device="cpu", variant=variant)
+        return lambda tokens: loaded.score_tokens(tokens).values
 
     def end_to_end(variant: str) -> Run:
         loaded = Engine(bundle, device="cpu", variant=variant)
 
-        def job(tokens: TokenBatch) -> object:
+        def job(tokens: TokenBatch) -> np.ndarray | None:
             if len(tokens.rows) != len(texts):
-                return loaded.score_tokens(tokens)  # the warm-up
+                return loaded.score_tokens(tokens).values  # the warm-up
             with tempfile.TemporaryDirectory() as folder:
                 source = Path(folder, "documents.parquet")
                 pq.write_table(pa.table({"text": texts}), source)
                 task = Job((str(source),), Path(folder, "scores"))
-                return run_job(task, opened, loaded.session, loaded.tokenizer, "cpu")
+                run_job(task, opened, loaded.session, loaded.tokenizer, "cpu")
+                written = pq.read_table(Path(folder, "scores", source.name))
+                return np.stack([written[score_column(head)].to_numpy() for head in opened.heads], axis=1)
 
         return job
 
@@ -179,13 +170,21 @@ def run_job(job: Job, bundle: Bundle, session: Session, tokenizer: Tokenizer, pr
     return meter
 
 
-def _time(row: Row, run_case: Run, tokens: TokenBatch) -> None:
+def _scored(bundle: Bundle, embeddings: np.ndarray) -> np.ndarray:
+    """The bundle's heads in fp32."""
+    heads = load_file(bundle.path / "heads.safetensors")
+    hidden = np.maximum(embeddings @ heads["hidden.weight"].T + heads["hidden.bias"], 0)
+    return hidden @ heads["output.weight"] + heads["output.bias"]
+
+
+def _time(row: Row, run_case: Run, tokens: TokenBatch) -> np.ndarray | None:
     shortest = np.sort(np.argsort(tokens.lengths, kind="stable")[:2])
     run_case(_take(tokens, shortest))
     start = time.perf_counter()
-    run_case(tokens)
+    found = run_case(tokens)
     row.seconds.append(round(time.perf_counter() - start, 3))
     print(f"{row.what:10} {row.name} {row.variant}: {row.tokens / row.seconds[-1]:,.0f} tokens/s", flush=True)
+    return found
 
 
 def _take(tokens: TokenBatch, index: np.ndarray) -> TokenBatch:
@@ -202,91 +201,6 @@ def _feed(bundle: Bundle, corpus: Path) -> Row:
     row = Row("feed", "read, tokenise, plan, write", "zero", meter.documents, meter.tokens, [round(meter.seconds, 3)])
     row.finish()
     return row
-
-
-def _ceilings() -> list[Row]:
-    """GFLOP/s of x [2048, 768] times w [768, 3072]."""
-    n, k, m = 2048, 768, 3072
-    x, w = np.random.default_rng(0).standard_normal((2, n * m), np.float32)
-    x, w = x[: n * k].reshape(n, k), w[: k * m].reshape(k, m)
-    rows = []
-    for name, product in (("onnxruntime", _onnx_product(w)), ("torch", _torch_product(w))):
-        product(x)
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            product(x)
-            seconds.append(time.perf_counter() - start)
-        row = Row("ceiling", f"matrix product, {name}", "fp32", 0, 0, [round(s, 4) for s in seconds])
-        row.gflops = round(2 * n * k * m / statistics.median(seconds) / 1e9, 1)
-        rows.append(row)
-    return rows
-
-
-def _onnx_product(w: np.ndarray) -> Callable[[np.ndarray], object]:
-    import onnxruntime as ort
-    from onnx import TensorProto, helper, numpy_helper
-
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
-    node = helper.make_node("MatMul", ["x", "w"], ["y"])
-    graph = helper.make_graph([node], "product", [x], [y], [numpy_helper.from_array(w, "w")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda value: session.run(None, {"x": value})
-
-
-def _torch_product(w: np.ndarray) -> Callable[[np.ndarray], object]:
-    import torch
-
-    weight = torch.from_numpy(np.ascontiguousarray(w.T))
-    return lambda value: torch.nn.functional.linear(torch.from_numpy(value), weight)
-
-
-def print_rows(rows: list[Row]) -> None:
-    """One line each."""
-    for row in rows:
-        rate = f"{row.gflops:12,.1f} GFLOP/s " if row.gflops else f"{row.tokens_per_second:12,.1f} tokens/s"
-        print(f"{row.what:11}{row.name:50}{row.variant:15}{rate}")
-
-
-def write_result(name: str, rows: list[Row], settings: dict[str, object]) -> None:
-    """Write benchmarks/results/NAME.json and print its path."""
-    result = {
-        "schema": 1,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": _machine(),
-        "versions": {package: v for package in PACKAGES if (v := _version(package))},
-        "settings": settings,
-        "rows": [asdict(row) for row in rows],
-    }
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(file)
-
-
-def _machine() -> dict[str, object]:
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    fields = dict(line.split(":", 1) for line in info.split("\n\n")[0].splitlines() if ":" in line)
-    known = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = known.get("flags", "").split()
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": f"{known.get('model name', platform.processor())}, family {known.get('cpu family', '?')}",
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(pages / 2**30, 1),
-        "isa": [flag for flag in ISA if flag in flags],
-        "python": platform.python_version(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +13,8 @@ from jql_engine.errors import EngineError
 from jql_export.defaults import EDU_REPOSITORY, SNOWFLAKE
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+TENSORRT = "tensorrt-fp16"
 
 
 @app.command()
@@ -31,8 +33,28 @@ def export(
     max_tokens: Annotated[int | None, typer.Option(help="Longest input, special tokens included.")] = None,
     variant: Annotated[
         list[str],
-        typer.Option(help="Graph to write: cpu-fp32 (the default), standard-fp32; repeat.", show_default=False),
+        typer.Option(
+            help="Graph to write: cpu-fp32 (the default), openvino-fp32, openvino-bf16, openvino-int8, cuda-fp16, "
+            "cuda-fp32, tensorrt-fp16, standard-fp32; repeat.",
+            show_default=False,
+        ),
     ] = [],  # noqa: B006
+    calibration: Annotated[
+        Path | None, typer.Option(help="Parquet whose first 128 texts calibrate int8; by default built-in sentences.")
+    ] = None,
+    compute_capability: Annotated[
+        list[str],
+        typer.Option(help="Build engines of tensorrt-fp16 ahead for this one, like 8.0; repeat.", show_default=False),
+    ] = [],  # noqa: B006
+    library: Annotated[
+        Literal["tensorrt", "tensorrt-rtx"] | None, typer.Option(help="That builds them; by default tensorrt-rtx.")
+    ] = None,
+    engine_hardware: Annotated[
+        Literal["same-gpu", "same-compute-capability", "ampere-plus"], typer.Option(help="GPUs an engine is for.")
+    ] = "same-gpu",
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="An engine that later versions of TensorRT run as well.")
+    ] = False,
     encoder_onnx: Annotated[
         Path | None, typer.Option(help="ONNX file of the same encoder, made elsewhere: the graph foreign-fp32.")
     ] = None,
@@ -42,24 +64,42 @@ def export(
 ) -> None:
     """Fuse an encoder and all regression heads into one graph and certify it against PyTorch."""
     pairs = [_head_option(value) for value in head]
+    if calibration is not None and "openvino-int8" not in variant:
+        raise typer.BadParameter("is for --variant openvino-int8, which is not asked for", param_hint="--calibration")
     _check_heads(encoder, bool(pairs), no_heads, heads_revision)
+    if compute_capability and TENSORRT not in variant:
+        raise typer.BadParameter(f"is for --variant {TENSORRT}, which is missing", param_hint="--compute-capability")
     warnings.filterwarnings("ignore")  # torch and transformers warn of what this command checks itself
     from transformers.utils import logging as transformers_logging
 
+    from jql_engine.bundle import Bundle
+    from jql_engine.engines import EngineOptions, build_ahead
     from jql_export.export import export_bundle
     from jql_export.heads import read_head
     from jql_export.hub import edu_heads, find_checkpoint
+    from jql_export.quantize import read_texts
 
     quiet: Any = transformers_logging  # untyped
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
+    engines = EngineOptions(None, True, library, engine_hardware, version_compatible)
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr)  # noqa: T201
+
+    def build(bundle: Bundle) -> None:
+        for wanted in compute_capability:
+            build_ahead(bundle, TENSORRT, wanted, engines, report)
+
     heads = [read_head(name, file) for name, file in pairs] or (None if no_heads else edu_heads(heads_revision))
     bundle = export_bundle(
         find_checkpoint(encoder, revision), heads, out, pooling, max_tokens,
         variant or ([] if encoder_onnx else ["cpu-fp32"]),
         overwrite,
-        report=lambda line: print(line, file=sys.stderr),  # noqa: T201
+        report=report,
         encoder_onnx=encoder_onnx,
+        calibration=None if calibration is None else read_texts(calibration),
+        build=build,
     )  # fmt: skip
     names = f"heads {', '.join(bundle.heads)}" if bundle.heads else "no heads"
     print(f"{bundle.path}: bundle {bundle.hash[:12]}, {names}", file=sys.stderr)  # noqa: T201

@@ -81,7 +81,7 @@ class CpuDialect:
         """See Dialect."""
         return g.op("Squeeze", x, g.ints(1))
 
-    def mean(self, g: GraphWriter, x: str) -> str:
+    def mean(self, g: GraphWriter, spec: EncoderSpec, x: str) -> str:  # noqa: ARG002
         """See Dialect."""
         return g.op("ReduceMean", x, g.ints(1), keepdims=0)
 
@@ -90,7 +90,9 @@ class StandardDialect:
     """ONNX opset 23 and nothing else, for TensorRT, OpenVINO and any other runtime.
 
     `padded` batches come with a mask; where a batch holds documents of one `exact` length there is none. In fp16 the
-    norms are computed in fp32, the softmax as the operator's definition has it: in fp32.
+    residual sums and norms, the mean and the heads are computed in fp32. No node states the precision of
+    the softmax: TensorRT's parser refuses the attribute softmax_precision (TensorRT-RTX 1.7.1), and the precision
+    inside of its fused kernel is its own.
     """
 
     opsets = {"": 23}  # noqa: RUF012
@@ -137,19 +139,26 @@ class StandardDialect:
 
     def norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
         """See Dialect."""
-        if self.dtype == np.float32:
-            return layer_norm(g, name, x, norm, eps)
-        scale, shift = g.weight(f"{name}.weight", norm.weight), g.weight(f"{name}.bias", norm.bias)
-        y = g.op("LayerNormalization", g.op("Cast", x, to=TensorProto.FLOAT), scale, shift, axis=-1, epsilon=eps)
-        return g.op("Cast", y, to=TensorProto.FLOAT16)
+        return self._narrow(g, self._norm(g, name, self._widen(g, x), norm, eps))
 
     def add_norm(
         self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
     ) -> str:
         """See Dialect."""
+        y = self._widen(g, y)
         if bias is not None:
-            y = g.op("Add", y, g.parameter(f"{name}.residual_bias", bias))
-        return self.norm(g, name, g.op("Add", y, residual), norm, eps)
+            y = g.op("Add", y, g.weight(f"{name}.residual_bias", bias))
+        return self._narrow(g, self._norm(g, name, g.op("Add", y, self._widen(g, residual)), norm, eps))
+
+    def _norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
+        scale, shift = g.weight(f"{name}.weight", norm.weight), g.weight(f"{name}.bias", norm.bias)
+        return g.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=eps)
+
+    def _widen(self, g: GraphWriter, x: str) -> str:
+        return x if self.dtype == np.float32 else g.op("Cast", x, to=TensorProto.FLOAT)
+
+    def _narrow(self, g: GraphWriter, x: str) -> str:
+        return x if self.dtype == np.float32 else g.op("Cast", x, to=TensorProto.FLOAT16)
 
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
         """See Dialect."""
@@ -162,12 +171,11 @@ class StandardDialect:
         """See Dialect."""
         return g.op("Squeeze", x, g.ints(1))
 
-    def mean(self, g: GraphWriter, x: str) -> str:
+    def mean(self, g: GraphWriter, spec: EncoderSpec, x: str) -> str:  # noqa: ARG002
         """See Dialect."""
+        x = self._widen(g, x)  # a sum over thousands of tokens
         if self.layout == "exact":
             return g.op("ReduceMean", x, g.ints(1), keepdims=0)
-        if self.dtype != np.float32:
-            x = g.op("Cast", x, to=TensorProto.FLOAT)  # a sum over thousands of tokens
         mask = g.op("Cast", g.op("Unsqueeze", "attention_mask", g.ints(2)), to=TensorProto.FLOAT)
         total = g.op("ReduceSum", g.op("Mul", x, mask), g.ints(1), keepdims=0)
         return g.op("Div", total, g.op("ReduceSum", mask, g.ints(1), keepdims=0))
@@ -188,9 +196,23 @@ class VariantKind:
         return self.dialect().layout
 
 
+def _packed(dtype: type[np.float32] | type[np.float16]) -> Dialect:
+    from jql_export.packed import CudaDialect  # it builds on this module
+
+    return CudaDialect(dtype)
+
+
 VARIANTS = {
     "cpu-fp32": VariantKind(CpuDialect, "fp32", "cpu", "cpu-fp32.onnx"),
+    "openvino-fp32": VariantKind(lambda: StandardDialect("exact"), "fp32", "openvino", "openvino.onnx"),
+    "openvino-bf16": VariantKind(lambda: StandardDialect("exact"), "bf16", "openvino", "openvino.onnx"),
+    "openvino-int8": VariantKind(lambda: StandardDialect("exact"), "int8", "openvino", "openvino-int8.xml"),
     "standard-fp32": VariantKind(lambda: StandardDialect("padded"), "fp32", "any", "standard-fp32.onnx"),
+    "tensorrt-fp16": VariantKind(
+        lambda: StandardDialect("padded", np.float16), "fp16", "tensorrt", "tensorrt-fp16.onnx"
+    ),
+    "cuda-fp16": VariantKind(lambda: _packed(np.float16), "fp16", "cuda", "cuda-fp16.onnx"),
+    "cuda-fp32": VariantKind(lambda: _packed(np.float32), "fp32", "cuda", "cuda-fp32.onnx"),
 }
 
 

@@ -6,16 +6,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from safetensors.numpy import save_file
 
 from jql_engine.bundle import (
     FORMAT,
     MANIFEST,
+    PROBES,
     Bundle,
     EncoderInfo,
     HeadInfo,
@@ -25,15 +27,17 @@ from jql_engine.bundle import (
     describe_files,
     sha256_of,
 )
+from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import BundleError
-from jql_engine.sessions.cpu import CpuSession
+from jql_engine.parity import certify, write_probes
+from jql_engine.sessions import ON_GPU, open_variant
 from jql_engine.tokens import Tokenizer
-from jql_export import parity, probes
-from jql_export.checkpoint import FAMILIES, EncoderSpec, EncoderWeights, read_config, read_encoder
+from jql_export import probes
 from jql_export.dialects import VARIANTS
 from jql_export.foreign import VARIANT as FOREIGN
-from jql_export.foreign import ForeignEncoder, Shape, explained, read_foreign, read_shape, write_foreign
-from jql_export.graph import Pooling, write_graph
+from jql_export.foreign import explained
+from jql_export.graph import Pooling
+from jql_export.graphs import Encoder, read_sources, write_graphs
 from jql_export.heads import HeadWeights, StackedHeads, check_heads, stack
 from jql_export.hub import Checkpoint
 from jql_export.reference import Reference
@@ -52,17 +56,21 @@ def export_bundle(
     overwrite: bool = False,
     report: Callable[[str], None] = lambda _: None,
     encoder_onnx: Path | None = None,
+    calibration: Sequence[str] | None = None,
+    build: Callable[[Bundle], object] = lambda _: None,
 ) -> Bundle:
     """Fuse encoder and heads into one graph per variant, prove each against PyTorch, and write the bundle `out`.
 
     `heads` None: a bundle that only embeds. `encoder_onnx`: an ONNX file of the same encoder, for the further variant
-    foreign-fp32. `report` is told what happens, one sentence a step. Raises an EngineError and leaves no bundle where
-    anything is wrong: CheckpointError, HeadError, TokenizerError, ParityError, or BundleError where `out` exists.
+    foreign-fp32. `calibration`: documents for int8, by default the probe texts. `build` adds engines to the finished
+    bundle before it takes its place. `report` is told what happens, one sentence a step. Raises an EngineError and
+    leaves no bundle where anything is wrong: CheckpointError, HeadError, TokenizerError, ParityError, or BundleError
+    where `out` exists.
     """
     if unknown := sorted(set(variants) - set(VARIANTS)):
         raise BundleError(f"variant {unknown[0]!r} is unknown; known are {', '.join(VARIANTS)}")
     chosen_pooling = pooling_of(checkpoint.directory, pooling, report, KNOWN_POOLING.get(checkpoint.id))
-    encoder = _read(checkpoint.directory, variants, encoder_onnx, report)
+    encoder = read_sources(checkpoint.directory, variants, encoder_onnx, report)
     limit = max_tokens_of(checkpoint.directory, encoder.shape.max_positions, max_tokens)
     if heads is not None:
         check_heads(heads, encoder.shape.hidden_size)
@@ -73,51 +81,13 @@ def export_bundle(
         _write_heads(folder, stacked)
         tokenizer = _write_tokenizer(folder, checkpoint, encoder.shape.pad_id, report)
         draft = _manifest(checkpoint, encoder, heads, chosen_pooling, limit, tokenizer)
-        for name in encoder.variants:
-            report(f"writing graph {name}")
-            _write_graph(folder / "graphs" / f"{name}.onnx", name, encoder, stacked, chosen_pooling)
+        texts = probes.texts() if calibration is None else calibration
+        write_graphs(folder, draft, encoder, stacked, lambda: _encode(Bundle(folder, draft, ""), texts), report)
         certified = _certify(Bundle(folder, draft, ""), checkpoint, heads, chosen_pooling, encoder_onnx, report)
         final = replace(draft, variants=certified, files=describe_files(folder))
+        build(Bundle(folder, final, ""))
         (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
     return Bundle.open(out)
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoder:
-    """What graphs are made of, and which."""
-
-    shape: EncoderSpec | Shape
-    weights: EncoderWeights | None  # None: an architecture of which there is a foreign graph only
-    foreign: ForeignEncoder | None
-    variants: tuple[str, ...]
-
-
-def _read(
-    directory: Path, variants: Sequence[str], encoder_onnx: Path | None, report: Callable[[str], None]
-) -> _Encoder:
-    known = read_config(directory).get("model_type") in FAMILIES
-    weights = read_encoder(directory) if variants or known else None
-    if weights is not None:
-        for name in weights.unused_tensors:
-            report(f"unused tensor: {name}")
-        if weights.adapter:
-            report(f"LoRA adapter {weights.adapter} is merged into the weights")
-    shape = read_shape(directory) if weights is None else weights.spec
-    if encoder_onnx is None:
-        return _Encoder(shape, weights, None, tuple(variants))
-    foreign = read_foreign(encoder_onnx, shape.hidden_size)
-    if foreign.is_pooled:
-        report(f"pooling of {FOREIGN}: that of {encoder_onnx}, which gives {foreign.output} alone")
-    return _Encoder(shape, weights, foreign, (*variants, FOREIGN))
-
-
-def _write_graph(file: Path, name: str, encoder: _Encoder, heads: StackedHeads, pooling: Pooling) -> None:
-    if name == FOREIGN:
-        assert encoder.foreign is not None
-        write_foreign(file, encoder.foreign, heads, pooling)
-    else:
-        assert encoder.weights is not None
-        write_graph(file, encoder.weights, heads, pooling, VARIANTS[name].dialect())
 
 
 def _write_heads(folder: Path, heads: StackedHeads) -> None:
@@ -142,6 +112,10 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint, pad_id: int, report: 
     return info
 
 
+def _encode(draft: Bundle, texts: Sequence[str]) -> TokenBatch:
+    return Tokenizer.of(draft).encode(DocumentBatch.of(pa.array(texts, pa.large_string())))
+
+
 def _certify(
     draft: Bundle,
     checkpoint: Checkpoint,
@@ -153,10 +127,14 @@ def _certify(
     tokens = probes.token_batch(Tokenizer.of(draft))
     report(f"computing {len(tokens.rows)} probe documents, {len(tokens.ids):,} tokens, with PyTorch")
     expected = Reference(checkpoint.directory, heads, pooling).run(tokens)
-    certified = {}
+    write_probes(draft.path / PROBES, tokens, expected)
+    certified = dict(draft.manifest.variants)
     for name, variant in draft.manifest.variants.items():
+        if variant.provider in ON_GPU:
+            report(f"parity of {name}: every GPU that opens it will certify it first, with {PROBES}")
+            continue
         with explained(encoder_onnx) if encoder_onnx and name == FOREIGN else nullcontext():
-            figures = parity.certify(CpuSession(draft, name), tokens, expected, TOLERANCES[variant.precision])
+            figures = certify(open_variant(draft, name), tokens, expected, TOLERANCES[variant.precision])
         report(f"parity of {name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
         certified[name] = replace(variant, parity=figures)
     return certified
@@ -164,7 +142,7 @@ def _certify(
 
 def _manifest(
     checkpoint: Checkpoint,
-    encoder: _Encoder,
+    encoder: Encoder,
     heads: Sequence[HeadWeights],
     pooling: Pooling,
     max_tokens: int,

@@ -126,7 +126,7 @@ class Dialect(Protocol):
     def first(self, g: GraphWriter, x: str) -> str:
         """[B, D] from what a layer for first tokens gives."""
 
-    def mean(self, g: GraphWriter, x: str) -> str:
+    def mean(self, g: GraphWriter, spec: EncoderSpec, x: str) -> str:
         """Mean over the tokens of each document, [B, D]."""
 
 
@@ -138,7 +138,7 @@ def write_graph(file: Path, weights: EncoderWeights, heads: StackedHeads, poolin
     for i, layer in enumerate(weights.layers):
         cls_only = pooling == "cls" and i == len(weights.layers) - 1
         x = _layer(g, dialect, weights.spec, f"layer.{i}", layer, x, cls_only)
-    pooled = dialect.first(g, x) if pooling == "cls" else dialect.mean(g, x)
+    pooled = dialect.first(g, x) if pooling == "cls" else dialect.mean(g, weights.spec, x)
     if dialect.dtype != np.float32:
         pooled = g.op("Cast", pooled, to=TensorProto.FLOAT)
     add_outputs(g, pooled, g.op("ReduceL2", pooled, g.ints(1), keepdims=1), heads)

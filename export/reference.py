@@ -11,7 +11,6 @@ without running their repository's code; for them the native class of the same a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,11 @@ from transformers import AutoModel, GteConfig, GteModel, JinaEmbeddingsV3Config,
 
 from jql_engine.data import TokenBatch
 from jql_engine.errors import CheckpointError
+from jql_engine.parity import Expected
 from jql_export.checkpoint import LORA_TASK, is_jina_v3, read_config
 from jql_export.graph import Pooling
 from jql_export.heads import HeadWeights
-from jql_export.tensors import Array, open_tensors
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What the oracle computes."""
-
-    embeddings: Array  # [N, D]
-    scores: Array  # [N, H]
+from jql_export.tensors import open_tensors
 
 
 class Reference:

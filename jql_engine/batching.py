@@ -19,7 +19,8 @@ def plan(tokens: TokenBatch, budget: Budget) -> Iterator[Batch]:
     """Yield batches that hold every document of `tokens` once.
 
     exact: documents of one length; padded: B * longest <= budget.tokens; packed: sum of lengths <= budget.tokens.
-    A document longer than the budget is a batch of its own.
+    With buckets a batch holds documents of one bucket, so the rectangle of a document follows from its own length.
+    A document longer than the budget is a batch of its own; one longer than every bucket raises InputError.
     """
     lengths = tokens.lengths
     order = np.argsort(lengths, kind="stable")
@@ -28,15 +29,22 @@ def plan(tokens: TokenBatch, budget: Budget) -> Iterator[Batch]:
     stop = len(order)
     while stop:
         longest = int(ascending[stop - 1])
-        if budget.layout == "packed":
+        row_length = None if budget.layout == "packed" else budget.row_length(longest)
+        if row_length is None:
             start = int(np.searchsorted(total, total[stop] - budget.tokens))
         else:
-            start = stop - budget.tokens // max(1, longest)
-            if budget.layout == "exact":
-                start = max(start, int(np.searchsorted(ascending, longest)))
+            start = max(stop - budget.max_docs(row_length), _first_of_its_kind(ascending, longest, budget))
         start = max(0, min(start, stop - 1))
-        yield _gather(tokens, order[start:stop], None if budget.layout == "packed" else longest)
+        yield _gather(tokens, order[start:stop], row_length)
         stop = start
+
+
+def _first_of_its_kind(ascending: NDArray[np.int64], longest: int, budget: Budget) -> int:
+    """The first document that a batch whose longest has `longest` tokens may hold."""
+    if budget.layout == "exact":
+        return int(np.searchsorted(ascending, longest))
+    shorter = [bucket for bucket in budget.buckets if bucket < longest]
+    return int(np.searchsorted(ascending, shorter[-1], side="right")) if shorter else 0
 
 
 def _gather(tokens: TokenBatch, index: NDArray[np.int64], row_length: int | None) -> Batch:

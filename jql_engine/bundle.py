@@ -4,10 +4,15 @@ A bundle is a directory that is complete by itself: no network, no torch, no mod
 
     bundle.json              this manifest, UTF-8 JSON
     tokenizer.json           Hugging Face `tokenizers` format, without truncation or padding
-    graphs/<variant>.onnx    one fused graph a variant, weights in graphs/<variant>.onnx.data (memory-mapped)
+    graphs/*.onnx            fused graphs, each with its weights beside it in *.onnx.data (memory-mapped); a variant
+                             names its own, and two that differ in a runtime's settings alone share one. An int8 graph
+                             of OpenVINO is an .xml with its weights in .bin
     heads.safetensors        the stacked heads, fp32: hidden.weight [K, D], hidden.bias [K], output.weight [K, H],
                              output.bias [H]; score = relu(e hidden.weight^T + hidden.bias) output.weight + output.bias
                              for an embedding e [D]; without heads the four tensors are there too, K = H = 0
+    probes.safetensors       documents of known lengths, and what PyTorch computes of them in fp32: ids int32 [T],
+                             offsets int64 [N + 1], embedding [N, D], scores [N, H]
+    engines/                 TensorRT engines that this or another machine built of a graph; not part of the identity
 
 Fields of bundle.json:
 
@@ -24,7 +29,9 @@ Fields of bundle.json:
                     proven identical on the probe documents ("tokie 0.1.4") or null; lone_space: the id of the piece
                     that the fast tokenizer emits, wrongly, for a text that is empty once normalised, or null;
                     added_tokens: literal texts that `tokenizers` cuts out of a document before normalising
-    variants        {name: {graph, layout, precision, provider, tolerance, parity}}
+    variants        {name: {graph, layout, precision, provider, tolerance, parity}}: tolerance is what a graph may
+                    differ by from the reference on the probes, parity what it did differ by. Of a variant for GPUs
+                    parity is empty: every machine that opens one runs the probes first
     files           {relative path: {bytes, sha256}} of every file but bundle.json
     created_with    {package: version}
 
@@ -33,6 +40,13 @@ suffix. A graph takes, by its variant's layout,
 
     exact     input_ids int64 [B, L], every document exactly L tokens
     padded    input_ids int64 [B, L] and attention_mask int64 [B, L], 1 at tokens
+
+    packed    the documents one after another, B of them, T tokens in all, the longest of S tokens:
+              input_ids     int64 [T]
+              position_ids  int64 [1, T]    counts from 0 in each document
+              cu_seqlens    int32 [B + 1]   where each document starts, and T
+              token_offset  int32 [B, S]    where the tokens lie in a rectangle [B, S], then where its padding does
+              cls_index     int64 [B]       where each document starts
 
 and returns scores float32 [B, H] and embedding float32 [B, D]. The identity of a bundle is the SHA-256 of bundle.json.
 """
@@ -52,6 +66,7 @@ from jql_engine.errors import BundleError
 
 FORMAT = 1
 MANIFEST = "bundle.json"
+PROBES = "probes.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,27 @@ def run(
         str | None, typer.Option(help="Folder of outputs with embeddings: apply this bundle's heads to those.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda (every GPU), cuda:N or cuda:N,cuda:M.")] = "auto",
-    variant: Annotated[str | None, typer.Option(help="Graph of the bundle; by default the device's first.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Graph of the bundle; by default the fastest installed.")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Most that a graph's scores may differ by from the fp32 reference; 0.02 by default."),
+    ] = None,
+    via: Annotated[
+        Literal["onnxruntime"] | None, typer.Option(help="Run TensorRT through ONNX Runtime's provider.")
+    ] = None,
+    no_build: Annotated[bool, typer.Option("--no-build", help="TensorRT engines must be there already.")] = False,
+    engine_cache: Annotated[
+        Path | None, typer.Option(help="Folder of TensorRT engines; by default in the bundle.")
+    ] = None,
+    library: Annotated[
+        Literal["tensorrt", "tensorrt-rtx"] | None, typer.Option(help="By default the first that is installed.")
+    ] = None,
+    engine_hardware: Annotated[
+        Literal["same-gpu", "same-compute-capability", "ampere-plus"], typer.Option(help="GPUs an engine is for.")
+    ] = "same-gpu",
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="An engine that later versions of TensorRT run as well.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes on the CPU; a GPU has one each.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker; by default its cores.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of this machine; by default from SLURM or torchrun.")] = None,
@@ -54,11 +74,13 @@ def run(
 ) -> None:
     """Score the documents of files: one row out for each row in, in the same order."""
     from jql_engine.bundle import Bundle
+    from jql_engine.engines import EngineOptions
     from jql_engine.interrupt import interruptible
     from jql_engine.launch import Machine, estimate, rescore_all, score
     from jql_engine.progress import RunLog
     from jql_engine.ranks import rank_of
     from jql_engine.run import Job
+    from jql_engine.sessions import SessionOptions
 
     _check_usage(context)
     sources = tuple(inputs or [rescore or ""])
@@ -66,7 +88,8 @@ def run(
         sources, out or "", text_column, id_column, overwrite, output, embeddings, limit, chunk_rows,
         rank_of(rank, world_size, os.environ),
     )  # fmt: skip
-    machine = Machine(device, variant, workers, threads)
+    engines = EngineOptions(engine_cache, not no_build, library, engine_hardware, version_compatible)
+    machine = Machine(device, variant, workers, tolerance, SessionOptions(threads, via, engines))
     with interruptible() as stop:
         opened = Bundle.open(bundle)
         if plan:

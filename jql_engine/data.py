@@ -6,13 +6,17 @@ one chunk from 0; a document without a score (null text) has no row in a TokenBa
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from jql_engine.errors import InputError
 
 Embeddings: TypeAlias = NDArray[np.float32] | NDArray[np.float16]
 EMBEDDING = "embedding"  # the column of stored vectors
@@ -131,6 +135,7 @@ class ChunkDone:
     padding: int
     memory_bytes: int  # the most that the worker's process has held so far
     stages: dict[str, StageSeconds]  # since the chunk before
+    overflowed: int = 0  # documents that left fp16 and were computed again in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +187,34 @@ class TokenBatch:
 class Budget:
     """What one batch of a session may hold.
 
-    `tokens` counts padding; a document that is longer alone forms a batch of its own.
+    `tokens` counts padding; a document that is longer alone forms a batch of its own. With `buckets` every row of a
+    padded batch is as long as the smallest of them that holds it.
     """
 
     tokens: int
     layout: Layout
+    buckets: tuple[int, ...] = ()  # row lengths, ascending; empty: any
 
     def __post_init__(self) -> None:
         assert self.tokens > 0
+        assert not self.buckets or (self.layout == "padded" and self.buckets[0] > 0), self
+        assert all(shorter < longer for shorter, longer in pairwise(self.buckets)), self.buckets
+
+    def row_length(self, n_tokens: int) -> int:
+        """The length to which a document of `n_tokens` is padded; InputError where it is longer than every bucket."""
+        if not self.buckets:
+            return n_tokens
+        place = bisect_left(self.buckets, n_tokens)
+        if place == len(self.buckets):
+            raise InputError(
+                f"a document has {n_tokens} tokens, the longest that this session was opened for has "
+                f"{self.buckets[-1]}; lower --max-tokens, or export the bundle with a larger one"
+            )
+        return self.buckets[place]
+
+    def max_docs(self, row_length: int) -> int:
+        """The most documents of `row_length` tokens, padding included, that fit a batch."""
+        return max(1, self.tokens // max(1, row_length))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +239,12 @@ class Batch:
     def n_padding(self) -> int:
         """Padding tokens that a rectangular graph computes besides."""
         return 0 if self.row_length is None else self.row_length * len(self.rows) - len(self.ids)
+
+    def part(self, start: int, stop: int, row_length: int | None) -> Batch:
+        """Documents [start, stop) of this batch in rows of `row_length`."""
+        offsets = self.offsets[start : stop + 1]
+        ids = self.ids[offsets[0] : offsets[-1]]
+        return Batch(self.rows[start:stop], ids, offsets - offsets[0], row_length)
 
     def rectangle(self, pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and mask (1 at tokens), both int64 [B, L]."""

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from jql_engine.batching import plan
 from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch, ScoreBatch, Scores, TokenBatch
+from jql_engine.engines import EngineOptions
 from jql_engine.errors import InputError
-from jql_engine.sessions import Session, open_session
+from jql_engine.parity import open_certified
+from jql_engine.sessions import Session, SessionOptions, choose
 from jql_engine.tokens import Tokenizer
 
 Texts: TypeAlias = Sequence[str | None] | pa.Array | pa.ChunkedArray
@@ -24,15 +26,26 @@ class Engine:
     """Scores texts with one bundle on one device; may be shared by threads."""
 
     def __init__(
-        self, bundle: str | Path, device: str = "auto", variant: str | None = None, threads: int | None = None
+        self,
+        bundle: str | Path,
+        device: str = "auto",
+        variant: str | None = None,
+        threads: int | None = None,
+        tolerance: float | None = None,
+        engines: EngineOptions | None = None,
+        via: str | None = None,
     ) -> None:
         """Open the bundle directory `bundle` and load the graph that runs on `device`.
 
-        `device`: auto, cpu, cuda or cuda:N; `variant`: a graph of the bundle by name; `threads`: CPU threads, by
-        default every core this process may use. Raises BundleError, DeviceError, TokenizerError.
+        `device`: auto, cpu, cuda or cuda:N; `variant`: a graph of the bundle by name, by default the fastest whose
+        scores were found within `tolerance` of the fp32 reference (0.02); `threads`: CPU threads, by default every
+        core this process may use; `engines`, `via`: see SessionOptions, for TensorRT. Raises BundleError, DeviceError,
+        ParityError where a GPU computes something else than the reference, TokenizerError.
         """
         self.bundle = Bundle.open(bundle)
-        self.session: Session = open_session(self.bundle, device, variant, threads)
+        choice = choose(self.bundle, device, variant, tolerance)
+        options = SessionOptions(threads, via, engines or EngineOptions())
+        self.session: Session = open_certified(self.bundle, choice, choice.devices[0], options)
         self.tokenizer = Tokenizer.of(self.bundle)
 
     @property

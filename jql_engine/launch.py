@@ -7,18 +7,19 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, ChunkDone
 from jql_engine.errors import DeviceError
 from jql_engine.estimate import estimate_work
+from jql_engine.parity import open_certified
 from jql_engine.pool import Executed, Pool, Spec
 from jql_engine.progress import Meter, RunLog
 from jql_engine.rescore import rescore_files
 from jql_engine.run import Job, Outcome, Work, prepare, run
-from jql_engine.sessions import Choice, choose, open_session
+from jql_engine.sessions import DEFAULTS, Choice, SessionOptions, choose
 from jql_engine.tokens import Tokenizer
 from jql_engine.worker import Worker
 
@@ -30,7 +31,18 @@ class Machine:
     device: str = "auto"
     variant: str | None = None
     workers: int | None = None
-    threads: int | None = None
+    tolerance: float | None = None
+    options: SessionOptions = DEFAULTS
+
+    def choose(self, bundle: Bundle) -> Choice:
+        """Devices and variant; see jql_engine.sessions."""
+        return choose(bundle, self.device, self.variant, self.tolerance)
+
+    def shared(self, devices: tuple[str, ...]) -> SessionOptions:
+        """The options of one worker of several: its share of the cores."""
+        if devices[0] != "cpu" or self.options.threads:
+            return self.options
+        return replace(self.options, threads=max(1, len(os.sched_getaffinity(0)) // len(devices)))
 
     def devices(self, choice: Choice) -> tuple[str, ...]:
         """One device for each worker."""
@@ -47,7 +59,7 @@ def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threadi
     """Run `job` and return its summary."""
     began = time.monotonic()
     log.check()
-    choice = choose(bundle, machine.device, machine.variant)
+    choice = machine.choose(bundle)
     devices = machine.devices(choice)
     work = prepare(job, bundle, choice.variant, choice.chunk_bytes)
     meter = Meter(work.n_docs, max(1, min(len(devices), len(work.tasks))), started=began)
@@ -55,9 +67,9 @@ def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threadi
     for file in work.unreadable:
         meter.say(f"jql-run: {file.reason}; going on with the other files")
     if len(devices) == 1:
-        chunks = _in_this_process(job, bundle, choice, machine.threads, work, meter, stop)
+        chunks = _in_this_process(job, bundle, choice, machine.options, work, meter, stop)
     else:
-        chunks = _in_processes(job, bundle, choice, devices, machine.threads, work, meter, stop)
+        chunks = _in_processes(job, bundle, choice, devices, machine.shared(devices), work, meter, stop)
     with closing(chunks):
         outcome = run(work, chunks, meter, log)
     meter.close()
@@ -66,9 +78,9 @@ def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threadi
 
 def estimate(job: Job, bundle: Bundle, machine: Machine, price_per_hour: float | None) -> dict[str, Any]:
     """Predict the work of `job`; computes a sample and writes nothing."""
-    choice = choose(bundle, machine.device, machine.variant)
+    choice = machine.choose(bundle)
     devices = machine.devices(choice)
-    session = open_session(bundle, devices[0], choice.variant, machine.threads or _share_of_cores(devices))
+    session = open_certified(bundle, choice, devices[0], machine.shared(devices))
     return estimate_work(job, bundle, session, len(devices), price_per_hour)
 
 
@@ -87,12 +99,13 @@ def _beginning(job: Job, bundle: Bundle, choice: Choice, work: Work) -> str:
 
 
 def _in_this_process(
-    job: Job, bundle: Bundle, choice: Choice, threads: int | None, work: Work, meter: Meter, stop: threading.Event
+    job: Job, bundle: Bundle, choice: Choice, options: SessionOptions, work: Work, meter: Meter, stop: threading.Event
 ) -> Generator[ChunkDone]:
     def executed(batch: Batch) -> None:
         meter.executed(len(batch.rows), batch.n_tokens, batch.n_padding)
 
-    session = open_session(bundle, choice.devices[0], choice.variant, threads)
+    say = lambda line: meter.say(f"jql-run: {line}")  # noqa: E731
+    session = open_certified(bundle, choice, choice.devices[0], options, say)
     worker = Worker(
         bundle, session, Tokenizer.of(bundle), dict(enumerate(work.targets)), job.embedding_dtype, stop, executed
     )
@@ -104,7 +117,7 @@ def _in_processes(
     bundle: Bundle,
     choice: Choice,
     devices: tuple[str, ...],
-    threads: int | None,
+    options: SessionOptions,
     work: Work,
     meter: Meter,
     stop: threading.Event,
@@ -112,13 +125,8 @@ def _in_processes(
     def executed(done: Executed) -> None:
         meter.executed(done.documents, done.tokens, done.padding)
 
-    n_threads = threads or _share_of_cores(devices)
-    specs = [Spec(bundle.path, device, choice.variant, n_threads, job.embedding_dtype) for device in devices]
+    specs = [Spec(bundle.path, device, choice, options, job.embedding_dtype) for device in devices]
     return Pool(specs, work.targets, stop, executed, lambda line: meter.say(f"jql-run: {line}")).run(work.tasks)
-
-
-def _share_of_cores(devices: tuple[str, ...]) -> int | None:
-    return max(1, len(os.sched_getaffinity(0)) // len(devices)) if devices[0] == "cpu" else None
 
 
 def _summary(job: Job, outcome: Outcome, work: Work, meter: Meter, choice: Choice, bundle: Bundle) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, ChunkDone, Failure, Task
 from jql_engine.errors import EngineError
 from jql_engine.output import Target
-from jql_engine.sessions import open_session
+from jql_engine.parity import open_certified
+from jql_engine.sessions import Choice, SessionOptions
 from jql_engine.tokens import Tokenizer
 from jql_engine.worker import STAGES, Worker
 
@@ -45,8 +46,8 @@ class Spec:
 
     bundle: Path
     device: str
-    variant: str
-    threads: int | None
+    choice: Choice
+    options: SessionOptions
     embeddings: np.dtype[Any] | None
 
 
@@ -65,6 +66,13 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """What takes a worker minutes before it is ready."""
+
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """A task, and the targets of its files; a worker has no others, however many files the job has."""
 
@@ -72,7 +80,7 @@ class Order:
     targets: dict[int, Target]
 
 
-Message: TypeAlias = Ready | Executed | ChunkDone | EngineError
+Message: TypeAlias = Ready | Said | Executed | ChunkDone | EngineError
 
 
 class Handout:
@@ -198,6 +206,9 @@ class Pool:
         if isinstance(message, Ready):
             worker.ready, self._stillborn = True, 0
             return
+        if isinstance(message, Said):
+            self._report(f"{worker.name}: {message.line}")
+            return
         if isinstance(message, Executed):
             self._executed(message)
             return
@@ -270,7 +281,7 @@ def work(connection: Connection, spec: Spec) -> None:
 
     try:
         bundle = Bundle.open(spec.bundle)
-        session = open_session(bundle, spec.device, spec.variant, spec.threads)
+        session = open_certified(bundle, spec.choice, spec.device, spec.options, lambda line: send(Said(line)))
         progress = _Progress(send)
         worker = Worker(bundle, session, Tokenizer.of(bundle), targets, spec.embeddings, stop, progress.executed)
         send(Ready())

@@ -30,6 +30,7 @@ class Meter:
     truncated: int = 0
     tokens: int = 0
     padding: int = 0
+    overflowed: int = 0
     stages: dict[str, StageSeconds] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     _live: list[int] = field(
@@ -48,7 +49,7 @@ class Meter:
 
     def record(self, done: ChunkDone) -> None:
         """A chunk is committed."""
-        for name in ("documents", "null_documents", "invalid_utf8", "truncated", "tokens", "padding"):
+        for name in ("documents", "null_documents", "invalid_utf8", "truncated", "tokens", "padding", "overflowed"):
             setattr(self, name, getattr(self, name) + getattr(done, name))
         for name, seconds in done.stages.items():
             self.stages[name] = self.stages.get(name, StageSeconds(0, 0, 0)) + seconds
@@ -108,6 +109,7 @@ class Meter:
             "null_documents": self.null_documents,
             "invalid_utf8": self.invalid_utf8,
             "truncated": self.truncated,
+            "overflowed": self.overflowed,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "documents_per_second": round(self.documents / self.seconds, 3),
@@ -148,6 +150,7 @@ class RunLog:
             "tokens": done.tokens,
             "padding": done.padding,
             "truncated": done.truncated,
+            "overflowed": done.overflowed,
             "seconds": {name: round(seconds.busy, 4) for name, seconds in done.stages.items()},
             "failures": [failure.message for failure in done.failures],
             "memory_bytes": done.memory_bytes,

@@ -90,10 +90,12 @@ class Worker:
         keep = None if self.embeddings is None else (self.bundle.manifest.encoder.hidden_size, self.embeddings)
         for chunk in self._until_stopped(chunks):
             scores = ScoreBatch.empty(chunk.tokens, len(self.bundle.heads), keep)
+            overflowed = self.session.n_overflowed
             for batch in plan(chunk.tokens, self.session.budget):
                 scores.put(batch.rows, self.session.run(batch))
                 chunk.padding += batch.n_padding
                 self.executed(batch)
+            chunk.overflowed = self.session.n_overflowed - overflowed
             yield chunk, scores
 
     def _write(self, items: Iterator[tuple[_Chunk, ScoreBatch]]) -> Iterator[_Chunk]:
@@ -135,6 +137,7 @@ class _Chunk:
     ids: dict[Segment, pa.ChunkedArray]
     n_invalid: int
     padding: int = 0
+    overflowed: int = 0
 
     @classmethod
     def of(cls, end: ChunkEnd, pieces: Sequence[Piece], tokens: TokenBatch) -> _Chunk:
@@ -173,4 +176,5 @@ class _Chunk:
             padding=self.padding,
             memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             stages=stages,
+            overflowed=self.overflowed,
         )

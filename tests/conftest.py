@@ -14,6 +14,7 @@ from jql_engine.bundle import Bundle
 from jql_engine.engine import Engine
 from jql_export import probes
 from jql_export.checkpoint import read_encoder
+from jql_export.dialects import VARIANTS
 from jql_export.export import Checkpoint, export_bundle
 from jql_export.heads import read_head
 
@@ -22,6 +23,8 @@ warnings.filterwarnings("ignore", module="lightning")
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 MAX_TOKENS = 96
 FAMILIES = ("gte", "bert", "xlm-roberta")
+# Variants that ONNX Runtime's CPU provider can run.
+ON_CPU = [name for name, kind in VARIANTS.items() if kind.provider in ("cpu", "any")]
 POOLING = {"gte": "cls", "bert": "mean", "xlm-roberta": "cls"}
 
 

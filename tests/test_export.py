@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jql_engine import Engine
-from jql_engine.bundle import MANIFEST, Bundle, describe_files, sha256_of
+from jql_engine.bundle import MANIFEST, PROBES, Bundle, describe_files, sha256_of
 from jql_engine.errors import BundleError, CheckpointError, HeadError, ParityError
 from jql_export import probes
 from jql_export.checkpoint import read_encoder
@@ -33,7 +33,7 @@ def test_the_manifest_describes_the_encoder(bundles, encoders, family):
 
 
 def test_the_manifest_lists_every_file_with_its_true_hash(bundle):
-    names = ["graphs/cpu-fp32.onnx", "graphs/standard-fp32.onnx", "heads.safetensors", "tokenizer.json"]
+    names = ["graphs/cpu-fp32.onnx", "graphs/standard-fp32.onnx", "heads.safetensors", PROBES, "tokenizer.json"]
     assert sorted([*names, *(f"{name}.data" for name in names[:2])]) == sorted(bundle.manifest.files)
     assert bundle.manifest.files == describe_files(bundle.path)
     assert Bundle.open(bundle.path) == bundle
@@ -135,9 +135,9 @@ def test_out_of_tolerance_keeps_the_bundle_that_was_to_be_replaced(bundle, encod
 
 
 def test_an_unknown_variant_is_an_error_before_anything_is_read(tmp_path):
-    with pytest.raises(BundleError, match="variant 'cuda-fp16' is unknown; known are cpu-fp32, standard-fp32"):
+    with pytest.raises(BundleError, match="variant 'cuda-fp8' is unknown; known are cpu-fp32, openvino-fp32"):
         export_bundle(
-            Checkpoint(tmp_path / "none", "none", None), [], tmp_path / "out", variants=["cpu-fp32", "cuda-fp16"]
+            Checkpoint(tmp_path / "none", "none", None), [], tmp_path / "out", variants=["cpu-fp32", "cuda-fp8"]
         )
 
 
@@ -175,7 +175,7 @@ def misread_a_bias(monkeypatch):
         norm = replace(last.mlp_norm, bias=last.mlp_norm.bias + np.linspace(0, 1, 32, dtype=np.float32))
         return replace(weights, layers=(*layers, replace(last, mlp_norm=norm)))
 
-    monkeypatch.setattr("jql_export.export.read_encoder", misread)
+    monkeypatch.setattr("jql_export.graphs.read_encoder", misread)
 
 
 def names(folder):

@@ -125,7 +125,7 @@ def test_out_of_tolerance_exits_1_and_leaves_nothing(call, checkpoint, head_file
         weights.layers[0].query.weight[:] *= 1.1
         return weights
 
-    monkeypatch.setattr("jql_export.export.read_encoder", misread)
+    monkeypatch.setattr("jql_export.graphs.read_encoder", misread)
     (tmp_path / "place").mkdir()
     options = ("--encoder", checkpoint, f"--head=edu={head_files['edu']}", "--out", tmp_path / "place" / "out")
     status, err = call(*options)

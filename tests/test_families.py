@@ -18,24 +18,24 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from jql_engine import parity
 from jql_engine.errors import CheckpointError, ParityError
 from jql_engine.sessions.cpu import CpuSession
 from jql_engine.tokens import Tokenizer
-from jql_export import parity, probes
+from jql_export import probes
 from jql_export.checkpoint import read_encoder
-from jql_export.dialects import VARIANTS
 from jql_export.export import Checkpoint, export_bundle
 from jql_export.heads import read_head
 from jql_export.reference import Reference, load_encoder
 from jql_export.tolerances import LONG_TOKENS, TOLERANCES
-from tests.conftest import MAX_TOKENS, write_tokenizer
+from tests.conftest import MAX_TOKENS, ON_CPU, write_tokenizer
 
 FP32 = TOLERANCES["fp32"]
 POOLING = {"new": "cls", "jina": "mean"}
 ARCHITECTURE = {"new": "gte", "jina": "jina_embeddings_v3"}
 TASKS = ["retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"]
 each_family = pytest.mark.parametrize("family", POOLING)
-each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_variant = pytest.mark.parametrize("variant", ON_CPU)
 
 # The published config.json files, at a smaller size.
 SHAPE = {
@@ -257,7 +257,7 @@ def exported(checkpoints, heads, tmp_path_factory):
 
 
 def export_to(out, folder, heads, **options):
-    options = {"variants": tuple(VARIANTS)} | options
+    options = {"variants": tuple(ON_CPU)} | options
     return export_bundle(Checkpoint(folder, folder.name, None), heads, out, **options)
 
 
@@ -447,7 +447,7 @@ def test_frequencies_without_the_scaling_are_refused(checkpoints, heads, tmp_pat
         plain = (20000.0 ** (-np.arange(0, 8, 2) / 8)).astype(np.float32)
         return replace(weights, spec=replace(weights.spec, inverse_frequencies=plain))
 
-    monkeypatch.setattr("jql_export.export.read_encoder", misread)
+    monkeypatch.setattr("jql_export.graphs.read_encoder", misread)
     with pytest.raises(ParityError, match="out of tolerance"):
         export_to(tmp_path / "bundle", checkpoints["new"], heads)
 

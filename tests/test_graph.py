@@ -11,24 +11,25 @@ import pytest
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
+from jql_engine import parity
 from jql_engine.batching import plan
 from jql_engine.bundle import Bundle
 from jql_engine.data import TokenBatch
 from jql_engine.errors import ParityError
 from jql_engine.sessions.cpu import CpuSession
 from jql_engine.tokens import Tokenizer
-from jql_export import parity, probes
+from jql_export import probes
 from jql_export.checkpoint import read_encoder
 from jql_export.dialects import MICROSOFT, VARIANTS
 from jql_export.graph import EXTERNAL_BYTES, PAGE, write_graph
 from jql_export.heads import read_head, stack
 from jql_export.reference import Reference
 from jql_export.tolerances import LONG_TOKENS, TOLERANCES
-from tests.conftest import FAMILIES, POOLING, write_encoder
+from tests.conftest import FAMILIES, ON_CPU, POOLING, write_encoder
 
 FP32 = TOLERANCES["fp32"]
 OTHER = {"cls": "mean", "mean": "cls"}
-each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_variant = pytest.mark.parametrize("variant", ON_CPU)
 
 
 @pytest.fixture

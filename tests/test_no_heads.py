@@ -19,11 +19,10 @@ from jql_engine.launch import Machine, rescore_all, score
 from jql_engine.progress import RunLog
 from jql_engine.run import Job
 from jql_export import cli, probes
-from jql_export.dialects import VARIANTS
 from jql_export.export import export_bundle
 from jql_export.hub import Checkpoint
 from jql_export.tolerances import TOLERANCES
-from tests.conftest import FAMILIES, MAX_TOKENS, POOLING
+from tests.conftest import FAMILIES, MAX_TOKENS, ON_CPU, POOLING
 from tests.test_export import misread_a_bias
 
 FP32 = TOLERANCES["fp32"]
@@ -35,7 +34,7 @@ def bare(encoders, tmp_path_factory) -> dict[str, Bundle]:
     root = tmp_path_factory.mktemp("bare")
     return {
         family: export_bundle(
-            Checkpoint(encoders[family], family, None), None, root / family, POOLING[family], MAX_TOKENS, [*VARIANTS]
+            Checkpoint(encoders[family], family, None), None, root / family, POOLING[family], MAX_TOKENS, ON_CPU
         )
         for family in FAMILIES
     }
@@ -72,7 +71,7 @@ def test_the_files_say_that_there_are_no_heads(bare):
     assert bundle.heads == () and bundle.manifest.heads == []
     shapes = {name: value.shape for name, value in load_file(bundle.path / "heads.safetensors").items()}
     assert shapes == {"hidden.weight": (0, 32), "hidden.bias": (0,), "output.weight": (0, 0), "output.bias": (0,)}
-    for name in VARIANTS:
+    for name in ON_CPU:
         outputs = onnx.load(bundle.graph(name), load_external_data=False).graph.output
         sizes = {value.name: value.type.tensor_type.shape.dim[1].dim_value for value in outputs}
         assert sizes == {"scores": 0, "embedding": 32}

@@ -28,6 +28,7 @@ from jql_engine.errors import InputError, OutputError
 from jql_engine.launch import Machine, score
 from jql_engine.progress import RunLog
 from jql_engine.run import Job
+from jql_engine.sessions import SessionOptions
 from jql_export import probes
 from tests import servers
 from tests.servers import Fault, Request, Server
@@ -119,7 +120,7 @@ def write(file: Path, n_docs: int, seed: int) -> Path:
 def run(bundle: Bundle, out: object, *inputs: object, log: Path | None = None, **options: Any) -> dict[str, Any]:
     """What jql-run does."""
     job = Job(tuple(map(str, inputs)), str(out), **{"chunk_rows": 40, **options})
-    return score(job, bundle, Machine("cpu", threads=1), RunLog(log), threading.Event())
+    return score(job, bundle, Machine("cpu", options=SessionOptions(threads=1)), RunLog(log), threading.Event())
 
 
 def command(bundle: Bundle, out: str, *inputs: str, **options: object) -> list[str]:

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import ctypes
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from jql_engine.bundle import Bundle
+from jql_engine.bundle import Bundle, Variant
 from jql_engine.data import Batch, BatchOutput, Budget
+from jql_engine.engines import EngineOptions
 from jql_engine.errors import BundleError, DeviceError
+from jql_engine.tensorrt import load_library
 
 DEVICE = re.compile(r"auto|cpu|cuda|cuda:\d+(,cuda:\d+)*")
 # Text of one chunk, the unit of commit: what a GPU scores in some seconds, two cores in about a minute.
 CHUNK_BYTES = {"cpu": 512 << 10, "cuda": 32 << 20}
+# Providers and precisions that a kind of device runs, the fastest first; measured in benchmarks/README.md.
+SPEED = {
+    "cpu": (
+        ("openvino", "int8"),
+        ("openvino", "bf16"),
+        ("openvino", "fp32"),
+        ("cpu", "fp32"),
+        ("any", "fp32"),
+    ),
+    "cuda": (("cuda", "fp16"), ("tensorrt", "fp16"), ("cuda", "fp32")),  # expected: packing saves the padding
+}
+ON_GPU = ("cuda", "tensorrt")  # providers of GPUs
+# What a score may differ by from the fp32 reference where nobody asks for more or less: bf16 passes, int8 does not. On
+# multilingual e5's probe documents transformers itself is 0.024 away in bf16, OpenVINO 0.016.
+TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +41,7 @@ class Choice:
 
     devices: tuple[str, ...]  # cpu, or cuda:N of each GPU
     variant: str
+    tolerance: float | None = None  # what was asked for of the scores, if anything
 
     @property
     def chunk_bytes(self) -> int:
@@ -29,83 +49,176 @@ class Choice:
         return CHUNK_BYTES[self.devices[0].partition(":")[0]]
 
 
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """How a graph is loaded."""
+
+    threads: int | None = None  # of the CPU; None: all cores this process may use
+    via: str | None = None  # onnxruntime: TensorRT through ONNX Runtime's provider
+    engines: EngineOptions = field(default_factory=EngineOptions)  # of TensorRT
+
+    def __post_init__(self) -> None:
+        if self.via not in (None, "onnxruntime"):
+            raise DeviceError(f"via {self.via!r} is unknown; known is onnxruntime, for TensorRT")
+
+
+DEFAULTS = SessionOptions()
+
+
 class Session(Protocol):
     """A loaded graph, ready to run."""
 
     variant: str
     budget: Budget
+    n_overflowed: int  # documents whose values left fp16 and that were computed again in fp32, so far
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch planned under `budget`; may be called from several threads."""
         ...
 
 
-def choose(bundle: Bundle, device: str, variant: str | None = None) -> Choice:
+def choose(bundle: Bundle, device: str, variant: str | None = None, tolerance: float | None = None) -> Choice:
     """The devices and the graph that `device` stands for: cpu, cuda (every GPU), cuda:0,cuda:2, or auto.
 
-    `auto` is the GPU where one can be used and the bundle has a graph for it; `variant` None takes the first graph
-    that runs on the device. Raises DeviceError where a device is not active, BundleError where the bundle has no graph
-    for it; never another device than asked.
+    `auto` is the GPU where one can be used and the bundle has a graph for it. `variant` None takes the fastest graph
+    that is installed and whose scores were found within `tolerance` (None: TOLERANCE) of the fp32 reference. Raises
+    DeviceError where a device is not active, BundleError where the bundle has no such graph; never another device
+    than asked.
     """
     if not DEVICE.fullmatch(device):
         raise DeviceError(f"device {device!r} is unknown; known are auto, cpu, cuda, cuda:N and cuda:N,cuda:M")
-    if device.startswith("cuda"):
-        raise DeviceError(
-            f"device {device} was requested, but this version of jql-engine has no CUDA session yet; ask for "
-            "--device cpu"
-        )
     if device == "auto":
-        wanted = variant or next(iter(bundle.manifest.variants))
-        has_gpu_graph = any(v.provider == "cuda" for v in bundle.manifest.variants.values())
-        on_gpu = _cuda_is_available() and (_provider_of(bundle, wanted) == "cuda" if variant else has_gpu_graph)
-        device = "cuda" if on_gpu else "cpu"
-    provider = device.partition(":")[0]
-    name = _pick(bundle, provider, variant)
-    if provider == "cuda":
-        raise DeviceError(f"device {device}: this version of jql-engine has no CUDA session; ask for --device cpu")
-    return Choice(_every_gpu() if device == "cuda" else tuple(device.split(",")), name)
+        device = _best_kind(bundle, variant)
+    kind = device.partition(":")[0]
+    gpus = _every_gpu(device) if kind == "cuda" else ()  # before anything of the bundle: the GPU was asked for
+    name = _named(bundle, kind, variant, tolerance) if variant else _fastest(bundle, kind, tolerance)
+    if device != "cuda":
+        if missing := sorted(set(device.split(",")) - {"cpu", *gpus}):
+            raise DeviceError(f"device {missing[0]} was requested; the NVIDIA driver shows {', '.join(gpus)}")
+        gpus = tuple(device.split(","))
+    return Choice(gpus, name, tolerance)
 
 
-def open_session(bundle: Bundle, device: str, variant: str | None = None, threads: int | None = None) -> Session:
-    """Load the graph that runs on `device`; see `choose` for both.
+def open_variant(
+    bundle: Bundle,
+    variant: str,
+    device: str = "cpu",
+    options: SessionOptions = DEFAULTS,
+    report: Callable[[str], None] = lambda _: None,
+) -> Session:
+    """Load the graph `variant` on `device` (cpu, cuda:N) with the session it was written for.
 
-    `threads` (None: all cores this process may use) counts for the CPU.
+    `report` is told what takes minutes. Raises DeviceError where device or library are not usable.
     """
+    provider, number = bundle.manifest.variants[variant].provider, int(device.partition(":")[2] or 0)
+    if options.via and provider != "tensorrt":
+        raise DeviceError(f"variant {variant} does not run with TensorRT; leave out --via {options.via}")
+    if provider == "openvino":
+        from jql_engine.sessions.openvino import OpenVinoSession
+
+        return OpenVinoSession(bundle, variant, options.threads)
+    if provider == "cuda":
+        from jql_engine.sessions.cuda import open_cuda
+
+        return open_cuda(bundle, variant, number)
+    if provider == "tensorrt" and options.via:
+        from jql_engine.sessions.onnxruntime_tensorrt import OnnxRuntimeTensorRTSession
+
+        return OnnxRuntimeTensorRTSession(bundle, variant, number, options.engines, report)
+    if provider == "tensorrt":
+        from jql_engine.sessions.tensorrt import TensorRTSession
+
+        return TensorRTSession(bundle, variant, number, options.engines, report)
     from jql_engine.sessions.cpu import CpuSession
 
-    return CpuSession(bundle, choose(bundle, device, variant).variant, threads)
+    return CpuSession(bundle, variant, options.threads)
 
 
-def _every_gpu() -> tuple[str, ...]:
+def runnable(bundle: Bundle, kind: str) -> list[str]:
+    """The variants that run on a kind of device here, the fastest first."""
+    variants = bundle.manifest.variants.items()
+    found = [name for how in SPEED[kind] for name, v in variants if (v.provider, v.precision) == how]
+    return [name for name in found if _obstacle(bundle.manifest.variants[name]) is None]
+
+
+def _fastest(bundle: Bundle, kind: str, tolerance: float | None) -> str:
+    limit = TOLERANCE if tolerance is None else tolerance
+    variants, reasons = bundle.manifest.variants, {}
+    for how in SPEED[kind]:
+        for name, variant in variants.items():
+            if (variant.provider, variant.precision) == how:
+                if not (reason := _obstacle(variant) or _too_far(variant, limit)):
+                    return name
+                reasons[name] = reason
+    others = {name: f"written for {v.provider}, {v.precision}" for name, v in variants.items() if name not in reasons}
+    why = "; ".join(f"{name}: {reason}" for name, reason in (reasons | others).items())
+    raise BundleError(
+        f"{bundle.path} has no variant that runs on {kind} ({why}): export again with the --variant you need"
+    )
+
+
+def _named(bundle: Bundle, kind: str, name: str, tolerance: float | None) -> str:
+    variants = bundle.manifest.variants
+    if name not in variants or (variants[name].provider, variants[name].precision) not in SPEED[kind]:
+        have = ", ".join(f"{have} ({v.provider})" for have, v in variants.items())
+        raise BundleError(
+            f"{bundle.path} has no variant {name} for {kind}; it has {have}: export again with the --variant you need"
+        )
+    if tolerance is not None and (reason := _too_far(variants[name], tolerance)):
+        raise BundleError(f"variant {name}: {reason}; ask for another variant or allow more with --tolerance")
+    return name
+
+
+def _obstacle(variant: Variant) -> str | None:
+    """Why a graph cannot run on this machine, and what to do; None where it can."""
+    if variant.provider == "openvino":
+        from jql_engine.sessions.openvino import obstacle
+
+        return obstacle(variant.precision)
+    try:
+        if variant.provider == "cuda":
+            import onnxruntime
+
+            from jql_engine.sessions.cuda import check_built
+
+            check_built(onnxruntime.get_available_providers(), 0)
+        elif variant.provider == "tensorrt":
+            load_library()
+    except DeviceError as error:
+        return str(error)
+    return None
+
+
+def _best_kind(bundle: Bundle, variant: str | None) -> str:
+    """Cuda where a GPU is there and a graph for it can run, else cpu."""
+    wanted = {variant} if variant else set(bundle.manifest.variants)
+    if not wanted.isdisjoint(runnable(bundle, "cuda")):
+        with suppress(DeviceError):
+            _every_gpu("auto")
+            return "cuda"
+    return "cpu"
+
+
+def _too_far(variant: Variant, tolerance: float) -> str | None:
+    """Why a graph is not as close to the fp32 reference as asked; a bundle without heads has its embeddings alone."""
+    scores = variant.parity.get("max_abs_score")
+    found = max((v for key, v in variant.parity.items() if key.startswith("max_abs")), default=0.0)
+    worst = found if scores is None else scores
+    if worst <= tolerance:
+        return None
+    return f"its scores differ by up to {worst:.0e} from the fp32 reference, allowed is {tolerance:.0e}"
+
+
+def _every_gpu(device: str) -> tuple[str, ...]:
     """The GPUs that CUDA shows this process, CUDA_VISIBLE_DEVICES respected; asked of the driver itself."""
     count = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("libcuda.so.1")
         status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     except OSError as error:
-        raise DeviceError(f"device cuda: the NVIDIA driver cannot be loaded ({error})") from error
+        raise DeviceError(f"device {device} was requested; the NVIDIA driver cannot be loaded ({error})") from error
     if status or not count.value:
-        raise DeviceError(f"device cuda: the NVIDIA driver shows no GPU (CUDA error {status}, {count.value} devices)")
+        raise DeviceError(
+            f"device {device} was requested; the NVIDIA driver shows no GPU (error {status}, {count.value} devices)"
+        )
     return tuple(f"cuda:{number}" for number in range(count.value))
-
-
-def _pick(bundle: Bundle, provider: str, variant: str | None) -> str:
-    fitting = [name for name, v in bundle.manifest.variants.items() if v.provider in (provider, "any")]
-    if variant is None and fitting:
-        return fitting[0]
-    if variant in fitting:
-        return str(variant)
-    have = ", ".join(f"{name} ({v.provider})" for name, v in bundle.manifest.variants.items())
-    wanted = f"variant {variant} for {provider}" if variant else f"variant for {provider}"
-    raise BundleError(f"{bundle.path} has no {wanted}; it has {have}: export again with the --variant you need")
-
-
-def _provider_of(bundle: Bundle, variant: str) -> str | None:
-    found = bundle.manifest.variants.get(variant)
-    return found.provider if found else None
-
-
-def _cuda_is_available() -> bool:
-    import onnxruntime
-
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()

@@ -1,0 +1,81 @@
+"""The graphs of a bundle: what they are made of, and each one written once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jql_engine.bundle import Manifest
+from jql_engine.data import TokenBatch
+from jql_export.checkpoint import FAMILIES, EncoderSpec, EncoderWeights, read_config, read_encoder
+from jql_export.dialects import VARIANTS
+from jql_export.foreign import VARIANT as FOREIGN
+from jql_export.foreign import ForeignEncoder, Shape, read_foreign, read_shape, write_foreign
+from jql_export.graph import Pooling, write_graph
+from jql_export.heads import StackedHeads
+from jql_export.quantize import check_installed, quantize_int8
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """What graphs are made of, and which."""
+
+    shape: EncoderSpec | Shape
+    weights: EncoderWeights | None  # None: an architecture of which there is a foreign graph only
+    foreign: ForeignEncoder | None
+    variants: tuple[str, ...]
+
+
+def read_sources(directory: Path, variants: Sequence[str], encoder_onnx: Path | None, report: Report) -> Encoder:
+    """The encoder in `directory`, and the ONNX file of the same; raises CheckpointError."""
+    if "openvino-int8" in variants:
+        check_installed()
+    known = read_config(directory).get("model_type") in FAMILIES
+    weights = read_encoder(directory) if variants or known else None
+    if weights is not None:
+        for name in weights.unused_tensors:
+            report(f"unused tensor: {name}")
+        if weights.adapter:
+            report(f"LoRA adapter {weights.adapter} is merged into the weights")
+    shape = read_shape(directory) if weights is None else weights.spec
+    if encoder_onnx is None:
+        return Encoder(shape, weights, None, tuple(variants))
+    foreign = read_foreign(encoder_onnx, shape.hidden_size)
+    if foreign.is_pooled:
+        report(f"pooling of {FOREIGN}: that of {encoder_onnx}, which gives {foreign.output} alone")
+    return Encoder(shape, weights, foreign, (*variants, FOREIGN))
+
+
+def write_graphs(
+    folder: Path,
+    draft: Manifest,
+    encoder: Encoder,
+    heads: StackedHeads,
+    calibration: Callable[[], TokenBatch],
+    report: Report,
+) -> None:
+    """Write every graph that the variants of `draft` name into `folder`; `calibration` is asked for int8 only."""
+    pooling: Pooling = "cls" if draft.pooling == "cls" else "mean"
+    for name, variant in draft.variants.items():
+        file = folder / variant.graph
+        if file.exists():
+            continue
+        report(f"writing graph {name}")
+        if name == FOREIGN:
+            assert encoder.foreign is not None
+            write_foreign(file, encoder.foreign, heads, pooling)
+            continue
+        assert encoder.weights is not None
+        if variant.precision != "int8":
+            write_graph(file, encoder.weights, heads, pooling, VARIANTS[name].dialect())
+            continue
+        tokens = calibration()
+        report(f"quantising {name} on {len(tokens.rows)} documents, {len(tokens.ids):,} tokens")
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            whole = Path(aside, "whole.onnx")
+            write_graph(whole, encoder.weights, heads, pooling, VARIANTS[name].dialect())
+            quantize_int8(whole, file, tokens)

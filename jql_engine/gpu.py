@@ -1,0 +1,105 @@
+"""One NVIDIA GPU through cuda-python: what it is, memory on both sides of the bus, and a stream between them."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jql_engine.errors import DeviceError
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """The same room on the host, page-locked so that copies run beside the GPU's work, and on the GPU."""
+
+    host: NDArray[np.uint8]  # [bytes]
+    device: int  # address
+
+
+class Gpu:
+    """A GPU, one stream on it and the memory that was asked for; `close` gives all back."""
+
+    def __init__(self, number: int) -> None:
+        """Take GPU `number` as CUDA counts them; raises DeviceError where cuda-python or the GPU is missing."""
+        self._cuda = _runtime()
+        self.number = number
+        n_gpus = self._call("cudaGetDeviceCount")
+        if not 0 <= number < n_gpus:
+            raise DeviceError(f"device cuda:{number} was requested, CUDA shows {n_gpus} GPU(s), numbered from 0")
+        self.activate()
+        properties = self._call("cudaGetDeviceProperties", number)
+        self.name = bytes(properties.name).split(b"\0")[0].decode()
+        self.compute_capability = f"{properties.major}.{properties.minor}"
+        self._stream = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        self._host: list[int] = []
+        self._device: list[int] = []
+
+    @property
+    def stream(self) -> int:
+        """The handle of the stream."""
+        return int(self._stream)
+
+    def activate(self) -> None:
+        """Make this the GPU of the calling thread: CUDA keeps the choice per thread."""
+        self._call("cudaSetDevice", self.number)
+
+    def allocate(self, n_bytes: int) -> int:
+        """Memory on the GPU; its address, a multiple of 256."""
+        self._device.append(int(self._call("cudaMalloc", max(1, n_bytes))))
+        return self._device[-1]
+
+    def buffer(self, n_bytes: int) -> Buffer:
+        """Memory on both sides."""
+        size = max(1, n_bytes)
+        address = int(self._call("cudaHostAlloc", size, self._cuda.cudaHostAllocDefault))
+        self._host.append(address)
+        return Buffer(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)), self.allocate(size))
+
+    def upload(self, buffer: Buffer, n_bytes: int) -> None:
+        """Queue the copy of the first bytes to the GPU."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", buffer.device, buffer.host.ctypes.data, n_bytes, kind, self._stream)
+
+    def download(self, buffer: Buffer, n_bytes: int) -> None:
+        """Queue the copy of the first bytes from the GPU."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", buffer.host.ctypes.data, buffer.device, n_bytes, kind, self._stream)
+
+    def synchronize(self) -> None:
+        """Wait for all that was queued."""
+        self._call("cudaStreamSynchronize", self._stream)
+
+    def close(self) -> None:
+        """Free the stream and all memory; nothing that uses them may run afterwards."""
+        self.activate()
+        for address in self._device:
+            self._call("cudaFree", address)
+        for address in self._host:
+            self._call("cudaFreeHost", address)
+        self._call("cudaStreamDestroy", self._stream)
+        self._device, self._host = [], []
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        """Call a function of the CUDA runtime; what it returns beside its status, or DeviceError."""
+        status, *values = getattr(self._cuda, function)(*arguments)
+        if int(status):
+            problem = self._cuda.cudaGetErrorString(status)[1].decode()
+            raise DeviceError(
+                f"device cuda:{self.number}: {function} failed: {problem} (CUDA error {int(status)}); nvidia-smi must "
+                "show the GPU and a driver for this CUDA, and memory must be free"
+            )
+        return values[0] if values else None
+
+
+def _runtime() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise DeviceError(
+            f"a GPU needs cuda-python, which cannot be imported ({error}); pip install 'cuda-python>=12.9'"
+        ) from error

@@ -1,0 +1,76 @@
+"""OpenVINO on the CPU: bf16 where the CPU has it, int8, fp32; one exact length a batch and no mask."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import threading
+from typing import Any
+
+from jql_engine.bundle import Bundle
+from jql_engine.data import Batch, BatchOutput, Budget
+from jql_engine.errors import DeviceError
+
+# From 512 to 4,096 the speed is the same within 2 %; see benchmarks/README.md.
+BATCH_TOKENS = 1024
+# What a variant's precision means to OpenVINO: an int8 graph computes what is not quantised in bf16, where there is.
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
+
+
+def obstacle(precision: str) -> str | None:
+    """Why a graph of `precision` cannot run with OpenVINO here, and what to do; None where it can."""
+    if importlib.util.find_spec("openvino") is None:
+        return "the package openvino is not installed; pip install 'jql-engine[openvino]'"
+    if precision == "bf16" and "BF16" not in (found := _capabilities()):
+        return (
+            f"this CPU has no bf16 instructions (OpenVINO finds {', '.join(found)}); ask for another variant, "
+            "openvino-fp32 or cpu-fp32"
+        )
+    return None
+
+
+@functools.cache
+def _capabilities() -> tuple[str, ...]:
+    import openvino
+
+    return tuple(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+class OpenVinoSession:
+    """Runs one graph of a bundle with OpenVINO's CPU plugin."""
+
+    def __init__(self, bundle: Bundle, variant: str, threads: int | None = None) -> None:
+        """Compile the graph; `threads` None takes every core this process may use.
+
+        Raises DeviceError: openvino is not installed, or the CPU lacks the precision of the variant.
+        """
+        info = bundle.manifest.variants[variant]
+        if reason := obstacle(info.precision):
+            raise DeviceError(f"variant {variant}: {reason}")
+        import openvino
+
+        self.variant, self.n_overflowed = variant, 0
+        self.budget = Budget(BATCH_TOKENS, info.layout)
+        self._pad_id = bundle.manifest.tokenizer.pad
+        cores = len(os.sched_getaffinity(0))
+        settings = {
+            "INFERENCE_PRECISION_HINT": HINTS[info.precision] if "BF16" in _capabilities() else "f32",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads or cores,
+            # Each worker of several would pin its threads to the same first cores.
+            "ENABLE_CPU_PINNING": (threads or cores) == cores,
+        }
+        self._compiled = openvino.Core().compile_model(str(bundle.graph(variant)), "CPU", settings)
+        self._requests = threading.local()  # a request holds its tensors: one for each thread that runs batches
+
+    def run(self, batch: Batch) -> BatchOutput:
+        """Compute one batch; see Session."""
+        ids, _ = batch.rectangle(self._pad_id)
+        found = self._request().infer({"input_ids": ids})
+        return BatchOutput(found["scores"], found["embedding"])
+
+    def _request(self) -> Any:
+        if not hasattr(self._requests, "own"):
+            self._requests.own = self._compiled.create_infer_request()
+        return self._requests.own

@@ -1,0 +1,89 @@
+"""com.microsoft's operators of the packed graph in plain NumPy, for onnx.reference.ReferenceEvaluator.
+
+Each computes in fp32 and rounds once, at its output, as the CUDA kernels do on the whole.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from onnx.reference.op_run import OpRun
+from scipy.special import erf
+
+
+class _Contrib(OpRun):
+    op_domain = "com.microsoft"
+
+
+class Gelu(_Contrib):
+    def _run(self, x, **settings):  # OpRun gives it the attributes of ONNX's operator of this name
+        return (gelu(x.astype(np.float32)).astype(x.dtype),)
+
+
+class BiasGelu(_Contrib):
+    def _run(self, x, bias):
+        return (gelu(x.astype(np.float32) + bias).astype(x.dtype),)
+
+
+class BiasSplitGelu(_Contrib):
+    """left * gelu(right) of the halves of x [1, T, 2 F] + bias [2 F]."""
+
+    WIDTHS = (1280, 2560, 3072, 5120, 6144)
+
+    def _run(self, x, bias):
+        assert x.ndim == 3 and bias.shape == x.shape[2:], (x.shape, bias.shape)
+        assert x.shape[2] // 2 in self.WIDTHS, "no kernel of this width"
+        left, right = np.split(x.astype(np.float32) + bias, 2, axis=-1)
+        return ((left * gelu(right)).astype(x.dtype),)
+
+
+class SkipLayerNormalization(_Contrib):
+    """LayerNorm(x + skip + bias)."""
+
+    def _run(self, x, skip, gamma, beta, bias=None, epsilon=None):
+        assert x.shape == skip.shape, (x.shape, skip.shape)
+        total = x.astype(np.float32) + skip + (0 if bias is None else bias.astype(np.float32))
+        centred = total - total.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + np.float32(epsilon))
+        return ((scaled * gamma + beta).astype(x.dtype),)
+
+
+class RotaryEmbedding(_Contrib):
+    """The halves of each head of x [B, L, D] turned by the angle of its position; position_ids int64 [B, L]."""
+
+    def _run(self, x, position_ids, cos, sin, num_heads=None, is_packed_batching=0, **settings):
+        assert x.ndim == 3 and position_ids.shape == x.shape[:2], (x.shape, position_ids.shape)
+        assert is_packed_batching or x.shape[1] <= len(cos), "more tokens than positions"
+        left, right = np.split(x.astype(np.float32).reshape(*x.shape[:2], num_heads, -1), 2, axis=-1)
+        c, s = (cache[position_ids][:, :, None].astype(np.float32) for cache in (cos, sin))
+        turned = np.concatenate([left * c - right * s, right * c + left * s], axis=-1)
+        return (turned.reshape(x.shape).astype(x.dtype),)
+
+
+class PackedMultiHeadAttention(_Contrib):
+    """Attention inside of each document of q, k, v [T, D]; document i is rows cu_seqlens[i] to cu_seqlens[i + 1]."""
+
+    def _run(self, q, k, v, bias, token_offset, cu_seqlens, num_heads=None, **settings):
+        assert bias is None and q.ndim == 2 and q.shape == k.shape == v.shape, (q.shape, k.shape, v.shape)
+        assert token_offset.dtype == cu_seqlens.dtype == np.int32
+        assert len(cu_seqlens) == len(token_offset) + 1 and cu_seqlens[-1] == len(q) <= token_offset.size
+        spans = pairwise(cu_seqlens)
+        contexts = [attention(q[i:j], k[i:j], v[i:j], num_heads) for i, j in spans]
+        return (np.concatenate(contexts).astype(q.dtype),)
+
+
+OPERATORS = [Gelu, BiasGelu, BiasSplitGelu, SkipLayerNormalization, RotaryEmbedding, PackedMultiHeadAttention]
+
+
+def gelu(x):
+    return x * 0.5 * (1 + erf(x / np.float32(np.sqrt(2))))
+
+
+def attention(q, k, v, n_heads):
+    """softmax(q k^T / sqrt(head size)) v of one document, [L, D]."""
+    q, k, v = (x.astype(np.float32).reshape(len(x), n_heads, -1).swapaxes(0, 1) for x in (q, k, v))
+    scores = q @ k.swapaxes(1, 2) / np.float32(np.sqrt(q.shape[2]))
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    context = weights / weights.sum(-1, keepdims=True) @ v
+    return context.swapaxes(0, 1).reshape(context.shape[1], -1)

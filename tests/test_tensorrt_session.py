@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from jql_engine import parity
+from jql_engine.batching import plan
+from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
+from jql_engine.engines import EngineOptions
+from jql_engine.errors import DeviceError, InputError
+from jql_engine.gpu import Buffer, Gpu
+from jql_engine.profiles import Profile
+from jql_engine.sessions import onnxruntime_tensorrt
+from jql_engine.sessions.onnxruntime_tensorrt import OnnxRuntimeTensorRTSession, provider_options, require_provider
+from jql_engine.sessions.tensorrt import TensorRTSession, _view, finite, full_batch, run_in_parts
+from jql_engine.tensorrt import load_library
+from jql_engine.tokens import Tokenizer
+from jql_export import probes
+from jql_export.heads import read_head
+from jql_export.reference import Reference
+from jql_export.tolerances import TOLERANCES
+from tests.tensorrt_models import DEMO, VARIANT, export_demo
+
+BUDGET = Budget(64, "padded", (8, 32))
+
+
+def no_gpu():
+    """Why there is none; empty where there is one."""
+    try:
+        Gpu(0).close()
+    except DeviceError as error:
+        return str(error)
+    return ""
+
+
+on_gpu = pytest.mark.skipif(bool(no_gpu()), reason=no_gpu())
+without_gpu = pytest.mark.skipif(not no_gpu(), reason="there is a GPU")
+
+
+def batch_of(lengths, budget):
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.arange(offsets[-1], dtype=np.int32)
+    return list(plan(TokenBatch(np.arange(len(lengths)), ids, offsets, np.zeros(len(lengths), np.bool_)), budget))
+
+
+def shapes_run(batch):
+    """What run_in_parts executes for a batch, and what it returns; a document's score is its first id."""
+    shapes = []
+
+    def run(part: Batch):
+        shapes.append((len(part.rows), part.row_length))
+        first = part.rectangle(-1)[0][:, :1].astype(np.float32)
+        return BatchOutput(first, np.repeat(first, 3, 1))
+
+    return shapes, run_in_parts(batch, BUDGET, run)
+
+
+def test_a_batch_planned_for_the_buckets_is_one_part():
+    for batch in batch_of([3, 8, 9, 30, 2, 1, 32], BUDGET):
+        assert shapes_run(batch)[0] == [(len(batch.rows), batch.row_length)]
+
+
+def test_a_batch_of_any_other_shape_is_padded_to_its_bucket_and_cut_in_order():
+    (batch,) = batch_of([9, 9, 10, 11, 12], Budget(1000, "padded"))
+    shapes, output = shapes_run(batch)
+    assert shapes == [(2, 32), (2, 32), (1, 32)]
+    np.testing.assert_array_equal(output.scores[:, 0], batch.ids[batch.offsets[:-1]])
+    assert output.embeddings.shape == (5, 3)
+
+
+def test_a_document_longer_than_every_profile_raises_before_anything_runs():
+    (batch,) = batch_of([33], Budget(1000, "padded"))
+    with pytest.raises(InputError, match="has 33 tokens, the longest that this session was opened for has 32"):
+        run_in_parts(batch, BUDGET, lambda _: pytest.fail("it ran"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_overflow_of_fp16_is_an_error(value):
+    embeddings = np.zeros((4, 3), np.float32)
+    output = BatchOutput(np.zeros((4, 1), np.float32), embeddings)
+    assert finite(VARIANT, output) is output
+    embeddings[2, 1] = value
+    with pytest.raises(DeviceError, match=r"1 of 4 embeddings .* exceed fp16; use an fp32 variant"):
+        finite(VARIANT, output)
+
+
+def test_the_batch_that_warms_a_profile_up_is_its_largest_and_has_tokens():
+    ids, mask = full_batch(Profile(32, 4), 1)
+    assert ids.shape == mask.shape == (4, 32) and ids.dtype == mask.dtype == np.int64
+    assert mask.sum(1).tolist() == [1] * 4
+
+
+def test_a_view_of_a_buffer_is_its_first_bytes():
+    buffer = Buffer(np.zeros(64, np.uint8), 0)
+    _view(buffer, np.float32, (2, 3))[:] = 1
+    assert buffer.host[:24].view(np.float32).tolist() == [1] * 6 and not buffer.host[24:].any()
+    assert _view(buffer, np.float32, (3, 0)).shape == (3, 0), "scores of a bundle without heads"
+
+
+@without_gpu
+def test_without_a_gpu_the_session_says_what_cuda_said(bundle):
+    with pytest.raises(DeviceError, match=r"device cuda:0: cudaGetDeviceCount failed: .*\(CUDA error \d+\)"):
+        TensorRTSession(bundle, "standard-fp32")
+
+
+def test_without_cuda_python_the_session_says_what_to_install(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(DeviceError, match=r"TensorRT needs cuda-python, .*pip install 'cuda-python"):
+        TensorRTSession(bundle, "standard-fp32")
+
+
+def test_the_provider_gets_one_profile_and_caches_of_ours(tmp_path):
+    options = provider_options(1, VARIANT, "ab" * 32, Profile(512, 32), tmp_path)
+    assert options["device_id"] == "1"
+    assert options["trt_profile_min_shapes"] == "input_ids:1x512,attention_mask:1x512"
+    assert options["trt_profile_max_shapes"] == options["trt_profile_opt_shapes"]
+    assert options["trt_profile_max_shapes"] == "input_ids:32x512,attention_mask:32x512"
+    assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "True"
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(tmp_path)
+    assert options["trt_engine_cache_prefix"] == "tensorrt-fp16-ababababab-32x512"
+
+
+def test_each_bucket_has_an_engine_of_its_own_in_the_cache(tmp_path):
+    prefixes = {
+        provider_options(0, variant, digest * 64, Profile(*profile), tmp_path)["trt_engine_cache_prefix"]
+        for variant in ("a", "b")
+        for digest in ("1", "2")
+        for profile in ((32, 8), (64, 8), (64, 4))
+    }
+    assert len(prefixes) == 2 * 2 * 3
+
+
+def test_the_provider_without_tensorrts_library_says_what_to_install(bundle, monkeypatch):
+    monkeypatch.setattr(onnxruntime_tensorrt, "NVINFER", "libnvinfer.so.none")
+    with pytest.raises(DeviceError, match=r"needs libnvinfer.so.none, which cannot be loaded .*pip install"):
+        OnnxRuntimeTensorRTSession(bundle, "standard-fp32")
+
+
+@pytest.mark.skipif(onnxruntime_tensorrt.PROVIDER in ort.get_available_providers(), reason="the provider is there")
+def test_the_provider_that_is_not_in_this_onnxruntime_says_what_is(monkeypatch):
+    monkeypatch.setattr(onnxruntime_tensorrt, "NVINFER", "libc.so.6")
+    with pytest.raises(
+        DeviceError, match=r"needs TensorrtExecutionProvider; onnxruntime .* has .*CPUExecutionProvider"
+    ):
+        require_provider()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    bundle = export_demo(tmp_path_factory.mktemp("demo") / "bundle")
+    heads = [read_head(name, DEMO / "heads" / f"{name}.ckpt") for name in ("education", "prose")]
+    tokens = probes.token_batch(Tokenizer.of(bundle))
+    return bundle, tokens, Reference(DEMO / "encoder", heads, bundle.manifest.pooling).run(tokens)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("library", ["tensorrt", "tensorrt-rtx"])
+def test_the_engine_gives_the_oracles_scores(demo, tmp_path, library):
+    bundle, tokens, expected = demo
+    try:
+        load_library(library)
+    except DeviceError as error:
+        pytest.skip(str(error))
+    options = EngineOptions(folder=tmp_path, library=library, batch_tokens=4096)
+    parity.certify(TensorRTSession(bundle, VARIANT, 0, options, print), tokens, expected, TOLERANCES["fp16"])
+    (engine,) = tmp_path.glob("*.engine")
+    built_at = engine.stat().st_mtime_ns
+    session = TensorRTSession(bundle, VARIANT, 0, replace(options, build=False))
+    parity.run_all(session, tokens, Budget(700, "padded"))  # batches of shapes that no profile has
+    assert [file.stat().st_mtime_ns for file in tmp_path.glob("*.engine")] == [built_at]
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_the_provider_gives_the_oracles_scores(demo, tmp_path):
+    bundle, tokens, expected = demo
+    try:
+        require_provider()
+    except DeviceError as error:
+        pytest.skip(str(error))
+    session = OnnxRuntimeTensorRTSession(bundle, VARIANT, 0, EngineOptions(folder=tmp_path, batch_tokens=4096), print)
+    parity.certify(session, tokens, expected, TOLERANCES["fp16"])
