@@ -53,6 +53,7 @@ class ZeroSession:
     """Takes batches as a GPU session would, and computes nothing."""
 
     variant = "zero"
+    n_parallel = 1
     n_overflowed = 0
 
     def __init__(self, bundle: Bundle) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from jql_engine.batching import plan
 from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch, ScoreBatch, Scores, TokenBatch
 from jql_engine.engines import EngineOptions
 from jql_engine.errors import InputError
+from jql_engine.execution import execute
 from jql_engine.parity import open_certified
 from jql_engine.sessions import Session, SessionOptions, choose
 from jql_engine.tokens import Tokenizer
@@ -64,16 +64,16 @@ class Engine:
     def score_tokens(self, tokens: TokenBatch) -> ScoreBatch:
         """Score tokenized documents."""
         scores = ScoreBatch.empty(tokens, len(self.heads))
-        for batch in plan(tokens, self.session.budget):
-            scores.put(batch.rows, self.session.run(batch))
+        for batch, output in execute(self.session, tokens):
+            scores.put(batch.rows, output)
         return scores
 
     def embed(self, texts: Texts) -> NDArray[np.float32]:
         """L2-normalised embeddings of `texts`, float32 [n, hidden size]; NaN for a null text."""
         tokens = self.tokenizer.encode(DocumentBatch.of(as_texts(texts)))
         embeddings = np.full((len(texts), self.bundle.manifest.encoder.hidden_size), np.nan, np.float32)
-        for batch in plan(tokens, self.session.budget):
-            embeddings[batch.rows] = self.session.run(batch).embeddings
+        for batch, output in execute(self.session, tokens):
+            embeddings[batch.rows] = output.embeddings
         return embeddings
 
 

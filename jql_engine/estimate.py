@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from jql_engine.batching import plan
 from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.dataset import InputFile
+from jql_engine.execution import execute
 from jql_engine.reading import Cursor, as_text, file_columns
 from jql_engine.run import Job, open_inputs
 from jql_engine.sessions import Session
@@ -108,8 +108,8 @@ def _probe(session: Session, tokens: TokenBatch) -> float:
 
 def _compute(session: Session, tokens: TokenBatch, index: NDArray[np.int64]) -> int:
     part = TokenBatch.concat([tokens.slice(int(i)) for i in np.sort(index)])
-    for batch in plan(part, session.budget):
-        session.run(batch)
+    for _ in execute(session, part):
+        pass
     return len(part.ids)
 
 

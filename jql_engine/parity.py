@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jql_engine.batching import plan
 from jql_engine.bundle import PROBES, Bundle
 from jql_engine.data import Budget, TokenBatch
 from jql_engine.errors import BundleError, ParityError
+from jql_engine.execution import execute
 from jql_engine.sessions import DEFAULTS, ON_GPU, Choice, Session, SessionOptions, open_variant
 
 LONG_TOKENS = 512
@@ -106,7 +106,7 @@ def read_probes(bundle: Bundle) -> tuple[TokenBatch, Expected]:
 
 def run_all(session: Session, tokens: TokenBatch, budget: Budget) -> tuple[Array, Array]:
     """Embeddings [N, D] and scores [N, H] of `tokens`, whose rows count from 0."""
-    batches = [(batch.rows, session.run(batch)) for batch in plan(tokens, budget)]
+    batches = [(batch.rows, output) for batch, output in execute(session, tokens, budget)]
     order = np.argsort(np.concatenate([rows for rows, _ in batches]))
     embeddings = np.concatenate([output.embeddings for _, output in batches])[order]
     return embeddings, np.concatenate([output.scores for _, output in batches])[order]

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from jql_engine.batching import plan
 from jql_engine.bundle import Bundle
 from jql_engine.data import (
     Batch,
@@ -29,6 +28,7 @@ from jql_engine.data import (
     TokenBatch,
 )
 from jql_engine.dataset import InputFile
+from jql_engine.execution import execute
 from jql_engine.output import Target
 from jql_engine.pipeline import StageTime, pipeline
 from jql_engine.reading import read
@@ -91,8 +91,8 @@ class Worker:
         for chunk in self._until_stopped(chunks):
             scores = ScoreBatch.empty(chunk.tokens, len(self.bundle.heads), keep)
             overflowed = self.session.n_overflowed
-            for batch in plan(chunk.tokens, self.session.budget):
-                scores.put(batch.rows, self.session.run(batch))
+            for batch, output in execute(self.session, chunk.tokens):
+                scores.put(batch.rows, output)
                 chunk.padding += batch.n_padding
                 self.executed(batch)
             chunk.overflowed = self.session.n_overflowed - overflowed

@@ -61,6 +61,34 @@ def test_the_script_writes_a_bundle_with_what_the_checkpoint_says(checkpoint, he
     assert Engine(tmp_path / "out", device="cpu").score(["text"]).valid.all()
 
 
+def test_engines_are_built_ahead_for_gpus_that_are_not_here(checkpoint, head_files, tmp_path):
+    pytest.importorskip("tensorrt_rtx_bindings")
+    done = script(
+        "--encoder", checkpoint, f"--head=edu={head_files['edu']}", "--out", tmp_path / "out",
+        "--variant=tensorrt-fp16", "--compute-capability=8.0", "--compute-capability=8.6",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    about = [json.loads(file.read_text()) for file in (tmp_path / "out" / "engines").glob("*.json")]
+    assert sorted(engine["key"]["compute_capability"] for engine in about) == ["8.0", "8.6"]
+    assert all(engine["key"]["profiles"] == [[32, 512], [64, 256]] for engine in about)
+    assert not [name for name in Bundle.open(tmp_path / "out").manifest.files if name.startswith("engines/")]
+
+
+@pytest.mark.parametrize(
+    ("option", "variant"), [("--compute-capability=8.0", "tensorrt-fp16"), ("--calibration=file", "openvino-int8")]
+)
+def test_an_option_for_a_variant_that_is_not_asked_for_is_misuse(call, option, variant):
+    status, err = call("--encoder=any", "--out=any", "--no-heads", option)
+    assert status == 2 and f"is for --variant {variant}" in " ".join(err.split())
+
+
+def test_the_help_names_every_variant(call):
+    from jql_export.dialects import VARIANTS
+
+    text = " ".join(subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout.split())
+    assert all(name in text.replace("- ", "-") for name in VARIANTS)
+
+
 def test_a_hub_id_that_cannot_be_reached_exits_1_and_is_named(head_files, tmp_path):
     done = script("--encoder=nobody/nothing", f"--head=edu={head_files['edu']}", "--out", tmp_path / "out")
     assert done.returncode == 1

@@ -174,10 +174,10 @@ class TestChoice:
 
 def test_a_worker_with_a_share_of_the_cores_pins_none(bundle):
     shared, whole = open_variant(bundle, FP32, options=SessionOptions(threads=1)), open_variant(bundle, FP32)
-    assert shared._compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert shared._compiled.get_property("INFERENCE_NUM_THREADS") == 1 == shared.n_parallel
     if len(session_file.os.sched_getaffinity(0)) > 1:
         assert not shared._compiled.get_property("ENABLE_CPU_PINNING")
-    assert whole._compiled.get_property("NUM_STREAMS") == 1
+    assert whole._compiled.get_property("NUM_STREAMS") == whole.n_parallel
 
 
 def test_jql_run_scores_with_the_chosen_variant_and_says_so(bundle, tmp_path):

@@ -109,7 +109,7 @@ def test_without_a_gpu_the_session_says_what_cuda_said(bundle):
 
 def test_without_cuda_python_the_session_says_what_to_install(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(DeviceError, match=r"TensorRT needs cuda-python, .*pip install 'cuda-python"):
+    with pytest.raises(DeviceError, match=r"a GPU needs cuda-python, .*pip install 'cuda-python"):
         TensorRTSession(bundle, "standard-fp32")
 
 

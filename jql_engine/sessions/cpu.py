@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import onnxruntime as ort
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget
+from jql_engine.sessions import streams_of
 
 # Small batches keep the activations of a layer in the cache; see benchmarks/README.md for the sweep.
 BATCH_TOKENS = 1024
@@ -25,7 +24,8 @@ class CpuSession:
         self._takes_mask = info.layout == "padded"
         ort.disable_telemetry_events()  # the text of other people passes through here: nothing is reported to anyone
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        self.n_parallel, n_threads = streams_of(threads)
+        options.intra_op_num_threads = n_threads // self.n_parallel
         # Every length is another shape: memory patterns are never met again, and an arena keeps the largest for good.
         options.enable_mem_pattern = False
         self._session = ort.InferenceSession(str(bundle.graph(variant)), options, providers=["CPUExecutionProvider"])

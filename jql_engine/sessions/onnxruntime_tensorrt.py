@@ -47,7 +47,7 @@ class OnnxRuntimeTensorRTSession:
         """
         require_provider()
         options = options or EngineOptions()
-        self.variant, self.n_overflowed = variant, 0
+        self.variant, self.n_parallel, self.n_overflowed = variant, 1, 0
         self.budget = budget_for(bundle, options.batch_tokens)
         self._pad_id = bundle.manifest.tokenizer.pad
         folder = writable((options.folder or bundle.path / "engines") / f"onnxruntime-{ort.__version__}")

@@ -93,6 +93,8 @@ class PackedSession:
     Documents whose values leave fp16 come out as NaN; they are computed again in fp32 and counted.
     """
 
+    n_parallel = 2  # one packs and is copied while the other is computed
+
     def __init__(
         self, variant: str, executor: Executor, budget: int, open_fp32: Callable[[], Session] | None = None
     ) -> None:

@@ -46,7 +46,7 @@ class TensorRTSession:
         library, self.budget, file = engine_for(
             bundle, variant, gpu.compute_capability, gpu.name, options or EngineOptions(), report
         )
-        self.variant, self.n_overflowed = variant, 0
+        self.variant, self.n_parallel, self.n_overflowed = variant, 1, 0
         self._pad_id = bundle.manifest.tokenizer.pad
         self._lock = threading.Lock()  # buffers, workspace and stream are those of one batch
         self._execution = _Execution(gpu, library, file, self.budget)

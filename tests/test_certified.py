@@ -1,0 +1,128 @@
+"""A GPU that export did not have: what a bundle carries so that the machine that opens it can certify it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jql_engine.bundle import PROBES, Bundle
+from jql_engine.errors import BundleError, DeviceError, ParityError
+from jql_engine.parity import open_certified, read_probes, run_all, write_probes
+from jql_engine.sessions import Choice, SessionOptions, choose, cuda, open_variant, runnable
+from jql_export.tolerances import TOLERANCES
+from tests.conftest import FAMILIES, export
+from tests.test_cuda import ReferenceExecutor
+
+FP16, FP32 = "cuda-fp16", "cuda-fp32"
+
+
+@pytest.fixture(scope="module")
+def gpu_bundles(encoders, head_files, tmp_path_factory):
+    root, variants = tmp_path_factory.mktemp("gpu"), ["cpu-fp32", FP16, FP32]
+    return {family: export(encoders[family], head_files, root / family, variants) for family in FAMILIES}
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Packed graphs run in the reference evaluator instead of on a GPU."""
+
+    class Executor(ReferenceExecutor):
+        budget = 2_000
+
+        def __init__(self, bundle, variant, device):
+            super().__init__(bundle.graph(variant))
+
+    monkeypatch.setattr(cuda, "CudaExecutor", Executor)
+
+
+def opened(bundle, variant, tolerance=None):
+    said = []
+    session = open_certified(bundle, Choice(("cuda:0",), variant, tolerance), "cuda:0", report=said.append)
+    return session, said
+
+
+def test_a_bundle_carries_documents_and_what_the_reference_computes_of_them(gpu_bundles):
+    bundle = gpu_bundles["gte"]
+    assert PROBES in bundle.manifest.files
+    tokens, expected = read_probes(bundle)
+    embeddings, scores = run_all(open_variant(bundle, "cpu-fp32"), tokens, open_variant(bundle, "cpu-fp32").budget)
+    np.testing.assert_allclose(embeddings, expected.embeddings, atol=TOLERANCES["fp32"].embedding)
+    np.testing.assert_allclose(scores, expected.scores, atol=TOLERANCES["fp32"].score)
+    assert len(set(tokens.lengths.tolist())) > 15 and tokens.lengths.max() == bundle.manifest.max_tokens
+
+
+def test_nothing_is_claimed_of_a_gpu_at_export(gpu_bundles):
+    variants = gpu_bundles["gte"].manifest.variants
+    assert variants["cpu-fp32"].parity and not variants[FP16].parity and not variants[FP32].parity
+    assert variants[FP16].layout == "packed" and variants[FP16].tolerance["score"] == TOLERANCES["fp16"].score
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_graph_is_certified_before_its_first_batch(gpu_bundles, family, evaluated):
+    session, said = opened(gpu_bundles[family], FP16)
+    assert session.variant == FP16 and session.budget.layout == "packed"
+    assert len(said) == 1 and said[0].startswith(f"{FP16} on cuda:0 is certified: scores within ")
+
+
+@pytest.mark.parametrize("part", ["embedding", "scores"])
+def test_a_device_that_computes_something_else_is_refused(gpu_bundles, tmp_path, evaluated, part):
+    copy = replace(gpu_bundles["gte"], path=shutil.copytree(gpu_bundles["gte"].path, tmp_path / "copy"))
+    tokens, expected = read_probes(copy)
+    changed = {"embedding": "embeddings", "scores": "scores"}[part]
+    other = getattr(expected, changed).copy()
+    other[7] += 0.02
+    write_probes(copy.path / PROBES, tokens, replace(expected, **{changed: other}))
+    with pytest.raises(ParityError, match=rf"variant {FP32} is out of tolerance: .* 1 of {len(tokens.rows)} probe"):
+        opened(copy, FP32)
+
+
+def test_a_requested_tolerance_counts_on_the_device_too(gpu_bundles, evaluated):
+    with pytest.raises(ParityError, match=r"score differs .* allowed is 1e-06"):
+        opened(gpu_bundles["gte"], FP16, tolerance=1e-6)
+
+
+def test_without_probes_no_gpu_is_certified(gpu_bundles, tmp_path, evaluated):
+    copy = replace(gpu_bundles["gte"], path=shutil.copytree(gpu_bundles["gte"].path, tmp_path / "copy"))
+    (copy.path / PROBES).unlink()
+    with pytest.raises(BundleError, match=f"has no {PROBES} to certify this device with"):
+        opened(copy, FP32)
+
+
+def test_a_bundle_without_heads_is_certified_by_its_embeddings(encoders, tmp_path, evaluated):
+    from jql_export.export import Checkpoint, export_bundle
+
+    checkpoint = Checkpoint(encoders["bert"], "bert", None)
+    bundle = export_bundle(checkpoint, None, tmp_path / "out", "mean", 96, [FP32])
+    session, _ = opened(bundle, FP32)
+    tokens, expected = read_probes(bundle)
+    np.testing.assert_allclose(run_all(session, tokens, session.budget)[0], expected.embeddings, atol=1e-5)
+
+
+@pytest.mark.skipif(cuda.PROVIDER in cuda.ort.get_available_providers(), reason="this machine has a GPU")
+class TestWithoutGpu:
+    def test_auto_takes_the_cpu(self, gpu_bundles):
+        assert choose(gpu_bundles["gte"], "auto") == Choice(("cpu",), "cpu-fp32")
+        assert runnable(gpu_bundles["gte"], "cuda") == []
+
+    def test_a_bundle_for_gpus_alone_says_why_it_cannot_run(self, gpu_bundles):
+        bundle = gpu_bundles["gte"]
+        variants = {FP16: bundle.manifest.variants[FP16]}
+        only = replace(bundle, manifest=replace(bundle.manifest, variants=variants))
+        with pytest.raises(BundleError, match=rf"no variant that runs on cpu \({FP16}: written for cuda, fp16\)"):
+            choose(only, "auto")
+        with pytest.raises(DeviceError, match=r"device cuda:0: ONNX Runtime .*install jql-engine\[gpu\]"):
+            open_variant(bundle, FP16, "cuda:0")
+
+    def test_via_is_for_tensorrt(self, gpu_bundles):
+        with pytest.raises(DeviceError, match="variant cpu-fp32 does not run with TensorRT; leave out --via"):
+            open_variant(gpu_bundles["gte"], "cpu-fp32", options=SessionOptions(via="onnxruntime"))
+
+
+def test_the_identity_of_a_bundle_covers_its_probes(gpu_bundles, tmp_path):
+    folder = shutil.copytree(gpu_bundles["gte"].path, tmp_path / "copy")
+    (folder / PROBES).write_bytes((folder / PROBES).read_bytes()[:-1] + b"x")
+    with pytest.raises(BundleError, match=f"{PROBES} was changed"):
+        Bundle.open(folder)
