@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -43,23 +44,91 @@ class Row:
         self.tokens_per_second = round(self.tokens / statistics.median(self.seconds), 1)
         self.documents_per_minute = round(self.tokens_per_second * 60 / MEAN_TOKENS, 1)
 
+    def rate(self) -> str:
+        """For the table."""
+        return f"{self.gflops:12,.1f} GFLOP/s " if self.gflops else f"{self.tokens_per_second:12,.1f} tokens/s"
 
-def print_rows(rows: list[Row]) -> None:
+    def remarks(self) -> str:
+        """For the table, after the rate."""
+        near = "" if self.score_difference is None else f"   scores within {self.score_difference:.1e}"
+        return near + (f", Spearman {min(self.spearman.values()):.5f}" if self.spearman else "")
+
+
+@dataclass(slots=True)
+class GpuRow(Row):
+    """One line of a GPU's table; `what` may also be kernel and profile, see benchmarks.gpu."""
+
+    budget_tokens: int = 0  # of a batch of ours
+    mfu: float = 0.0  # of the model's FLOP, over the large fp16 product of the same run
+    to_reference: float = 0.0  # tokens per second over those of the faster of JQL's loops in the same run
+    gigabytes_per_second: float = 0.0  # of a copy
+    overflowed: int = 0  # documents that left fp16
+    note: str = ""  # what else must be known: it failed, memory allowed less
+    ops: dict[str, dict[str, float]] = field(default_factory=dict)  # by type: seconds, share, nodes; of a profile
+    nodes: dict[str, int] = field(default_factory=dict)  # on each provider, of a profile
+    attention: dict[str, int] = field(default_factory=dict)  # nodes by the kernel chosen for them, of a profile
+
+    def finish(self) -> None:
+        """As of Row; a row that failed has no rates."""
+        if self.seconds:
+            Row.finish(self)
+
+    def rate(self) -> str:
+        """For the table."""
+        if self.gigabytes_per_second:
+            return f"{self.gigabytes_per_second:12,.1f} GB/s    "
+        return Row.rate(self) if self.seconds else f"{'-':>12}         "
+
+    def remarks(self) -> str:
+        """For the table, after the rate."""
+        found = []
+        if self.mfu:
+            found.append(f"MFU {self.mfu:.3f}, {self.documents_per_minute:,.0f} documents/min")
+        if self.to_reference:
+            found.append(f"{self.to_reference:.2f} x the reference")
+        if self.score_difference is not None:
+            found.append(Row.remarks(self).strip())
+        if self.overflowed:
+            found.append(f"{self.overflowed} documents overflowed")
+        if self.attention:
+            found.append("attention " + _counts(self.attention))
+        if self.nodes:
+            found.append("nodes " + _counts(self.nodes))
+        return "   " + "; ".join(filter(None, [*found, self.note]))
+
+
+def _counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in numbers.items())
+
+
+def print_rows(rows: Sequence[Row]) -> None:
     """One line each."""
     for row in rows:
-        rate = f"{row.gflops:12,.1f} GFLOP/s " if row.gflops else f"{row.tokens_per_second:12,.1f} tokens/s"
-        near = "" if row.score_difference is None else f"   scores within {row.score_difference:.1e}"
-        ranks = f", Spearman {min(row.spearman.values()):.5f}" if row.spearman else ""
-        print(f"{row.what:11}{row.name:50}{row.variant:15}{rate}{near}{ranks}")
+        print(f"{row.what:11}{row.name:50}{row.variant:15}{row.rate()}{row.remarks()}")
 
 
-def write_result(name: str, rows: list[Row], settings: dict[str, object]) -> None:
-    """Write benchmarks/results/NAME.json and print its path."""
+def print_ops(row: GpuRow) -> None:
+    """The time of a profile, one line for each type of op."""
+    for op, figures in row.ops.items():
+        nanoseconds = figures["seconds"] / row.tokens * 1e9
+        print(
+            f"{row.variant:15}{op:30}{int(figures['nodes']):5} nodes{figures['share']:8.1%}{nanoseconds:10.1f} ns/token"
+        )
+
+
+def write_result(
+    name: str,
+    rows: Sequence[Row],
+    settings: dict[str, object],
+    gpu: dict[str, object] | None = None,
+    versions: dict[str, str] | None = None,
+) -> None:
+    """Write benchmarks/results/NAME.json and print its path; `gpu`, `versions`: what a GPU's run adds."""
     result = {
         "schema": 1,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": _machine(),
-        "versions": {package: v for package in PACKAGES if (v := _version(package))},
+        "machine": _machine() | ({"gpu": gpu} if gpu else {}),
+        "versions": {package: v for package in PACKAGES if (v := _version(package))} | (versions or {}),
         "settings": settings,
         "rows": [asdict(row) for row in rows],
     }

@@ -16,37 +16,35 @@ correlation for each head. A reference row scores with the bundle's heads, in fp
 
     python -m benchmarks.throughput --encoder DIR --bundle BUNDLE --corpus CORPUS.parquet --name NAME
 
+With `--device cuda` the same documents go through one GPU; its rows, and what they are compared with, are described in
+benchmarks.gpu.
+
 The last line of stdout is the path of the JSON it wrote, benchmarks/results/NAME.json: machine, versions, date, rows.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import typer
-from safetensors.numpy import load_file
-from scipy.stats import spearmanr
 
+from benchmarks.cases import ORACLE, EndToEnd, Run, compare, run_job, scored, take, time_once
 from benchmarks.ceilings import ceilings
 from benchmarks.corpus import sample
 from benchmarks.table import Row, print_rows, write_result
 from jql_engine.bundle import Bundle
-from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch, score_column
+from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
 from jql_engine.engine import Engine
-from jql_engine.progress import Meter, RunLog
-from jql_engine.run import Job, prepare, run
-from jql_engine.sessions import CHUNK_BYTES, Session, runnable
+from jql_engine.errors import EngineError
+from jql_engine.run import Job
+from jql_engine.sessions import CHUNK_BYTES, choose, runnable
 from jql_engine.tokens import Tokenizer
-from jql_engine.worker import Worker
 
-ORACLE = ("reference", "transformers, one at a time", "fp32")
+DOCUMENTS = {"cpu": 24, "cuda": 4_000}
 
 
 class ZeroSession:
@@ -71,46 +69,69 @@ def main(
     corpus: Annotated[Path, typer.Option(help="Parquet with a column `text`.")],
     name: Annotated[str, typer.Option(help="Of the result file.")],
     encoder: Annotated[Path | None, typer.Option(help="Its checkpoint; without it no reference rows.")] = None,
-    documents: Annotated[int, typer.Option(help="In the sample.")] = 24,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    documents: Annotated[int | None, typer.Option(help="In the sample; by default 24, 4,000 on a GPU.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest document of the sample.")] = 8_192,
     rounds: Annotated[int, typer.Option()] = 1,
     bf16: Annotated[bool, typer.Option(help="Time bf16 as well; slow where the CPU has no bf16 instructions.")] = True,
     feed: Annotated[bool, typer.Option(help="Time the feed on the whole corpus.")] = True,
+    budget: Annotated[list[int] | None, typer.Option(help="Tokens of a batch, on a GPU; repeat.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Only these of ours; repeat.")] = None,
 ) -> None:
     """Measure and write benchmarks/results/NAME.json."""
     opened = Bundle.open(bundle)
+    device = _one_device(opened, device, encoder)
+    documents = documents or DOCUMENTS[device.partition(":")[0]]
     texts, tokens = sample(corpus, documents, Tokenizer.of(opened), max_tokens)
-    cases = [*(_references(encoder, opened, bf16) if encoder else []), *_engines(bundle, texts)]
-    rows = [Row(what, case, variant, len(texts), len(tokens.ids)) for what, case, variant, _ in cases]
-    scores: dict[tuple[str, str, str], np.ndarray] = {}
-    for _ in range(rounds):
-        for row, (*key, load) in zip(rows, cases, strict=True):
-            found = _time(row, load(), tokens)
-            if found is not None:
-                scores[key[0], key[1], key[2]] = found
-    for row in rows:
-        row.finish()
-        _compare(row, scores, opened.heads)
-    rows += ceilings(bf16)
+    gpu: dict[str, Any] = {}
+    rows: list[Row]
+    if device == "cpu":
+        cases = [*(_references(encoder, opened, bf16) if encoder else []), *_engines(bundle, texts, variant or [])]
+        rows = [*_measure(cases, texts, tokens, rounds, opened.heads), *ceilings(bf16)]
+    else:
+        from benchmarks.gpu import BUDGETS, Sample, gpu_rows
+        from benchmarks.nvidia import gpu_machine, gpu_versions
+
+        assert encoder is not None
+        gpu = {"gpu": gpu_machine(device), "versions": gpu_versions()}
+        whole = Sample(encoder, opened, texts, tokens, device)
+        rows = [*gpu_rows(whole, budget or list(BUDGETS), variant or [], rounds)]
     if feed:
         rows.append(_feed(opened, corpus))
     print_rows(rows)
     write_result(
-        name, rows, {"corpus": corpus.name, "documents": documents, "max_tokens": max_tokens, "rounds": rounds}
+        name, rows, {"corpus": corpus.name, "documents": documents, "max_tokens": max_tokens, "rounds": rounds}, **gpu
     )
 
 
-Run = Callable[[TokenBatch], np.ndarray | None]  # scores [N, H] in the order of the documents
+def _one_device(bundle: Bundle, device: str, encoder: Path | None) -> str:
+    """The device itself, cpu or cuda:N."""
+    if device == "cpu":
+        return device
+    if encoder is None:
+        raise typer.BadParameter("a GPU is measured against the reference: give --encoder as well")
+    try:
+        return choose(bundle, device).devices[0]
+    except EngineError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 Case = tuple[str, str, str, Callable[[], Run]]
 
 
-def _compare(row: Row, scores: dict[tuple[str, str, str], np.ndarray], heads: tuple[str, ...]) -> None:
-    found, expected = scores.get((row.what, row.name, row.variant)), scores.get(ORACLE)
-    if found is None or expected is None or found is expected:
-        return
-    row.score_difference = float(f"{np.abs(found - expected).max():.2e}")
-    ranks = [float(spearmanr(found[:, i], expected[:, i])[0]) for i in range(len(heads))]
-    row.spearman = dict(zip(heads, [round(rank, 6) for rank in ranks], strict=True))
+def _measure(cases: list[Case], texts: list[str], tokens: TokenBatch, rounds: int, heads: tuple[str, ...]) -> list[Row]:
+    rows = [Row(what, case, variant, len(texts), len(tokens.ids)) for what, case, variant, _ in cases]
+    shortest = take(tokens, np.sort(np.argsort(tokens.lengths, kind="stable")[:2]))
+    scores: dict[tuple[str, str, str], np.ndarray] = {}
+    for _ in range(rounds):
+        for row, (*key, load) in zip(rows, cases, strict=True):
+            found = time_once(row, load(), tokens, shortest)
+            if found is not None:
+                scores[key[0], key[1], key[2]] = found
+    for row in rows:
+        row.finish()
+        compare(row, scores.get((row.what, row.name, row.variant)), scores.get(ORACLE), heads)
+    return rows
 
 
 def _references(encoder: Path, bundle: Bundle, bf16: bool) -> list[Case]:
@@ -121,7 +142,7 @@ def _references(encoder: Path, bundle: Bundle, bf16: bool) -> list[Case]:
     def load(dtype: torch.dtype, budget: int) -> Callable[[], Run]:
         def loaded() -> Run:
             model = TransformersEncoder(encoder, bundle.manifest.pooling, dtype)
-            return lambda tokens: _scored(bundle, model.embed(tokens, budget))
+            return lambda tokens: scored(bundle, model.embed(tokens, budget))
 
         return loaded
 
@@ -130,68 +151,30 @@ def _references(encoder: Path, bundle: Bundle, bf16: bool) -> list[Case]:
     return [("reference", layout, kind, load(dtype, n)) for kind, dtype in types for layout, n in layouts]
 
 
-def _engines(bundle: Path, texts: list[str]) -> list[Case]:
+def _engines(bundle: Path, texts: list[str], wanted: list[str]) -> list[Case]:
     opened = Bundle.open(bundle)
-    names = runnable(opened, "cpu")
+    names = [name for name in runnable(opened, "cpu") if name in (wanted or [name])]
 
     def engine(variant: str) -> Run:
         loaded = Engine(bundle, device="cpu", variant=variant)
         return lambda tokens: loaded.score_tokens(tokens).values
 
-    def end_to_end(variant: str) -> Run:
+    def whole(variant: str) -> Run:
         loaded = Engine(bundle, device="cpu", variant=variant)
+        timed = EndToEnd(opened, loaded.session, loaded.tokenizer, texts, CHUNK_BYTES["cpu"])
 
         def job(tokens: TokenBatch) -> np.ndarray | None:
             if len(tokens.rows) != len(texts):
                 return loaded.score_tokens(tokens).values  # the warm-up
-            with tempfile.TemporaryDirectory() as folder:
-                source = Path(folder, "documents.parquet")
-                pq.write_table(pa.table({"text": texts}), source)
-                task = Job((str(source),), Path(folder, "scores"))
-                run_job(task, opened, loaded.session, loaded.tokenizer, "cpu")
-                written = pq.read_table(Path(folder, "scores", source.name))
-                return np.stack([written[score_column(head)].to_numpy() for head in opened.heads], axis=1)
+            return timed.run()
 
         return job
 
     cases: list[Case] = []
     for name in names:
         cases.append(("engine", "jql-engine, ids to scores", name, lambda name=name: engine(name)))
-        cases.append(("end_to_end", "jql-engine, parquet to parquet", name, lambda name=name: end_to_end(name)))
+        cases.append(("end_to_end", "jql-engine, parquet to parquet", name, lambda name=name: whole(name)))
     return cases
-
-
-def run_job(job: Job, bundle: Bundle, session: Session, tokenizer: Tokenizer, provider: str) -> Meter:
-    """What jql-run does with one worker, on any session, in chunks as for `provider`."""
-    work = prepare(job, bundle, next(iter(bundle.manifest.variants)), CHUNK_BYTES[provider])
-    meter = Meter(work.n_docs)
-    worker = Worker(bundle, session, tokenizer, dict(enumerate(work.targets)))
-    outcome = run(work, worker.run(work.tasks), meter, RunLog(None))
-    assert not outcome.unfinished
-    return meter
-
-
-def _scored(bundle: Bundle, embeddings: np.ndarray) -> np.ndarray:
-    """The bundle's heads in fp32."""
-    heads = load_file(bundle.path / "heads.safetensors")
-    hidden = np.maximum(embeddings @ heads["hidden.weight"].T + heads["hidden.bias"], 0)
-    return hidden @ heads["output.weight"] + heads["output.bias"]
-
-
-def _time(row: Row, run_case: Run, tokens: TokenBatch) -> np.ndarray | None:
-    shortest = np.sort(np.argsort(tokens.lengths, kind="stable")[:2])
-    run_case(_take(tokens, shortest))
-    start = time.perf_counter()
-    found = run_case(tokens)
-    row.seconds.append(round(time.perf_counter() - start, 3))
-    print(f"{row.what:10} {row.name} {row.variant}: {row.tokens / row.seconds[-1]:,.0f} tokens/s", flush=True)
-    return found
-
-
-def _take(tokens: TokenBatch, index: np.ndarray) -> TokenBatch:
-    ids = np.concatenate([tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]] for i in index])
-    offsets = np.concatenate([[0], np.cumsum(tokens.lengths[index])])
-    return TokenBatch(np.arange(len(index)), ids, offsets, tokens.truncated[index])
 
 
 def _feed(bundle: Bundle, corpus: Path) -> Row:

@@ -67,6 +67,8 @@ def export(
     if calibration is not None and "openvino-int8" not in variant:
         raise typer.BadParameter("is for --variant openvino-int8, which is not asked for", param_hint="--calibration")
     _check_heads(encoder, bool(pairs), no_heads, heads_revision)
+    if not compute_capability and (library or version_compatible or engine_hardware != "same-gpu"):
+        raise typer.BadParameter("say for which GPU engines are to be built", param_hint="--compute-capability")
     if compute_capability and TENSORRT not in variant:
         raise typer.BadParameter(f"is for --variant {TENSORRT}, which is missing", param_hint="--compute-capability")
     warnings.filterwarnings("ignore")  # torch and transformers warn of what this command checks itself

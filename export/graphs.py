@@ -9,6 +9,8 @@ from pathlib import Path
 
 from jql_engine.bundle import Manifest
 from jql_engine.data import TokenBatch
+from jql_engine.errors import BundleError, DeviceError
+from jql_engine.sessions.openvino import obstacle
 from jql_export.checkpoint import FAMILIES, EncoderSpec, EncoderWeights, read_config, read_encoder
 from jql_export.dialects import VARIANTS
 from jql_export.foreign import VARIANT as FOREIGN
@@ -34,6 +36,13 @@ def read_sources(directory: Path, variants: Sequence[str], encoder_onnx: Path | 
     """The encoder in `directory`, and the ONNX file of the same; raises CheckpointError."""
     if "openvino-int8" in variants:
         check_installed()
+    if "cuda-fp16" in variants and "cuda-fp32" not in variants:
+        raise BundleError(
+            "variant cuda-fp16 needs cuda-fp32 beside it, for what leaves the range of fp16; add --variant cuda-fp32"
+        )
+    for name in variants:
+        if VARIANTS[name].provider == "openvino" and (reason := obstacle(VARIANTS[name].precision)):
+            raise DeviceError(f"variant {name} cannot be certified here: {reason}")
     known = read_config(directory).get("model_type") in FAMILIES
     weights = read_encoder(directory) if variants or known else None
     if weights is not None:

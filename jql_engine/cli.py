@@ -40,7 +40,9 @@ def run(
         str | None, typer.Option(help="Folder of outputs with embeddings: apply this bundle's heads to those.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda (every GPU), cuda:N or cuda:N,cuda:M.")] = "auto",
-    variant: Annotated[str | None, typer.Option(help="Graph of the bundle; by default the fastest installed.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Graph of the bundle; else the fastest within --tolerance.")
+    ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(min=0, help="Most that a graph's scores may differ by from the fp32 reference; 0.02 by default."),

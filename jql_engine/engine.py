@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch, ScoreBatch, Scores, TokenBatch
 from jql_engine.engines import EngineOptions
-from jql_engine.errors import InputError
+from jql_engine.errors import DeviceError, InputError
 from jql_engine.execution import execute
 from jql_engine.parity import open_certified
 from jql_engine.sessions import Session, SessionOptions, choose
@@ -44,6 +44,8 @@ class Engine:
         """
         self.bundle = Bundle.open(bundle)
         choice = choose(self.bundle, device, variant, tolerance)
+        if "," in device:
+            raise DeviceError(f"device {device}: an Engine computes on one; make one for each")
         options = SessionOptions(threads, via, engines or EngineOptions())
         self.session: Session = open_certified(self.bundle, choice, choice.devices[0], options)
         self.tokenizer = Tokenizer.of(self.bundle)

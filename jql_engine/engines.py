@@ -13,8 +13,10 @@ import fcntl
 import hashlib
 import json
 import os
+import queue
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,12 +112,29 @@ def engine_for(
 
     def make() -> Built:
         known = timings.read_bytes() if timings.is_file() else b""
-        built = build(library, bundle.graph(variant), budget, target, known, report)
+        built = _interruptible(lambda: build(library, bundle.graph(variant), budget, target, known, report))
         if built.timings is not None:
             write_aside(timings, built.timings)
         return built
 
     return library, budget, provide(folder, key, make if options.build else None, report)
+
+
+def _interruptible(make: Callable[[], Built]) -> Built:
+    """What `make` returns or raises, computed in a thread: a signal reaches the caller while a library is at work."""
+    ended: queue.SimpleQueue[Built | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            ended.put(make())
+        except BaseException as error:
+            ended.put(error)
+
+    threading.Thread(target=work, name="build", daemon=True).start()
+    found = ended.get()
+    if isinstance(found, BaseException):
+        raise found
+    return found
 
 
 def build_ahead(

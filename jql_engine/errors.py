@@ -22,7 +22,7 @@ class TokenizerError(EngineError):
 
 
 class ParityError(EngineError):
-    """A graph or a tokenizer disagrees with its oracle: no bundle is written."""
+    """A graph or a tokenizer disagrees with its oracle: no bundle is written, no session opened."""
 
 
 class DeviceError(EngineError):

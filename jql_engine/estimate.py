@@ -93,7 +93,8 @@ def _probe(session: Session, tokens: TokenBatch) -> float:
     if not len(order):
         return 0.0
     _compute(session, tokens, order[:WARM_UP])
-    done, began, size = 0, time.monotonic(), 1
+    # Enough that a document is under way on every core all the time.
+    done, began, size = 0, time.monotonic(), 1 if session.n_parallel == 1 else 8 * session.n_parallel
     for _ in range(len(order)):
         index, order = order[:size], order[size:]
         if not len(index):

@@ -21,7 +21,8 @@ def execute(session: Session, tokens: TokenBatch, budget: Budget | None = None) 
             yield batch, session.run(batch)
         return
     running: deque[tuple[Batch, Future[BatchOutput]]] = deque()
-    with ThreadPoolExecutor(session.n_parallel, thread_name_prefix="batch") as pool:
+    pool = ThreadPoolExecutor(session.n_parallel, thread_name_prefix="batch")
+    try:
         for batch in batches:
             running.append((batch, pool.submit(session.run, batch)))
             if len(running) >= session.n_parallel + AHEAD:
@@ -30,3 +31,5 @@ def execute(session: Session, tokens: TokenBatch, budget: Budget | None = None) 
         while running:
             done, output = running.popleft()
             yield done, output.result()
+    finally:  # an error, or nobody wants the rest: what has not begun never will
+        pool.shutdown(cancel_futures=True)

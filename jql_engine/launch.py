@@ -19,7 +19,7 @@ from jql_engine.pool import Executed, Pool, Spec
 from jql_engine.progress import Meter, RunLog
 from jql_engine.rescore import rescore_files
 from jql_engine.run import Job, Outcome, Work, prepare, run
-from jql_engine.sessions import DEFAULTS, Choice, SessionOptions, choose
+from jql_engine.sessions import DEFAULTS, Choice, SessionOptions, check_options, choose
 from jql_engine.tokens import Tokenizer
 from jql_engine.worker import Worker
 
@@ -36,7 +36,9 @@ class Machine:
 
     def choose(self, bundle: Bundle) -> Choice:
         """Devices and variant; see jql_engine.sessions."""
-        return choose(bundle, self.device, self.variant, self.tolerance)
+        choice = choose(bundle, self.device, self.variant, self.tolerance)
+        check_options(bundle, choice.variant, self.options)
+        return choice
 
     def shared(self, devices: tuple[str, ...]) -> SessionOptions:
         """The options of one worker of several: its share of the cores."""

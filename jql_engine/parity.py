@@ -77,11 +77,14 @@ def open_certified(
     session = open_variant(bundle, choice.variant, device, options, report)
     variant = bundle.manifest.variants[choice.variant]
     if variant.provider in ON_GPU:
-        limits = Tolerance(**variant.tolerance)
-        if choice.tolerance is not None:
-            limits = replace(limits, score=min(limits.score, choice.tolerance))
-        figures = certify(session, *read_probes(bundle), limits)
-        report(f"{choice.variant} on {device} is certified: scores within {figures.get('max_abs_score', 0.0):.0e}")
+        figures = certify(session, *read_probes(bundle), Tolerance(**variant.tolerance))
+        found = figures.get("max_abs_score", figures["max_abs_embedding"])
+        if choice.tolerance is not None and found > choice.tolerance:
+            raise ParityError(
+                f"variant {choice.variant} on {device} differs by {found:.3g} from the fp32 reference, allowed is "
+                f"{choice.tolerance:.3g}; allow more with --tolerance, or ask for a --variant in fp32"
+            )
+        report(f"{choice.variant} on {device} is certified: within {found:.1e} of the fp32 reference")
     return session
 
 
@@ -123,6 +126,6 @@ def _check(variant: str, name: str, errors: NDArray[np.float64], limit: float, t
     if errors[worst] > limit:
         raise ParityError(
             f"variant {variant} is out of tolerance: {name} differs by {errors[worst]:.2e} on a probe document of "
-            f"{tokens.lengths[worst]} tokens, allowed is {limit:.0e}; {int((errors > limit).sum())} of {len(errors)} "
+            f"{tokens.lengths[worst]} tokens, allowed is {limit:.2g}; {int((errors > limit).sum())} of {len(errors)} "
             "probe documents fail. It must not be used; please report this with the encoder's name and the machine"
         )

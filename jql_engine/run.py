@@ -44,7 +44,11 @@ T = TypeVar("T")
 CHUNK_ROWS = 20_000
 ASSEMBLERS = 4  # files finished at once
 OPENERS = 16  # files looked into at once: on a remote file system each waits for the network
-LIBRARIES = ("jql-engine", "onnxruntime", "onnxruntime-gpu", "tokenizers", "tokie")
+LIBRARIES = ("jql-engine", "tokenizers", "tokie")
+COMPUTE = {  # by the provider of the variant
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt", "tensorrt-rtx-cu13-libs", "onnxruntime-gpu"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +328,7 @@ def _score_schema(job: Job, bundle: Bundle) -> pa.Schema:
 
 
 def _settings(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> dict[str, Any]:
+    compute = COMPUTE.get(bundle.manifest.variants[variant].provider, ("onnxruntime", "onnxruntime-gpu"))
     """What decides about the scores; written into every output."""
     return {
         "bundle": bundle.hash,
@@ -337,7 +342,7 @@ def _settings(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> dict[
         "id_column": job.id_column,
         "chunk_rows": job.chunk_rows,
         "chunk_bytes": chunk_bytes,
-        **{name: found for name in LIBRARIES if (found := _version(name))},
+        **{name: found for name in (*LIBRARIES, *compute) if (found := _version(name))},
     }
 
 

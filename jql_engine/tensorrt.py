@@ -156,6 +156,11 @@ class _Build:
                 f"a version-compatible engine carries a runtime that {self.library} does not come with; use TensorRT: "
                 f"{INSTALL[TENSORRT]}"
             )
+        if target.hardware == "ampere-plus" and self.library.name == RTX:
+            raise DeviceError(
+                f"{self.library} builds for one compute capability, and all of its GPUs, at a time; leave out "
+                f"--engine-hardware {target.hardware}, or use TensorRT: {INSTALL[TENSORRT]}"
+            )
         if target.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         if target.hardware != "same-gpu":

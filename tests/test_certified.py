@@ -64,7 +64,7 @@ def test_nothing_is_claimed_of_a_gpu_at_export(gpu_bundles):
 def test_a_graph_is_certified_before_its_first_batch(gpu_bundles, family, evaluated):
     session, said = opened(gpu_bundles[family], FP16)
     assert session.variant == FP16 and session.budget.layout == "packed"
-    assert len(said) == 1 and said[0].startswith(f"{FP16} on cuda:0 is certified: scores within ")
+    assert len(said) == 1 and said[0].startswith(f"{FP16} on cuda:0 is certified: within ")
 
 
 @pytest.mark.parametrize("part", ["embedding", "scores"])
@@ -80,7 +80,7 @@ def test_a_device_that_computes_something_else_is_refused(gpu_bundles, tmp_path,
 
 
 def test_a_requested_tolerance_counts_on_the_device_too(gpu_bundles, evaluated):
-    with pytest.raises(ParityError, match=r"score differs .* allowed is 1e-06"):
+    with pytest.raises(ParityError, match=r"on cuda:0 differs by .* allowed is 1e-06; allow more with --tolerance"):
         opened(gpu_bundles["gte"], FP16, tolerance=1e-6)
 
 
@@ -115,6 +115,11 @@ class TestWithoutGpu:
             choose(only, "auto")
         with pytest.raises(DeviceError, match=r"device cuda:0: ONNX Runtime .*install jql-engine\[gpu\]"):
             open_variant(bundle, FP16, "cuda:0")
+
+    @pytest.mark.parametrize("device", ["auto", "cuda"])
+    def test_a_named_variant_for_gpus_says_that_there_is_none(self, gpu_bundles, device):
+        with pytest.raises(DeviceError, match="device cuda was requested; the NVIDIA driver"):
+            choose(gpu_bundles["gte"], device, FP16)
 
     def test_via_is_for_tensorrt(self, gpu_bundles):
         with pytest.raises(DeviceError, match="variant cpu-fp32 does not run with TensorRT; leave out --via"):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from jql_engine import engines
 from jql_engine.data import Budget
 from jql_engine.engines import EngineKey, EngineOptions, build_ahead, engine_for, key_of, provide
 from jql_engine.errors import BundleError, DeviceError
@@ -223,3 +225,23 @@ def test_without_a_gpu_tensorrt_itself_cannot_build(bundle):
         build_ahead(bundle, "standard-fp32", None, EngineOptions(), silent)
     with pytest.raises(DeviceError, match="device cuda:0"):
         build_ahead(bundle, "standard-fp32", "8.0", EngineOptions(library="tensorrt"), silent)
+
+
+def test_a_signal_reaches_the_program_while_a_library_builds():
+    class RangError(Exception): ...
+
+    def ring(*_):
+        raise RangError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(RangError):
+            engines._interruptible(lambda: time.sleep(2))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_an_error_of_a_build_is_the_callers():
+    with pytest.raises(ZeroDivisionError):
+        engines._interruptible(lambda: 1 / 0)

@@ -30,13 +30,14 @@ class FirstToken:
 
     def __init__(self, n_parallel, broken=None):
         self.n_parallel, self.budget, self.broken = n_parallel, Budget(20, "packed"), broken
-        self.at_once, self.most, self.lock = 0, 0, threading.Lock()
+        self.at_once, self.most, self.begun, self.lock = 0, 0, 0, threading.Lock()
 
     def run(self, batch):
         with self.lock:
             self.at_once += 1
+            self.begun += 1
             self.most = max(self.most, self.at_once)
-        time.sleep(0.0005 * len(batch.rows) if self.n_parallel > 1 else 0)
+        time.sleep(0.01 if self.n_parallel > 1 else 0)
         with self.lock:
             self.at_once -= 1
         if self.broken in batch.rows:
@@ -65,6 +66,21 @@ def test_as_many_batches_are_under_way_as_the_session_asks_for():
 def test_an_error_of_one_batch_is_the_error_of_all(n_parallel):
     with pytest.raises(ValueError, match="broken"):
         list(execute(FirstToken(n_parallel, broken=4), documents([20] * 10)))
+
+
+def test_what_has_not_begun_never_begins_after_an_error_or_when_nobody_wants_it():
+    for n_wanted, broken in ((100, 95), (3, None)):
+        session = FirstToken(2, broken)
+        batches = execute(session, documents([20] * 100))
+        try:
+            for _ in range(n_wanted):
+                next(batches)
+        except ValueError:
+            assert broken is not None
+        batches.close()
+        begun = session.begun
+        time.sleep(0.05)
+        assert session.begun == begun < 20
 
 
 def test_another_budget_than_the_sessions():

@@ -16,6 +16,7 @@ from jql_engine import parity
 from jql_engine.bundle import PROBES
 from jql_engine.data import Budget
 from jql_engine.engine import Engine
+from jql_engine.engines import EngineOptions
 from jql_engine.errors import BundleError, CheckpointError, DeviceError, InputError, ParityError
 from jql_engine.sessions import TOLERANCE, SessionOptions, choose, open_variant
 from jql_engine.sessions import openvino as session_file
@@ -135,7 +136,7 @@ class TestChoice:
         assert choose(measured, "cpu", tolerance=0.001).variant == FP32
 
     def test_nothing_close_enough_is_an_error_with_each_reason(self, bundle):
-        with pytest.raises(BundleError, match=rf"{INT8}: its scores differ by up to 1e-01.*allowed is 0e\+00"):
+        with pytest.raises(BundleError, match=rf"{INT8}: its scores differ by up to 0\.1 .*allowed is 0"):
             choose(with_parity(bundle, fp32=1e-6, bf16=0.01, int8=0.1), "cpu", tolerance=0.0)
 
     def test_a_named_variant_is_taken_as_it_is_unless_a_tolerance_is_named_too(self, bundle):
@@ -149,11 +150,31 @@ class TestChoice:
         variants = {FP32: replace(bundle.manifest.variants[FP32], parity=no_scores)}
         embedding = replace(bundle, manifest=replace(bundle.manifest, variants=variants))
         assert choose(embedding, "cpu", tolerance=0.004).variant == FP32
-        with pytest.raises(BundleError, match="4e-03"):
+        with pytest.raises(BundleError, match=r"its embeddings differ by up to 0\.004 .*, allowed is 0\.0039"):
             choose(embedding, "cpu", tolerance=0.0039)
 
+    def test_int8_is_never_chosen_unasked(self, bundle):
+        for figures in ({"max_abs_score": 0.0}, {"max_abs_embedding": 0.0}):
+            variants = {INT8: replace(bundle.manifest.variants[INT8], parity=figures)}
+            int8 = replace(bundle, manifest=replace(bundle.manifest, variants=variants))
+            with pytest.raises(BundleError, match="int8 is taken only where --tolerance or --variant asks for it"):
+                choose(int8, "cpu")
+            assert choose(int8, "cpu", tolerance=0.0).variant == choose(int8, "cpu", INT8).variant == INT8
+
+    def test_a_graph_without_figures_is_not_taken_for_exact(self, bundle):
+        variants = {FP32: replace(bundle.manifest.variants[FP32], parity={})}
+        unknown = replace(bundle, manifest=replace(bundle.manifest, variants=variants))
+        with pytest.raises(BundleError, match="is not known"):
+            choose(unknown, "cpu")
+
+    def test_options_of_engines_are_for_tensorrt(self, bundle):
+        with pytest.raises(DeviceError, match=f"variant {FP32} does not run with TensorRT; leave out the options"):
+            open_variant(bundle, FP32, options=SessionOptions(engines=EngineOptions(build=False)))
+
     def test_without_the_package_auto_takes_what_is_installed(self, bundle, monkeypatch):
-        monkeypatch.setattr(session_file.importlib.util, "find_spec", lambda _: None)
+        spec = util.find_spec
+        without = lambda name: None if name == "openvino" else spec(name)  # noqa: E731
+        monkeypatch.setattr(session_file.importlib.util, "find_spec", without)
         assert choose(bundle, "auto").variant == "cpu-fp32"
         only = replace(bundle, manifest=replace(bundle.manifest, variants={FP32: bundle.manifest.variants[FP32]}))
         with pytest.raises(BundleError, match=rf"no variant that runs on cpu \({FP32}: the package openvino is not"):

@@ -160,9 +160,15 @@ def test_a_gpu_that_the_library_does_not_know_is_refused(library, demo):
         built(library, demo.graph(VARIANT), TINY, "9.0")
 
 
-@pytest.mark.parametrize("hardware", ["same-compute-capability", "ampere-plus"])
-def test_engines_for_more_hardware_build(library, demo, hardware):
-    assert built(library, demo.graph(VARIANT), TINY, hardware=hardware)[0].fused
+def test_an_engine_for_all_gpus_of_a_compute_capability_builds(library, demo):
+    assert built(library, demo.graph(VARIANT), TINY, hardware="same-compute-capability")[0].fused
+
+
+def test_engines_for_later_hardware_need_tensorrt_itself(library, demo):
+    with pytest.raises(
+        DeviceError, match=r"builds for one compute capability.*leave out --engine-hardware ampere-plus"
+    ):
+        built(library, demo.graph(VARIANT), TINY, hardware="ampere-plus")
 
 
 def test_a_version_compatible_engine_needs_tensorrt_itself(library, demo):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import re
 from collections.abc import Callable
@@ -34,6 +35,8 @@ ON_GPU = ("cuda", "tensorrt")  # providers of GPUs
 # What a score may differ by from the fp32 reference where nobody asks for more or less: bf16 passes, int8 does not. On
 # multilingual e5's probe documents transformers itself is 0.024 away in bf16, OpenVINO 0.016.
 TOLERANCE = 2e-2
+# The same of an embedding, in a bundle without heads; as certified of bf16.
+EMBEDDING_TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +95,9 @@ def choose(bundle: Bundle, device: str, variant: str | None = None, tolerance: f
     """The devices and the graph that `device` stands for: cpu, cuda (every GPU), cuda:0,cuda:2, or auto.
 
     `auto` is the GPU where one can be used and the bundle has a graph for it. `variant` None takes the fastest graph
-    that is installed and whose scores were found within `tolerance` (None: TOLERANCE) of the fp32 reference. Raises
-    DeviceError where a device is not active, BundleError where the bundle has no such graph; never another device
-    than asked.
+    that is installed and whose scores were found within `tolerance` (None: TOLERANCE, and no int8) of the fp32
+    reference. Raises DeviceError where a device is not active, BundleError where the bundle has no such graph; never
+    another device than asked.
     """
     if not DEVICE.fullmatch(device):
         raise DeviceError(f"device {device!r} is unknown; known are auto, cpu, cuda, cuda:N and cuda:N,cuda:M")
@@ -104,10 +107,22 @@ def choose(bundle: Bundle, device: str, variant: str | None = None, tolerance: f
     gpus = _every_gpu(device) if kind == "cuda" else ()  # before anything of the bundle: the GPU was asked for
     name = _named(bundle, kind, variant, tolerance) if variant else _fastest(bundle, kind, tolerance)
     if device != "cuda":
-        if missing := sorted(set(device.split(",")) - {"cpu", *gpus}):
+        if len(set(named := device.split(","))) < len(named):
+            raise DeviceError(f"device {device} names a GPU twice; a GPU has one worker")
+        if missing := sorted(set(named) - {"cpu", *gpus}):
             raise DeviceError(f"device {missing[0]} was requested; the NVIDIA driver shows {', '.join(gpus)}")
-        gpus = tuple(device.split(","))
+        gpus = tuple(named)
     return Choice(gpus, name, tolerance)
+
+
+def check_options(bundle: Bundle, variant: str, options: SessionOptions) -> None:
+    """Raise DeviceError for an option that a variant has no use for."""
+    if bundle.manifest.variants[variant].provider == "tensorrt":
+        return
+    if options.via:
+        raise DeviceError(f"variant {variant} does not run with TensorRT; leave out --via {options.via}")
+    if options.engines != EngineOptions():
+        raise DeviceError(f"variant {variant} does not run with TensorRT; leave out the options of its engines")
 
 
 def open_variant(
@@ -122,8 +137,7 @@ def open_variant(
     `report` is told what takes minutes. Raises DeviceError where device or library are not usable.
     """
     provider, number = bundle.manifest.variants[variant].provider, int(device.partition(":")[2] or 0)
-    if options.via and provider != "tensorrt":
-        raise DeviceError(f"variant {variant} does not run with TensorRT; leave out --via {options.via}")
+    check_options(bundle, variant, options)
     if provider == "openvino":
         from jql_engine.sessions.openvino import OpenVinoSession
 
@@ -153,18 +167,17 @@ def runnable(bundle: Bundle, kind: str) -> list[str]:
 
 
 def _fastest(bundle: Bundle, kind: str, tolerance: float | None) -> str:
-    limit = TOLERANCE if tolerance is None else tolerance
     variants, reasons = bundle.manifest.variants, {}
     for how in SPEED[kind]:
         for name, variant in variants.items():
             if (variant.provider, variant.precision) == how:
-                if not (reason := _obstacle(variant) or _too_far(variant, limit)):
+                if not (reason := _obstacle(variant) or _too_far(variant, tolerance)):
                     return name
                 reasons[name] = reason
     others = {name: f"written for {v.provider}, {v.precision}" for name, v in variants.items() if name not in reasons}
     why = "; ".join(f"{name}: {reason}" for name, reason in (reasons | others).items())
     raise BundleError(
-        f"{bundle.path} has no variant that runs on {kind} ({why}): export again with the --variant you need"
+        f"{bundle.path} has no variant that runs on {kind} ({why}): mend that, or export again with another --variant"
     )
 
 
@@ -186,6 +199,9 @@ def _obstacle(variant: Variant) -> str | None:
         from jql_engine.sessions.openvino import obstacle
 
         return obstacle(variant.precision)
+    if variant.provider != "tensorrt" and importlib.util.find_spec("onnxruntime") is None:
+        extra = "gpu" if variant.provider in ON_GPU else "cpu"
+        return f"the package onnxruntime is not installed; pip install 'jql-engine[{extra}]'"
     try:
         if variant.provider == "cuda":
             import onnxruntime
@@ -201,23 +217,34 @@ def _obstacle(variant: Variant) -> str | None:
 
 
 def _best_kind(bundle: Bundle, variant: str | None) -> str:
-    """Cuda where a GPU is there and a graph for it can run, else cpu."""
-    wanted = {variant} if variant else set(bundle.manifest.variants)
-    if not wanted.isdisjoint(runnable(bundle, "cuda")):
+    """What a named variant is for; else cuda where a GPU is there and a graph for it can run, else cpu."""
+    if variant is not None:
+        info = bundle.manifest.variants.get(variant)
+        return "cuda" if info and info.provider in ON_GPU else "cpu"
+    if runnable(bundle, "cuda"):
         with suppress(DeviceError):
             _every_gpu("auto")
             return "cuda"
     return "cpu"
 
 
-def _too_far(variant: Variant, tolerance: float) -> str | None:
-    """Why a graph is not as close to the fp32 reference as asked; a bundle without heads has its embeddings alone."""
-    scores = variant.parity.get("max_abs_score")
-    found = max((v for key, v in variant.parity.items() if key.startswith("max_abs")), default=0.0)
-    worst = found if scores is None else scores
-    if worst <= tolerance:
+def _too_far(variant: Variant, tolerance: float | None) -> str | None:
+    """Why a graph is not as close to the fp32 reference as asked; a GPU's is measured when it is opened."""
+    if variant.provider in ON_GPU:
         return None
-    return f"its scores differ by up to {worst:.0e} from the fp32 reference, allowed is {tolerance:.0e}"
+    parity = variant.parity
+    if not parity:
+        return "how far it is from the fp32 reference is not known"
+    if variant.precision == "int8" and tolerance is None:
+        return "int8 is taken only where --tolerance or --variant asks for it"
+    worst, what, limit = parity.get("max_abs_score"), "scores", TOLERANCE
+    if worst is None:
+        worst = max(v for key, v in parity.items() if key.startswith("max_abs_embedding"))
+        what, limit = "embeddings", EMBEDDING_TOLERANCE
+    limit = limit if tolerance is None else tolerance
+    if worst <= limit:
+        return None
+    return f"its {what} differ by up to {worst:.3g} from the fp32 reference, allowed is {limit:.3g}"
 
 
 def _every_gpu(device: str) -> tuple[str, ...]:

@@ -47,6 +47,10 @@ class OnnxRuntimeTensorRTSession:
         """
         require_provider()
         options = options or EngineOptions()
+        if options != EngineOptions(options.folder, batch_tokens=options.batch_tokens):
+            raise DeviceError(
+                "--via onnxruntime builds engines its own way; of their options only --engine-cache counts"
+            )
         self.variant, self.n_parallel, self.n_overflowed = variant, 1, 0
         self.budget = budget_for(bundle, options.batch_tokens)
         self._pad_id = bundle.manifest.tokenizer.pad

@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from queue import SimpleQueue
-from typing import Any
+import threading
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import DeviceError
-from jql_engine.sessions import streams_of
 
 # From 512 to 4,096 the speed is the same within 2 %; see benchmarks/README.md.
 BATCH_TOKENS = 1024
@@ -54,25 +52,23 @@ class OpenVinoSession:
         self.variant, self.n_overflowed = variant, 0
         self.budget = Budget(BATCH_TOKENS, info.layout)
         self._pad_id = bundle.manifest.tokenizer.pad
-        self.n_parallel, n_threads = streams_of(threads)
+        # Two streams were 7 % faster on two cores; once, in about a hundred sessions, one gave wrong scores (2026.4).
+        self.n_parallel = 1
+        n_threads = threads or len(os.sched_getaffinity(0))
         settings = {
             "INFERENCE_PRECISION_HINT": HINTS[info.precision] if "BF16" in _capabilities() else "f32",
-            "NUM_STREAMS": self.n_parallel,
+            "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": n_threads,
             # Each worker of several would pin its threads to the same first cores.
             "ENABLE_CPU_PINNING": n_threads == len(os.sched_getaffinity(0)),
         }
         self._compiled = openvino.Core().compile_model(str(bundle.graph(variant)), "CPU", settings)
-        self._requests: SimpleQueue[Any] = SimpleQueue()  # one for each stream; a request holds its tensors
-        for _ in range(self.n_parallel):
-            self._requests.put(self._compiled.create_infer_request())
+        self._request = self._compiled.create_infer_request()
+        self._running = threading.Lock()  # a request holds its tensors
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; see Session."""
         ids, _ = batch.rectangle(self._pad_id)
-        request = self._requests.get()
-        try:
-            found = request.infer({"input_ids": ids})  # copies: the tensors are the request's
-            return BatchOutput(found["scores"], found["embedding"])
-        finally:
-            self._requests.put(request)
+        with self._running:
+            found = self._request.infer({"input_ids": ids})
+            return BatchOutput(found["scores"].copy(), found["embedding"].copy())

@@ -118,13 +118,12 @@ class PackedSession:
     def _compute(self, batch: Batch) -> BatchOutput:
         if len(batch.rows) == 1:
             return self._compute_alone(batch)
-        parts = halves(batch)
         if batch.n_tokens <= self.budget.tokens and self._executor.capacity.holds(batch):
             try:
                 return self._executor.run(batch)
             except OutOfMemoryError:
-                self._lower_budget(max(part.n_tokens for part in parts))
-        outputs = [self._compute(part) for part in parts]
+                self._lower_budget(max(part.n_tokens for part in halves(batch)))
+        outputs = [self._compute(part) for part in halves(batch)]
         scores = np.concatenate([output.scores for output in outputs])
         return BatchOutput(scores, np.concatenate([output.embeddings for output in outputs]))
 

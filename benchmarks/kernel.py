@@ -1,0 +1,82 @@
+"""The graph alone: batches that lie on the device beforehand, and nothing of a session around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from benchmarks.profile import feeds_of
+from jql_engine.data import Batch
+from jql_engine.sessions import packed
+from jql_engine.sessions.packed import Capacity, halves
+
+
+class Resident:
+    """A graph with every batch on the device beforehand: what is timed is the graph, and the copy of its scores."""
+
+    def __init__(
+        self,
+        session: Any,
+        batches: list[Batch],
+        device: str,
+        number: int = 0,
+        options: Any = None,
+        synchronize: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the inputs to the device, cpu or cuda; `synchronize` waits for what `options` leave under way."""
+        self._session, self._options, self._synchronize = session, options, synchronize
+        self._rows = [batch.rows for batch in batches]
+        self._inputs: list[Any] = []  # on the CPU a value is a view of its array, and lives as long as the value
+        self._bindings = [self._bound(feeds_of(batch), device, number) for batch in batches]
+
+    def _bound(self, feeds: dict[str, Any], device: str, number: int) -> Any:
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            self._inputs.append(ort.OrtValue.ortvalue_from_numpy(array, device, number))
+            binding.bind_ortvalue_input(name, self._inputs[-1])
+        for name in ("scores", "embedding"):
+            binding.bind_output(name, device, number)
+        return binding
+
+    def run(self, n_batches: int) -> np.ndarray | None:
+        """Compute the first batches; scores [N, H] in the order of the documents where they are all."""
+        for binding in self._bindings[:n_batches]:
+            self._session.run_with_iobinding(binding, self._options)
+        self._synchronize()
+        if n_batches < len(self._bindings):
+            return None
+        scores = np.concatenate([binding.get_outputs()[0].numpy() for binding in self._bindings])
+        return scores[np.argsort(np.concatenate(self._rows))]
+
+
+def divided(batch: Batch, capacity: Capacity) -> Iterator[Batch]:
+    """A batch as PackedSession divides it."""
+    if len(batch.rows) == 1 or capacity.holds(batch):
+        yield batch
+        return
+    for part in halves(batch):
+        yield from divided(part, capacity)
+
+
+def spread(batches: list[Batch], n: int) -> list[Batch]:
+    """At most `n` of the batches at even distances: they are sorted by length."""
+    index = np.unique(np.linspace(0, len(batches) - 1, min(n, len(batches))).round().astype(int))
+    return [batches[i] for i in index]
+
+
+@contextmanager
+def capped(budget: int) -> Iterator[None]:
+    """Packed sessions opened within take batches of `budget` tokens, memory permitting; 0: their own choice.
+
+    The engine caps what memory would allow by what was measured best, and this is the measurement.
+    """
+    before = packed.MAX_BATCH_TOKENS
+    packed.MAX_BATCH_TOKENS = budget or before
+    try:
+        yield
+    finally:
+        packed.MAX_BATCH_TOKENS = before

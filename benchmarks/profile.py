@@ -1,0 +1,160 @@
+"""Where the time of a graph goes, op by op, on which provider each node ran, and which attention kernel was chosen.
+
+Method. A process of its own loads the graph with ONNX Runtime's profiler on, runs some batches twice and keeps the
+second time. On a GPU the profiler's clock stops when a kernel is queued, not when it ends, so that process runs with
+CUDA_LAUNCH_BLOCKING=1, which waits for each; that costs microseconds a node, and batches are large. Its environment
+also has ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO=1: every call of an attention op then prints, for example,
+
+    Operator=PackedMultiHeadAttention Node=attention_0 DataType=fp16 SdpaKernel=FLASH_ATTENTION
+
+(microsoft/onnxruntime, contrib_ops/cuda/bert/attention_kernel_options.cc, AttentionKernelDebugInfo::Print).
+
+    python -m benchmarks.profile --bundle BUNDLE --variant NAME --device cuda:0 --batches FILE.npz --out FOLDER
+
+is that process; benchmarks.gpu starts it through `profile`. The last line of its stdout is the profiler's file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from jql_engine.bundle import Bundle
+from jql_engine.data import Batch
+from jql_engine.sessions.packed import fields_of, pack, used_bytes
+
+ROOT = Path(__file__).parent.parent
+KERNEL = re.compile(r"Operator=(?P<operator>\S+)(?: Node=(?P<node>.*?))? DataType=\S+ SdpaKernel=(?P<kernel>[A-Z_]+)")
+ENVIRONMENT = {"CUDA_LAUNCH_BLOCKING": "1", "ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What one graph did."""
+
+    ops: dict[str, dict[str, float]]  # op type: seconds, share of the time, nodes; the longest first
+    nodes: dict[str, int]  # nodes on each provider
+    attention: dict[str, int]  # attention kernel: nodes that it was chosen for; printed on GPUs alone
+
+    @property
+    def seconds(self) -> float:
+        """Of all ops."""
+        return sum(op["seconds"] for op in self.ops.values())
+
+
+def profile(bundle: Path, variant: str, device: str, batches: list[Batch]) -> Profile:
+    """Profile `batches` in another process; RuntimeError with what it wrote where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "batches.npz")
+        write_batches(file, batches)
+        command = [sys.executable, "-m", "benchmarks.profile", "--bundle", str(bundle.resolve()), "--variant", variant]
+        command += ["--device", device, "--batches", str(file), "--out", folder]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace"
+        )
+        if done.returncode:
+            raise RuntimeError(f"benchmarks.profile ended with {done.returncode}: {done.stderr[-2000:]}")
+        events = json.loads(Path(done.stdout.splitlines()[-1]).read_text(encoding="utf-8"))
+    return Profile(*aggregate(events, len(batches)), attention_kernels(done.stdout.splitlines()))
+
+
+def aggregate(events: Iterable[Mapping[str, Any]], n_runs: int) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """Time of each op type over the last `n_runs` runs of a profile, and the number of nodes on each provider."""
+    nodes: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            nodes[event["name"]].append(event)
+    ops: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0, "share": 0.0, "nodes": 0})
+    providers: Counter[str] = Counter()
+    for calls in nodes.values():
+        last = sorted(calls, key=lambda event: event["ts"])[-n_runs:]
+        op = ops[last[0]["args"]["op_name"]]
+        op["seconds"] += sum(event["dur"] for event in last) / 1e6
+        op["nodes"] += 1
+        providers[last[0]["args"]["provider"]] += 1
+    total = sum(op["seconds"] for op in ops.values())
+    for op in ops.values():
+        op["share"] = round(op["seconds"] / total, 4)
+        op["seconds"] = round(op["seconds"], 6)
+    return dict(sorted(ops.items(), key=lambda item: -item[1]["seconds"])), dict(providers)
+
+
+def attention_kernels(lines: Iterable[str]) -> dict[str, int]:
+    """How many nodes each attention kernel was chosen for; a node that changes its kernel counts for both."""
+    chosen = {(m["kernel"], m["operator"], m["node"]) for line in lines if (m := KERNEL.search(line))}
+    return dict(Counter(kernel for kernel, _, _ in chosen))
+
+
+def feeds_of(batch: Batch) -> dict[str, Any]:
+    """The inputs of a graph for a batch: packed, or of one exact length."""
+    if batch.row_length is None:
+        return pack(batch, np.empty(used_bytes(fields_of(batch)), np.uint8))
+    assert batch.n_padding == 0, "padded batches have no graph here"
+    return {"input_ids": batch.rectangle(0)[0]}
+
+
+def write_batches(file: Path, batches: list[Batch]) -> None:
+    """Batches for another process."""
+    arrays = {}
+    for i, batch in enumerate(batches):
+        arrays |= {f"ids{i}": batch.ids, f"offsets{i}": batch.offsets, f"length{i}": np.array(batch.row_length or 0)}
+    np.savez(file, **arrays)
+
+
+def read_batches(file: Path) -> list[Batch]:
+    """What `write_batches` wrote; rows number the documents of each batch."""
+    arrays, batches = np.load(file), []
+    for i in range(len(arrays.files) // 3):
+        offsets, length = arrays[f"offsets{i}"], int(arrays[f"length{i}"])
+        batches.append(Batch(np.arange(len(offsets) - 1), arrays[f"ids{i}"], offsets, length or None))
+    return batches
+
+
+def main(
+    bundle: Annotated[Path, typer.Option()],
+    variant: Annotated[str, typer.Option()],
+    device: Annotated[str, typer.Option(help="cpu or cuda:N")],
+    batches: Annotated[Path, typer.Option(help="What write_batches wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder of the profiler's file.")],
+) -> None:
+    """Run the batches twice with the profiler on."""
+    import onnxruntime as ort
+
+    from jql_engine.sessions.cuda import check_active
+
+    number = int(device.partition(":")[2] or 0)
+    opened = Bundle.open(bundle)
+    options = ort.SessionOptions()
+    options.enable_profiling = True
+    options.enable_mem_pattern = False  # as in jql_engine.sessions.cuda
+    options.profile_file_prefix = str(out / "profile")
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device != "cpu":
+        ort.preload_dlls()
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        settings = {"device_id": str(number), "use_tf32": "0"}
+        providers = [("CUDAExecutionProvider", settings)]
+    session = ort.InferenceSession(str(opened.graph(variant)), options, providers=providers)
+    if device != "cpu":
+        check_active(session.get_providers(), number)
+    feeds = [feeds_of(batch) for batch in read_batches(batches)]
+    for _ in range(2):  # the first time memory is taken and kernels are chosen
+        for feed in feeds:
+            session.run(None, feed)
+    print(session.end_profiling())
+
+
+if __name__ == "__main__":
+    typer.run(main)
