@@ -39,8 +39,9 @@ class Engine:
 
         `device`: auto, cpu, cuda or cuda:N; `variant`: a graph of the bundle by name, by default the fastest whose
         scores were found within `tolerance` of the fp32 reference (0.02); `threads`: CPU threads, by default every
-        core this process may use; `engines`, `via`: see SessionOptions, for TensorRT. Raises BundleError, DeviceError,
-        ParityError where a GPU computes something else than the reference, TokenizerError.
+        core this process may use (of up to four, ONNX Runtime lets each compute a document of its own); `engines`,
+        `via`: see SessionOptions, for TensorRT. Raises BundleError, DeviceError, TokenizerError, and ParityError
+        where a GPU computes something else than the reference.
         """
         self.bundle = Bundle.open(bundle)
         choice = choose(self.bundle, device, variant, tolerance)

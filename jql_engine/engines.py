@@ -34,6 +34,7 @@ from jql_engine.tensorrt import RTX, TENSORRT, Built, Library, Target, build, lo
 # Larger batches keep the GPU busier and need more memory; to be measured on each GPU.
 BATCH_TOKENS = 16384
 LOCK_SECONDS = 0.5
+REPORT_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def engine_for(
 
     def make() -> Built:
         known = timings.read_bytes() if timings.is_file() else b""
-        built = _interruptible(lambda: build(library, bundle.graph(variant), budget, target, known, report))
+        built = _interruptible(lambda: build(library, bundle.graph(variant), budget, target, known, report), report)
         if built.timings is not None:
             write_aside(timings, built.timings)
         return built
@@ -120,7 +121,7 @@ def engine_for(
     return library, budget, provide(folder, key, make if options.build else None, report)
 
 
-def _interruptible(make: Callable[[], Built]) -> Built:
+def _interruptible(make: Callable[[], Built], report: Callable[[str], None] = lambda _: None) -> Built:
     """What `make` returns or raises, computed in a thread: a signal reaches the caller while a library is at work."""
     ended: queue.SimpleQueue[Built | BaseException] = queue.SimpleQueue()
 
@@ -131,7 +132,12 @@ def _interruptible(make: Callable[[], Built]) -> Built:
             ended.put(error)
 
     threading.Thread(target=work, name="build", daemon=True).start()
-    found = ended.get()
+    began, found = time.monotonic(), None
+    while found is None:
+        try:
+            found = ended.get(timeout=REPORT_SECONDS)
+        except queue.Empty:
+            report(f"still building, {time.monotonic() - began:.0f} s so far")
     if isinstance(found, BaseException):
         raise found
     return found

@@ -82,7 +82,7 @@ def estimate(job: Job, bundle: Bundle, machine: Machine, price_per_hour: float |
     """Predict the work of `job`; computes a sample and writes nothing."""
     choice = machine.choose(bundle)
     devices = machine.devices(choice)
-    session = open_certified(bundle, choice, devices[0], machine.shared(devices))
+    session = open_certified(bundle, choice, devices[0], machine.shared(devices), Meter(0).say)
     return estimate_work(job, bundle, session, len(devices), price_per_hour)
 
 

@@ -242,6 +242,13 @@ def test_a_signal_reaches_the_program_while_a_library_builds():
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_long_build_says_that_it_goes_on(monkeypatch):
+    monkeypatch.setattr(engines, "REPORT_SECONDS", 0.05)
+    said = []
+    assert engines._interruptible(lambda: time.sleep(0.3) or "built", said.append) == "built"
+    assert said and all(line.startswith("still building, ") for line in said)
+
+
 def test_an_error_of_a_build_is_the_callers():
     with pytest.raises(ZeroDivisionError):
         engines._interruptible(lambda: 1 / 0)

@@ -165,9 +165,7 @@ def test_an_engine_for_all_gpus_of_a_compute_capability_builds(library, demo):
 
 
 def test_engines_for_later_hardware_need_tensorrt_itself(library, demo):
-    with pytest.raises(
-        DeviceError, match=r"builds for one compute capability.*leave out --engine-hardware ampere-plus"
-    ):
+    with pytest.raises(DeviceError, match=r"builds for one compute capability.*leave out --engine-hardware"):
         built(library, demo.graph(VARIANT), TINY, hardware="ampere-plus")
 
 

@@ -41,11 +41,20 @@ def cache_folder() -> Path:
 def _export(encoder: str, heads: Mapping[str, str | Path] | None, embed_only: bool, out: Path) -> None:
     options = [f"--head={name}={file}" for name, file in (heads or {}).items()]
     options += ["--no-heads"] if embed_only else []
+    options += [f"--variant={name}" for name in _variants()]
     command = [sys.executable, "-c", EXPORT, "--encoder", encoder, "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing"]
         raise BundleError(f"jql-export of {encoder} failed with exit code {done.returncode}; it said: {said[-1]}")
+
+
+def _variants() -> tuple[str, ...]:
+    """For the CPU, and for the GPU where this ONNX Runtime is built for one."""
+    import onnxruntime
+
+    on_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return ("cpu-fp32", "cuda-fp16", "cuda-fp32") if on_gpu else ("cpu-fp32",)
 
 
 def _key(encoder: str, heads: Mapping[str, str | Path] | None, embed_only: bool) -> str:
@@ -54,5 +63,12 @@ def _key(encoder: str, heads: Mapping[str, str | Path] | None, embed_only: bool)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     checkpoints = {name: sha256_of(Path(file)) for name, file in (heads or {}).items()}
-    parts = [str(folder.resolve()) if files else encoder, source, checkpoints, embed_only, version("jql-engine")]
+    parts = [
+        str(folder.resolve()) if files else encoder,
+        source,
+        checkpoints,
+        embed_only,
+        version("jql-engine"),
+        _variants(),
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
