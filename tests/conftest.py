@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from jql_engine.bundle import Bundle
 from jql_engine.engine import Engine
+from jql_engine.errors import DeviceError
+from jql_engine.sessions import _every_gpu
 from jql_export import probes
 from jql_export.checkpoint import read_encoder
 from jql_export.dialects import VARIANTS
@@ -23,6 +26,16 @@ warnings.filterwarnings("ignore", module="lightning")
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 MAX_TOKENS = 96
 FAMILIES = ("gte", "bert", "xlm-roberta")
+
+
+def _has_gpu() -> bool:
+    with suppress(DeviceError):
+        return bool(_every_gpu("cuda"))
+    return False
+
+
+HAS_GPU = _has_gpu()
+without_gpu = pytest.mark.skipif(HAS_GPU, reason="this machine has an NVIDIA GPU")
 # Variants that ONNX Runtime's CPU provider can run.
 ON_CPU = [name for name, kind in VARIANTS.items() if kind.provider in ("cpu", "any")]
 POOLING = {"gte": "cls", "bert": "mean", "xlm-roberta": "cls"}

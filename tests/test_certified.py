@@ -13,7 +13,7 @@ from jql_engine.errors import BundleError, DeviceError, ParityError
 from jql_engine.parity import open_certified, read_probes, run_all, write_probes
 from jql_engine.sessions import Choice, SessionOptions, choose, cuda, open_variant, runnable
 from jql_export.tolerances import TOLERANCES
-from tests.conftest import FAMILIES, export
+from tests.conftest import FAMILIES, export, without_gpu
 from tests.test_cuda import ReferenceExecutor
 
 FP16, FP32 = "cuda-fp16", "cuda-fp32"
@@ -101,7 +101,7 @@ def test_a_bundle_without_heads_is_certified_by_its_embeddings(encoders, tmp_pat
     np.testing.assert_allclose(run_all(session, tokens, session.budget)[0], expected.embeddings, atol=1e-5)
 
 
-@pytest.mark.skipif(cuda.PROVIDER in cuda.ort.get_available_providers(), reason="this machine has a GPU")
+@without_gpu
 class TestWithoutGpu:
     def test_auto_takes_the_cpu(self, gpu_bundles):
         assert choose(gpu_bundles["gte"], "auto") == Choice(("cpu",), "cpu-fp32")

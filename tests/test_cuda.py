@@ -27,14 +27,14 @@ from jql_export.graph import write_graph
 from jql_export.heads import read_head, stack
 from jql_export.reference import Reference
 from tests import contrib
-from tests.conftest import POOLING
+from tests.conftest import HAS_GPU, POOLING
 from tests.test_packed import TOLERANCES
 
 OVERFLOW = 100  # times these weights the MLP's product ends on both sides of 65,504, by document
 LARGE = Capacity.of(10_000, 10_000)
 batches = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(lambda lengths: batch_of(lengths))
 on_gpu = pytest.mark.skipif(
-    cuda.PROVIDER not in ort.get_available_providers(), reason="ONNX Runtime has no CUDA provider here"
+    not HAS_GPU or cuda.PROVIDER not in ort.get_available_providers(), reason="no GPU, or none for ONNX Runtime"
 )
 
 

@@ -20,6 +20,7 @@ from jql_engine.integrations import datatrove
 from jql_engine.integrations.datatrove import JQLAnnotator, stats_adapter
 from jql_export import probes
 from jql_export.tolerances import TOLERANCES
+from tests.conftest import without_gpu
 from tests.test_run import score
 
 TEXTS = [*probes.SENTENCES, "", *probes.ODDITIES[20:60], " ".join(probes.SENTENCES)]
@@ -60,6 +61,7 @@ def test_no_documents_are_no_documents(bundle):
     assert list(JQLAnnotator(bundle=bundle.path, device_overwrite="cpu").run(None)) == []
 
 
+@without_gpu
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "0"])
 def test_a_gpu_that_is_not_there_is_an_error(bundle, device):
     with pytest.raises(DeviceError, match=r"cuda.* was requested"):

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,7 +10,7 @@ from jql_export import probes
 from jql_export.heads import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
-from tests.conftest import FAMILIES, POOLING
+from tests.conftest import FAMILIES, POOLING, without_gpu
 from tests.test_dataset import not_utf8
 
 TEXTS = [*probes.SENTENCES, *probes.ODDITIES]
@@ -80,7 +78,7 @@ def test_what_is_no_text_is_named(engine, texts, message):
         engine.score(texts)
 
 
-@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has an NVIDIA GPU")
+@without_gpu
 @pytest.mark.parametrize("variant", [None, "cpu-fp32", "cuda-fp16"])
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "cuda:0,cuda:2"])
 def test_a_gpu_is_refused_at_once(bundle, device, variant):

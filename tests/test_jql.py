@@ -19,7 +19,7 @@ from jql_engine.integrations.checkpoints import read_tensors
 from jql_engine.integrations.jql import HEAD_TENSORS, RegressionHead, get_embedder_instance
 from jql_export import probes
 from jql_export.tolerances import TOLERANCES
-from tests.conftest import write_head
+from tests.conftest import without_gpu, write_head
 
 TEXTS = [*probes.SENTENCES[:6], ""]
 
@@ -64,6 +64,7 @@ def test_without_torch_there_are_numpy_arrays(bundle, engine, head_files, monkey
     assert RegressionHead.load_from_checkpoint(head_files["prose"]).to(np.float16)(embeddings).dtype == np.float32
 
 
+@without_gpu
 def test_a_device_that_is_not_there_is_an_error(bundle):
     with pytest.raises(DeviceError, match="cuda:0 was requested"):
         get_embedder_instance("any", torch.device("cuda:0"), bundle=bundle.path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jql_engine import parity
-from jql_engine.bundle import PROBES
+from jql_engine.bundle import MANIFEST, PROBES, describe_files
 from jql_engine.data import Budget
 from jql_engine.engine import Engine
 from jql_engine.engines import EngineOptions
@@ -285,3 +286,17 @@ def test_calibration_that_does_not_fit_gives_no_bundle(encoders, tmp_path):
             Checkpoint(encoders["gte"], "gte", None), None, tmp_path / "out", "cls", 96, [INT8], calibration=["a"]
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_session_that_computes_something_else_is_refused_when_it_is_opened(bundle, tmp_path):
+    copy = shutil.copytree(bundle.path, tmp_path / "copy")
+    tokens, expected = parity.read_probes(bundle)
+    changed = expected.scores.copy()
+    changed[3] += 0.01
+    parity.write_probes(copy / PROBES, tokens, replace(expected, scores=changed))
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["files"] = describe_files(copy)
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    assert Engine(copy, variant="cpu-fp32")
+    with pytest.raises(ParityError, match=f"variant {FP32} is out of tolerance: score differs by 1.00e-02"):
+        Engine(copy, variant=FP32)
