@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from onnx import TensorProto
 
 from jql_engine.data import Layout
 from jql_export.checkpoint import EncoderSpec, LayerWeights
-from jql_export.graph import Dialect, GraphInput, GraphWriter
+from jql_export.graph import GraphInput, GraphWriter
 from jql_export.tensors import Array, Norm
 
 MICROSOFT = "com.microsoft"
@@ -70,12 +69,7 @@ class CpuDialect:
 
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
         """See Dialect."""
-        return _expand(g, name, layer, x, self._gelu)
-
-    def _gelu(self, g: GraphWriter, x: str, name: str, bias: Array | None) -> str:
-        if bias is None:
-            return g.op("Gelu", x, domain=MICROSOFT)
-        return g.op("BiasGelu", x, g.parameter(f"{name}.bias", bias), domain=MICROSOFT)
+        return _expand(g, name, layer, x, fused_gelu)
 
     def first(self, g: GraphWriter, x: str) -> str:
         """See Dialect."""
@@ -181,45 +175,17 @@ class StandardDialect:
         return g.op("Div", total, g.op("ReduceSum", mask, g.ints(1), keepdims=0))
 
 
-@dataclass(frozen=True, slots=True)
-class VariantKind:
-    """What a --variant name stands for."""
-
-    dialect: Callable[[], Dialect]
-    precision: str
-    provider: str  # the session it is written for; "any" runs with ONNX Runtime on the CPU too
-    graph: str  # variants that differ in what a runtime makes of it share a graph
-
-    @property
-    def layout(self) -> Layout:
-        """How it takes a batch."""
-        return self.dialect().layout
-
-
-def _packed(dtype: type[np.float32] | type[np.float16]) -> Dialect:
-    from jql_export.packed import CudaDialect  # it builds on this module
-
-    return CudaDialect(dtype)
-
-
-VARIANTS = {
-    "cpu-fp32": VariantKind(CpuDialect, "fp32", "cpu", "cpu-fp32.onnx"),
-    "openvino-fp32": VariantKind(lambda: StandardDialect("exact"), "fp32", "openvino", "openvino.onnx"),
-    "openvino-bf16": VariantKind(lambda: StandardDialect("exact"), "bf16", "openvino", "openvino.onnx"),
-    "openvino-int8": VariantKind(lambda: StandardDialect("exact"), "int8", "openvino", "openvino-int8.xml"),
-    "standard-fp32": VariantKind(lambda: StandardDialect("padded"), "fp32", "any", "standard-fp32.onnx"),
-    "tensorrt-fp16": VariantKind(
-        lambda: StandardDialect("padded", np.float16), "fp16", "tensorrt", "tensorrt-fp16.onnx"
-    ),
-    "cuda-fp16": VariantKind(lambda: _packed(np.float16), "fp16", "cuda", "cuda-fp16.onnx"),
-    "cuda-fp32": VariantKind(lambda: _packed(np.float32), "fp32", "cuda", "cuda-fp32.onnx"),
-}
-
-
 def layer_norm(g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
     """ONNX's LayerNormalization in the encoder's type."""
     scale, shift = g.parameter(f"{name}.weight", norm.weight), g.parameter(f"{name}.bias", norm.bias)
     return g.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=eps)
+
+
+def fused_gelu(g: GraphWriter, x: str, name: str, bias: Array | None) -> str:
+    """ONNX Runtime's gelu(x + bias)."""
+    if bias is None:
+        return g.op("Gelu", x, domain=MICROSOFT)
+    return g.op("BiasGelu", x, g.parameter(f"{name}.bias", bias), domain=MICROSOFT)
 
 
 def skip_layer_norm(

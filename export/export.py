@@ -33,7 +33,6 @@ from jql_engine.parity import certify, write_probes
 from jql_engine.sessions import ON_GPU, open_variant
 from jql_engine.tokens import Tokenizer
 from jql_export import probes
-from jql_export.dialects import VARIANTS
 from jql_export.foreign import VARIANT as FOREIGN
 from jql_export.foreign import explained
 from jql_export.graph import Pooling
@@ -44,6 +43,7 @@ from jql_export.reference import Reference
 from jql_export.settings import KNOWN_POOLING, max_tokens_of, pooling_of
 from jql_export.tokenizer import prove_fast, write_tokenizer
 from jql_export.tolerances import TOLERANCES
+from jql_export.variants import VARIANTS
 
 
 def export_bundle(

@@ -12,12 +12,12 @@ from jql_engine.data import TokenBatch
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.sessions.openvino import obstacle
 from jql_export.checkpoint import FAMILIES, EncoderSpec, EncoderWeights, read_config, read_encoder
-from jql_export.dialects import VARIANTS
 from jql_export.foreign import VARIANT as FOREIGN
 from jql_export.foreign import ForeignEncoder, Shape, read_foreign, read_shape, write_foreign
 from jql_export.graph import Pooling, write_graph
 from jql_export.heads import StackedHeads
 from jql_export.quantize import check_installed, quantize_int8
+from jql_export.variants import VARIANTS
 
 Report = Callable[[str], None]
 

@@ -22,7 +22,7 @@ from onnx import TensorProto
 
 from jql_engine.data import Layout
 from jql_export.checkpoint import EncoderSpec, LayerWeights
-from jql_export.dialects import MICROSOFT, layer_norm, rope_caches, skip_layer_norm
+from jql_export.dialects import MICROSOFT, fused_gelu, layer_norm, rope_caches, skip_layer_norm
 from jql_export.graph import GraphInput, GraphWriter
 from jql_export.tensors import Array, Linear, Norm
 
@@ -100,12 +100,12 @@ class CudaDialect:
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
         """See Dialect; up and gate are one product."""
         if layer.gate is None:
-            return _gelu(g, f"{name}.up", g.project(x, f"{name}.up", layer.up), layer.up.bias)
+            return fused_gelu(g, g.project(x, f"{name}.up", layer.up), f"{name}.up", layer.up.bias)
         merged, name = _stacked(layer.up, layer.gate), f"{name}.up_gate"
         width = len(layer.up.weight)
         if width not in SPLIT_GELU_WIDTHS:
             up, gate = g.ops("Split", g.project_and_add(x, name, merged), outputs=("", ""), axis=1, num_outputs=2)
-            return g.op("Mul", _gelu(g, name, gate, None), up)
+            return g.op("Mul", fused_gelu(g, gate, name, None), up)
         bias = np.zeros(2 * width, np.float32) if merged.bias is None else merged.bias
         both = g.op("Unsqueeze", g.project(x, name, merged), g.ints(0))
         y = g.op("BiasSplitGelu", both, g.parameter(f"{name}.bias", bias), domain=MICROSOFT)
@@ -140,12 +140,6 @@ def _rotate(g: GraphWriter, x: str, spec: EncoderSpec) -> str:
 
 def _first_rows(g: GraphWriter, x: str) -> str:
     return g.op("Gather", x, "cls_index")
-
-
-def _gelu(g: GraphWriter, name: str, x: str, bias: Array | None) -> str:
-    if bias is None:
-        return g.op("Gelu", x, domain=MICROSOFT)
-    return g.op("BiasGelu", x, g.parameter(f"{name}.bias", bias), domain=MICROSOFT)
 
 
 def _stacked(*linears: Linear) -> Linear:

@@ -328,8 +328,8 @@ def _score_schema(job: Job, bundle: Bundle) -> pa.Schema:
 
 
 def _settings(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> dict[str, Any]:
-    compute = COMPUTE.get(bundle.manifest.variants[variant].provider, ("onnxruntime", "onnxruntime-gpu"))
     """What decides about the scores; written into every output."""
+    compute = COMPUTE.get(bundle.manifest.variants[variant].provider, ("onnxruntime", "onnxruntime-gpu"))
     return {
         "bundle": bundle.hash,
         "encoder": bundle.encoder_hash,

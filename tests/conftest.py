@@ -17,9 +17,9 @@ from jql_engine.errors import DeviceError
 from jql_engine.sessions import _every_gpu
 from jql_export import probes
 from jql_export.checkpoint import read_encoder
-from jql_export.dialects import VARIANTS
 from jql_export.export import Checkpoint, export_bundle
 from jql_export.heads import read_head
+from jql_export.variants import VARIANTS
 
 warnings.filterwarnings("ignore", module="lightning")
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from jql_engine.bundle import Bundle, Manifest, Variant, describe_files
 from jql_export.checkpoint import read_encoder
-from jql_export.dialects import VARIANTS
 from jql_export.export import Checkpoint, export_bundle
 from jql_export.graph import write_graph
 from jql_export.heads import StackedHeads, read_head
+from jql_export.variants import VARIANTS
 from tests.conftest import write_encoder
 
 VARIANT = "tensorrt-fp16"

@@ -22,10 +22,10 @@ from jql_engine.sessions.packed import Capacity, OutOfMemoryError, PackedSession
 from jql_engine.tokens import Tokenizer
 from jql_export import probes
 from jql_export.checkpoint import read_encoder
-from jql_export.dialects import VARIANTS
 from jql_export.graph import write_graph
 from jql_export.heads import read_head, stack
 from jql_export.reference import Reference
+from jql_export.variants import VARIANTS
 from tests import contrib
 from tests.conftest import HAS_GPU, POOLING
 from tests.test_packed import TOLERANCES

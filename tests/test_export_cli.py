@@ -83,7 +83,7 @@ def test_an_option_for_a_variant_that_is_not_asked_for_is_misuse(call, option, v
 
 
 def test_the_help_names_every_variant(call):
-    from jql_export.dialects import VARIANTS
+    from jql_export.variants import VARIANTS
 
     text = " ".join(subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout.split())
     assert all(name in text.replace("- ", "-") for name in VARIANTS)

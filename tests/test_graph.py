@@ -20,11 +20,12 @@ from jql_engine.sessions.cpu import CpuSession
 from jql_engine.tokens import Tokenizer
 from jql_export import probes
 from jql_export.checkpoint import read_encoder
-from jql_export.dialects import MICROSOFT, VARIANTS
+from jql_export.dialects import MICROSOFT
 from jql_export.graph import EXTERNAL_BYTES, PAGE, write_graph
 from jql_export.heads import read_head, stack
 from jql_export.reference import Reference
 from jql_export.tolerances import LONG_TOKENS, TOLERANCES
+from jql_export.variants import VARIANTS
 from tests.conftest import FAMILIES, ON_CPU, POOLING, write_encoder
 
 FP32 = TOLERANCES["fp32"]

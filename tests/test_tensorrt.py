@@ -15,9 +15,9 @@ from jql_engine.errors import BundleError, DeviceError
 from jql_engine.profiles import BUCKETS, Interface, Profile, budget_for, profiles_of
 from jql_engine.tensorrt import Library, Target, build, deserialize, load_library
 from jql_export.checkpoint import read_encoder
-from jql_export.dialects import VARIANTS
 from jql_export.graph import write_graph
 from jql_export.heads import StackedHeads, read_head, stack
+from jql_export.variants import VARIANTS
 from tests.conftest import FAMILIES
 from tests.tensorrt_models import VARIANT, export_demo, write_snowflake
 

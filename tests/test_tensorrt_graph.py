@@ -23,12 +23,12 @@ from jql_engine.sessions.cpu import CpuSession
 from jql_engine.tokens import Tokenizer
 from jql_export import probes
 from jql_export.checkpoint import read_encoder
-from jql_export.dialects import VARIANTS
 from jql_export.graph import write_graph
 from jql_export.heads import read_head, stack
 from jql_export.reference import Reference
 from jql_export.tensors import Linear
 from jql_export.tolerances import LONG_TOKENS, TOLERANCES
+from jql_export.variants import VARIANTS
 from tests.conftest import FAMILIES, write_encoder
 from tests.tensorrt_models import DEMO, VARIANT, export_demo
 

@@ -20,7 +20,8 @@ from jql_engine.tensorrt import load_library
 DEVICE = re.compile(r"auto|cpu|cuda|cuda:\d+(,cuda:\d+)*")
 # Text of one chunk, the unit of commit: what a GPU scores in some seconds, two cores in about a minute.
 CHUNK_BYTES = {"cpu": 512 << 10, "cuda": 32 << 20}
-# Providers and precisions that a kind of device runs, the fastest first; measured in benchmarks/README.md.
+# Providers and precisions that a kind of device runs, the fastest first (benchmarks/README.md); in fp32 OpenVINO and
+# ONNX Runtime are about equal.
 SPEED = {
     "cpu": (
         ("openvino", "int8"),
@@ -68,7 +69,8 @@ class SessionOptions:
 
 DEFAULTS = SessionOptions()
 
-# On two cores, a document on each is 7 % faster than both on one; but the longest documents need about 600 MB each.
+# On two cores ONNX Runtime is 6 % faster with a document on each than with both on one; but so many documents of the
+# greatest length are in memory at once.
 MAX_STREAMS = 4
 
 
