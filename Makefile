@@ -9,7 +9,7 @@ bin = $(VENV)/bin
 demo: $(VENV)/.installed
 	$(bin)/python examples/demo.py
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev build/recorder/.installed
 	$(bin)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.installed-dev
@@ -21,6 +21,13 @@ check: $(VENV)/.installed-dev
 # ENCODER, BUNDLE, CORPUS and NAME: see benchmarks/throughput.py
 bench: $(VENV)/.installed-dev
 	$(bin)/python -m benchmarks.throughput --encoder $(ENCODER) --bundle $(BUNDLE) --corpus $(CORPUS) --name $(NAME)
+
+# ONNX Runtime for CUDA, beside the one for the CPU and apart from it, and the headers of the CUDA that it is built
+# for: tests/recorder runs it without a GPU.
+build/recorder/.installed: $(VENV)/.installed-dev
+	$(bin)/python -m pip install --quiet --upgrade --no-deps --target build/recorder/site \
+		'onnxruntime-gpu>=1.31' 'nvidia-cuda-runtime~=13.0' 'nvidia-cuda-crt~=13.0'
+	touch $@
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -199,8 +199,10 @@ def _pool(g: GraphWriter, tokens: str, pooling: Pooling) -> str:
 
 def _norm(g: GraphWriter, pooled: str, opset: int) -> str:
     if opset < 18:  # from there on the axes are an input
-        return g.op("ReduceL2", pooled, axes=[1], keepdims=1)
-    return g.op("ReduceL2", pooled, g.ints(1), keepdims=1)
+        squares = g.op("ReduceSumSquare", pooled, axes=[1], keepdims=1)
+    else:
+        squares = g.op("ReduceSumSquare", pooled, g.ints(1), keepdims=1)
+    return g.op("Sqrt", squares)
 
 
 def _type(kind: int) -> str:

@@ -141,7 +141,9 @@ def write_graph(file: Path, weights: EncoderWeights, heads: StackedHeads, poolin
     pooled = dialect.first(g, x) if pooling == "cls" else dialect.mean(g, weights.spec, x)
     if dialect.dtype != np.float32:
         pooled = g.op("Cast", pooled, to=TensorProto.FLOAT)
-    add_outputs(g, pooled, g.op("ReduceL2", pooled, g.ints(1), keepdims=1), heads)
+    # Not ReduceL2: on CUDA it would be the only operator that needs cuDNN.
+    squares = g.op("ReduceSumSquare", pooled, g.ints(1), keepdims=1)
+    add_outputs(g, pooled, g.op("Sqrt", squares), heads)
     _save(file, g, dialect, heads)
 
 

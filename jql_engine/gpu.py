@@ -38,6 +38,7 @@ class Gpu:
         self._stream = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self._host: list[int] = []
         self._device: list[int] = []
+        self._events: list[Any] = []
 
     @property
     def stream(self) -> int:
@@ -70,19 +71,35 @@ class Gpu:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", buffer.host.ctypes.data, buffer.device, n_bytes, kind, self._stream)
 
+    def event(self) -> Any:
+        """A mark to put into the stream; who waits for it sleeps, for the cores have other work."""
+        flags = self._cuda.cudaEventBlockingSync | self._cuda.cudaEventDisableTiming
+        self._events.append(self._call("cudaEventCreateWithFlags", flags))
+        return self._events[-1]
+
+    def record(self, event: Any) -> None:
+        """Put the mark behind what was queued."""
+        self._call("cudaEventRecord", event, self._stream)
+
+    def wait(self, event: Any) -> None:
+        """Wait until the GPU comes to the mark."""
+        self._call("cudaEventSynchronize", event)
+
     def synchronize(self) -> None:
         """Wait for all that was queued."""
         self._call("cudaStreamSynchronize", self._stream)
 
     def close(self) -> None:
-        """Free the stream and all memory; nothing that uses them may run afterwards."""
+        """Free the stream, its events and all memory; nothing that uses them may run afterwards."""
         self.activate()
         for address in self._device:
             self._call("cudaFree", address)
         for address in self._host:
             self._call("cudaFreeHost", address)
+        for event in self._events:
+            self._call("cudaEventDestroy", event)
         self._call("cudaStreamDestroy", self._stream)
-        self._device, self._host = [], []
+        self._device, self._host, self._events = [], [], []
 
     def _call(self, function: str, *arguments: Any) -> Any:
         """Call a function of the CUDA runtime; what it returns beside its status, or DeviceError."""
@@ -101,5 +118,5 @@ def _runtime() -> Any:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise DeviceError(
-            f"a GPU needs cuda-python, which cannot be imported ({error}); pip install 'cuda-python>=12.9'"
+            f"a GPU needs cuda-python, which cannot be imported ({error}); pip install 'cuda-python>=13'"
         ) from error

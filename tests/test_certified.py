@@ -32,7 +32,7 @@ def evaluated(monkeypatch):
     class Executor(ReferenceExecutor):
         budget = 2_000
 
-        def __init__(self, bundle, variant, device):
+        def __init__(self, bundle, variant, device, budget=None):
             super().__init__(bundle.graph(variant))
 
     monkeypatch.setattr(cuda, "CudaExecutor", Executor)

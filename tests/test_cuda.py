@@ -14,7 +14,6 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
 from jql_engine.batching import plan
-from jql_engine.bundle import Bundle, Variant
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.sessions import cuda, packed
@@ -22,12 +21,11 @@ from jql_engine.sessions.packed import Capacity, OutOfMemoryError, PackedSession
 from jql_engine.tokens import Tokenizer
 from jql_export import probes
 from jql_export.checkpoint import read_encoder
-from jql_export.graph import write_graph
 from jql_export.heads import read_head, stack
 from jql_export.reference import Reference
-from jql_export.variants import VARIANTS
 from tests import contrib
-from tests.conftest import HAS_GPU, POOLING
+from tests.conftest import HAS_GPU
+from tests.graphs import write_bundle
 from tests.test_packed import TOLERANCES
 
 OVERFLOW = 100  # times these weights the MLP's product ends on both sides of 65,504, by document
@@ -127,23 +125,12 @@ def heads(head_files):
     return [read_head(name, file) for name, file in head_files.items()]
 
 
-def write_bundle(folder, checkpoint, bundle, heads, names=("cuda-fp16", "cuda-fp32")):
-    """What export would write of packed graphs."""
-    weights, kinds = read_encoder(checkpoint), {name: VARIANTS[name] for name in names}
-    variants = {
-        name: Variant(f"graphs/{k.graph}", k.layout, k.precision, k.provider, {}, {}) for name, k in kinds.items()
-    }
-    written = Bundle(folder, replace(bundle.manifest, variants=variants), "")
-    (folder / "graphs").mkdir(parents=True)
-    for name, kind in kinds.items():
-        write_graph(written.graph(name), weights, stack(heads), POOLING[weights.spec.architecture], kind.dialect())
-    return written
-
-
 @pytest.fixture(scope="module")
 def gte(encoders, bundle, heads, tmp_path_factory):
     """Packed graphs of the GTE encoder, probe documents, and what the oracle expects of them."""
-    written = write_bundle(tmp_path_factory.mktemp("packed") / "gte", encoders["gte"], bundle, heads)
+    written = write_bundle(
+        tmp_path_factory.mktemp("packed") / "gte", read_encoder(encoders["gte"]), stack(heads), "cls", bundle.manifest
+    )
     tokens = probes.token_batch(Tokenizer(bundle.path / "tokenizer.json", bundle.manifest.tokenizer, 64))
     return written, tokens, Reference(encoders["gte"], heads, "cls").run(tokens)
 
@@ -156,7 +143,7 @@ def overflowing(encoders, bundle, heads, tmp_path_factory):
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["encoder.layer.0.mlp.up_gate_proj.weight"] *= OVERFLOW
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    written = write_bundle(root / "bundle", checkpoint, bundle, heads)
+    written = write_bundle(root / "bundle", read_encoder(checkpoint), stack(heads), "cls", bundle.manifest)
     tokens = probes.token_batch(Tokenizer(bundle.path / "tokenizer.json", bundle.manifest.tokenizer, 64))
     return written, tokens, Reference(checkpoint, heads, "cls").run(tokens)
 

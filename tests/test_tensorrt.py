@@ -19,7 +19,8 @@ from jql_export.graph import write_graph
 from jql_export.heads import StackedHeads, read_head, stack
 from jql_export.variants import VARIANTS
 from tests.conftest import FAMILIES
-from tests.tensorrt_models import VARIANT, export_demo, write_snowflake
+from tests.graphs import write_snowflake
+from tests.tensorrt_models import VARIANT, export_demo
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="tensorrt-rtx-cu13-bindings is not installed")
 TINY = Budget(1024, "padded", (32, 64, 96))
@@ -37,7 +38,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def snowflake(tmp_path_factory, demo):
-    return write_snowflake(tmp_path_factory.mktemp("snowflake"), demo.manifest)
+    return write_snowflake(tmp_path_factory.mktemp("snowflake"), demo.manifest, [VARIANT])
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def test_norms_mean_and_heads_are_fp32_and_the_products_of_the_encoder_fp16(writ
     types = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.output]}
     found = Counter((node.op_type, types[node.output[0]]) for node in graph.node)
     wide = {op for op, elem_type in found if elem_type == TensorProto.FLOAT}
-    assert {"LayerNormalization", "Gemm", "ReduceL2", "Div"} <= wide
+    assert {"LayerNormalization", "Gemm", "ReduceSumSquare", "Div"} <= wide
     assert (pooling == "mean") == ("ReduceSum" in wide)
     narrow = {op for op, elem_type in found if elem_type == TensorProto.FLOAT16}
     assert {"MatMul", "Attention", "Gelu"} <= narrow and not narrow & {"LayerNormalization", "Gemm", "ReduceSum"}

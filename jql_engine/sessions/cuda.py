@@ -6,15 +6,16 @@ queued on the stream, while the GPU still computes the other. Everything runs on
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import EPFail, Fail, RuntimeException
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput
@@ -37,20 +38,24 @@ from jql_engine.sessions.packed import (
 PROVIDER = "CUDAExecutionProvider"
 ITEM_BYTES = {"fp16": 2, "fp32": 4}
 N_SLOTS = 2
+FATAL = 4  # of ONNX Runtime's log: a shortage is met, and any other error raised
 # How ONNX Runtime's allocators, CUDA and cuBLAS say it; their exceptions have no type of their own for it.
 SHORTAGES = ("Failed to allocate memory", "is smaller than requested bytes", "out of memory", "ALLOC_FAILED")
 
 
-def open_cuda(bundle: Bundle, variant: str, device: int = 0) -> PackedSession:
-    """Load a packed graph on GPU number `device`.
+def open_cuda(bundle: Bundle, variant: str, device: int = 0, budget: int | None = None) -> PackedSession:
+    """Load a packed graph on GPU number `device`; `budget`, tokens of a batch, follows from free memory if None.
 
-    Raises DeviceError: the CUDA provider is not active, or a node would run on the CPU; BundleError: the graph computes
-    in fp16, and the bundle has none in fp32 for documents that overflow.
+    Raises DeviceError: the CUDA provider is not active, a node would run on the CPU, or the longest document does not
+    fit into memory; BundleError: the graph computes in fp16, and the bundle has none in fp32 for documents that overflow.
     """
     twin = fp32_twin(bundle, variant)
-    executor = CudaExecutor(bundle, variant, device)
-    open_fp32 = None if twin is None else lambda: open_cuda(bundle, twin, device)
-    return PackedSession(variant, executor, executor.budget, open_fp32)
+    max_tokens = bundle.manifest.max_tokens
+    executor = CudaExecutor(bundle, variant, device, budget)
+    open_fp32 = None if twin is None else lambda: open_cuda(bundle, twin, device, max_tokens)
+    session = PackedSession(variant, executor, executor.budget, open_fp32)
+    session.reserve(max_tokens)
+    return session
 
 
 def fp32_twin(bundle: Bundle, variant: str) -> str | None:
@@ -74,29 +79,49 @@ class _Slot:
     inputs: Buffer
     outputs: Buffer
     binding: Any
+    computed: Any  # event: the outputs are on the host
+
+
+class _Loaded:
+    """A graph on its GPU, and the slots that are free."""
+
+    def __init__(self, gpu: Gpu, session: Any) -> None:
+        self.gpu, self.session = gpu, session
+        self.slots: SimpleQueue[_Slot] = SimpleQueue()
+
+    def add_slot(self, n_inputs: int, n_outputs: int) -> None:
+        """Allocate another slot for so many bytes."""
+        inputs, outputs = self.gpu.buffer(n_inputs), self.gpu.buffer(n_outputs)
+        self.slots.put(_Slot(inputs, outputs, self.session.io_binding(), self.gpu.event()))
+
+    def close(self) -> None:
+        """Give all memory back, the graph's before the stream that it uses."""
+        self.slots = SimpleQueue()
+        self.session = None
+        self.gpu.close()
 
 
 class CudaExecutor:
     """Owns a loaded graph, its stream, and buffers that are allocated once; see Executor."""
 
-    def __init__(self, bundle: Bundle, variant: str, device: int) -> None:
-        """Load the graph; `budget`, the tokens of a batch, follows from the memory that is left."""
+    def __init__(self, bundle: Bundle, variant: str, device: int, budget: int | None = None) -> None:
+        """Load the graph; `budget`, the tokens of a batch, follows from the memory that is left if it is None."""
         check_built(ort.get_available_providers(), device)
         info, encoder = bundle.manifest.variants[variant], bundle.manifest.encoder
         self._gpu = Gpu(device)
-        self._session = load(bundle.graph(variant), device, self._gpu.stream)
+        self._loaded = _Loaded(self._gpu, load(bundle.graph(variant), device, self._gpu.stream))
+        weakref.finalize(self, self._loaded.close).atexit = False  # at exit the driver does it
         self._n_heads, self._hidden_size = len(bundle.heads), encoder.hidden_size
-        self.budget = token_budget(free_bytes(device), encoder.hidden_size, ITEM_BYTES[info.precision])
+        self.budget = budget or token_budget(free_bytes(device), encoder.hidden_size, ITEM_BYTES[info.precision])
         self.capacity = Capacity.of(self.budget, bundle.manifest.max_tokens)
         self._options = ort.RunOptions()
         # The caller waits outside of the queue, so that the next batch is queued meanwhile.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._options.log_severity_level = FATAL
         self._queue = threading.Lock()
-        self._slots: SimpleQueue[_Slot] = SimpleQueue()
         n_outputs = used_bytes(output_fields(self.capacity.documents, self._n_heads, self._hidden_size))
         for _ in range(N_SLOTS):
-            inputs, outputs = self._gpu.buffer(self.capacity.input_bytes), self._gpu.buffer(n_outputs)
-            self._slots.put(_Slot(inputs, outputs, self._session.io_binding()))
+            self._loaded.add_slot(self.capacity.input_bytes, n_outputs)
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; see Executor."""
@@ -104,17 +129,16 @@ class CudaExecutor:
         self._gpu.activate()
         inputs = fields_of(batch)
         outputs = output_fields(len(batch.rows), self._n_heads, self._hidden_size)
-        slot = self._slots.get()
+        slot = self._loaded.slots.get()
         try:
             pack(batch, slot.inputs.host)
             with self._queue:
                 self._enqueue(slot, inputs, outputs)
-            # Waits for what is queued by now: work that another thread queues later is not among it.
-            self._gpu.synchronize()
+            self._gpu.wait(slot.computed)
             arrays = carve(slot.outputs.host, outputs)
             return BatchOutput(arrays["scores"].copy(), arrays["embedding"].copy())
         finally:
-            self._slots.put(slot)
+            self._loaded.slots.put(slot)
 
     def _enqueue(self, slot: _Slot, inputs: tuple[Field, ...], outputs: tuple[Field, ...]) -> None:
         """Queue the copy to the GPU, the graph, and the copy back."""
@@ -128,21 +152,23 @@ class CudaExecutor:
                 slot.binding.bind_output(field.name, *where)
         self._execute(slot)
         self._gpu.download(slot.outputs, used_bytes(outputs))
+        self._gpu.record(slot.computed)
 
     def _execute(self, slot: _Slot) -> None:
         try:
-            self._session.run_with_iobinding(slot.binding, self._options)
-        except (EPFail, Fail, RuntimeException) as error:
+            self._loaded.session.run_with_iobinding(slot.binding, self._options)
+        except Exception as error:  # RuntimeError from a binding, and ONNX Runtime's own exceptions have no other base
             self._gpu.synchronize()  # the slot is written anew, and its copy may be under way
-            if is_shortage(str(error)):
-                raise OutOfMemoryError(str(error)) from error
-            raise DeviceError(f"device cuda:{self._gpu.number}: {error}") from error
+            message = " ".join(str(error).split())
+            if is_shortage(message):
+                raise OutOfMemoryError(message) from error
+            raise DeviceError(f"device cuda:{self._gpu.number}: {message}") from error
 
 
 def load(file: Path, device: int, stream: int) -> Any:
     """The graph as a session on `stream` of GPU number `device`, and nowhere else; raises DeviceError otherwise."""
     ort.disable_telemetry_events()  # the text of other people passes through here: nothing is reported to anyone
-    ort.preload_dlls()  # CUDA's libraries, where they were installed as Python packages
+    ort.preload_dlls(cudnn=False)  # CUDA's libraries, where they were installed as Python packages
     options = ort.SessionOptions()
     # Every batch has another shape: memory patterns are never met again.
     options.enable_mem_pattern = False
@@ -156,9 +182,21 @@ def load(file: Path, device: int, stream: int) -> Any:
     try:
         session = ort.InferenceSession(str(file), options, providers=[(PROVIDER, settings)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no other base
-        raise DeviceError(f"device cuda:{device}: {file.name} cannot be loaded on the GPU alone: {error}") from error
+        why = missing_library() or f"{file.name} cannot be loaded on the GPU alone: {error}"
+        raise DeviceError(f"device cuda:{device}: {why}") from error
     check_active(session.get_providers(), device)
     return session
+
+
+def missing_library() -> str | None:
+    """Why the CUDA provider itself cannot be loaded, if it cannot: ONNX Runtime says it to its log alone."""
+    folder = Path(ort.__file__).parent / "capi"
+    try:
+        for name in ("shared", "cuda"):  # in this order: the provider takes symbols from the first
+            ctypes.CDLL(str(folder / f"libonnxruntime_providers_{name}.so"), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return f"ONNX Runtime's CUDA provider cannot be loaded: {error}; pip install 'jql-engine[gpu]' brings CUDA"
+    return None
 
 
 def check_built(available: list[str], device: int) -> None:
@@ -175,7 +213,7 @@ def check_active(providers: list[str], device: int) -> None:
     if providers[:1] != [PROVIDER]:
         raise DeviceError(
             f"device cuda:{device}: ONNX Runtime activated {', '.join(providers)}, expected {PROVIDER} first; a "
-            "library of CUDA or cuDNN is missing or does not fit: see onnxruntime.print_debug_info()"
+            "library of CUDA is missing or does not fit: see onnxruntime.print_debug_info()"
         )
 
 

@@ -23,7 +23,7 @@ ALIGNMENT = 256  # of an array on the device: what cudaMalloc gives
 # of T * 6,144 values ends.
 MAX_BATCH_TOKENS = 65_536
 # Values that a token needs at once, in multiples of the hidden size: up and gate 8, their product 4, query, key, value,
-# context and residual 5; and as much again for what the allocator rounds up and keeps apart.
+# context and residual 5, which is what ONNX Runtime takes; and as much again, since other models split up and gate.
 LIVE_WIDTHS = 34
 MEMORY_SHARE = 0.6  # the rest is for the fp32 session, and for what else lives on the device
 TOKENS_PER_DOCUMENT = 16  # batches of shorter documents are divided, so that buffers for documents stay small
@@ -105,6 +105,17 @@ class PackedSession:
         self._executor, self._open_fp32 = executor, open_fp32
         self._fp32: Session | None = None
         self._lock = threading.Lock()
+
+    def reserve(self, max_tokens: int) -> None:
+        """Compute the largest batch, so that its memory is taken once; the budget shrinks to what fits.
+
+        ONNX Runtime keeps every block that it ever took: where batches grow little by little, each new largest one
+        takes its blocks anew. Raises DeviceError where a document of `max_tokens` does not fit.
+        """
+        n_docs, rest = divmod(max(self.budget.tokens, max_tokens), max_tokens)
+        lengths = [max_tokens] * n_docs + [rest] * bool(rest)
+        offsets = np.cumsum([0, *lengths], dtype=np.int32)
+        self._compute(Batch(np.arange(len(lengths)), np.zeros(offsets[-1], np.int32), offsets, None))
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; raises DeviceError where a document alone is too large for the device."""

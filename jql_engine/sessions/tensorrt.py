@@ -42,7 +42,7 @@ class TensorRTSession:
         be built or not be written, or is not of this bundle.
         """
         gpu = Gpu(device)
-        weakref.finalize(self, gpu.close)
+        weakref.finalize(self, gpu.close).atexit = False  # at exit the driver does it
         library, self.budget, file = engine_for(
             bundle, variant, gpu.compute_capability, gpu.name, options or EngineOptions(), report
         )

@@ -1,0 +1,52 @@
+"""Bundles with the graphs alone, without a run of PyTorch that would certify them; and Snowflake's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from jql_engine.bundle import MANIFEST, Bundle, Manifest, Variant, describe_files
+from jql_export.checkpoint import EncoderWeights, read_encoder
+from jql_export.graph import Pooling, write_graph
+from jql_export.heads import StackedHeads
+from jql_export.variants import VARIANTS
+from tests.conftest import write_encoder
+
+SNOWFLAKE = {
+    "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 8192,
+    "initializer_range": 0.02,
+}  # fmt: skip
+
+
+def write_bundle(
+    folder: Path,
+    weights: EncoderWeights,
+    heads: StackedHeads,
+    pooling: Pooling,
+    manifest: Manifest,
+    variants: Sequence[str] = ("cuda-fp16", "cuda-fp32"),
+) -> Bundle:
+    """What export would write of some variants; the rest of `manifest` is as it was."""
+    (folder / "graphs").mkdir(parents=True)
+    kinds = {name: VARIANTS[name] for name in variants}
+    for kind in kinds.values():
+        write_graph(folder / "graphs" / kind.graph, weights, heads, pooling, kind.dialect())
+    described = {
+        name: Variant(f"graphs/{k.graph}", k.layout, k.precision, k.provider, {}, {}) for name, k in kinds.items()
+    }
+    encoder = replace(manifest.encoder, hidden_size=weights.spec.hidden_size, layers=len(weights.layers))
+    written = replace(manifest, encoder=encoder, pooling=pooling, variants=described, files=describe_files(folder))
+    (folder / MANIFEST).write_text(written.to_json())
+    return Bundle.open(folder)
+
+
+def write_snowflake(folder: Path, manifest: Manifest, variants: Sequence[str], n_layers: int = 2) -> Bundle:
+    """A bundle whose graphs have the shape of snowflake-arctic-embed-m-v2.0, with fewer layers and words."""
+    weights = read_encoder(write_encoder(folder / "encoder", "gte", num_hidden_layers=n_layers, **SNOWFLAKE))
+    rng = np.random.default_rng(0)
+    hidden, output = rng.normal(0, 0.1, (1000, 768)), rng.normal(0, 0.1, (1000, 2))
+    heads = StackedHeads(*(x.astype(np.float32) for x in (hidden, np.zeros(1000), output, np.zeros(2))))
+    return write_bundle(folder / "bundle", weights, heads, "cls", replace(manifest, max_tokens=8192), variants)

@@ -1,0 +1,141 @@
+"""What a process does in a recorder's environment; each returns what JSON can say.
+
+    python -m tests.recorder.scenarios NAME '{"argument": ...}'
+
+prints it as its last line.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jql_engine.bundle import Bundle
+from jql_engine.data import Batch, TokenBatch
+from jql_engine.errors import EngineError
+from jql_engine.execution import execute
+from jql_engine.sessions.cuda import open_cuda
+from jql_engine.sessions.packed import carve, fields_of, pack, used_bytes
+from tests.recorder import Record
+
+
+def batch_of(lengths: list[int], seed: int = 0) -> Batch:
+    """Documents of random ids."""
+    offsets = np.cumsum([0, *lengths], dtype=np.int32)
+    ids = np.random.default_rng(seed).integers(5, 100, offsets[-1], dtype=np.int32)
+    return Batch(np.arange(len(lengths)), ids, offsets, None)
+
+
+def launches(bundle: str, variant: str, lengths: list[int]) -> dict[str, Any]:
+    """The record of opening a session, and of the second batch of the same lengths."""
+    record = Record()
+    session = open_cuda(Bundle.open(bundle), variant)
+    opening = record.take()
+    for _ in range(2):
+        record.take()
+        output = session.run(batch_of(lengths))
+    return {"opening": opening, "batch": record.take(), "shapes": [output.scores.shape, output.embeddings.shape]}
+
+
+def memory(bundle: str, n_batches: int) -> dict[str, Any]:
+    """Bytes on the GPU once a session is open, and after each of many batches close to its budget."""
+    record, rng = Record(), np.random.default_rng(0)
+    session = open_cuda(Bundle.open(bundle), "cuda-fp16")
+    before, used = record.used(), []
+    for _ in range(n_batches):
+        longest = min(int(rng.lognormal(6, 1)) + 5, 8192)
+        n_docs = session.budget.tokens // longest
+        session.run(batch_of(rng.integers(longest - longest // 20, longest + 1, n_docs).tolist()))
+        used.append(record.used())
+    return {"budget": session.budget.tokens, "before": before, "used": used}
+
+
+def shortage(bundle: str, budget: int, lengths: list[int]) -> dict[str, Any]:
+    """What a session of too large a budget does, and whether its output is that of all documents."""
+    record = Record()
+    try:
+        session = open_cuda(Bundle.open(bundle), "cuda-fp16", budget=budget)
+    except EngineError as error:
+        return {"error": str(error)}
+    after_opening = session.budget.tokens
+    refused = sum(line.startswith("refused") for line in record.take())
+    output = session.run(batch_of(lengths))
+    return {
+        "refused": refused,
+        "budget": after_opening,
+        "later": [sum(line.startswith("refused") for line in record.take()), session.budget.tokens],
+        "documents": len(output.scores),
+    }
+
+
+def overflow(bundle: str, lengths: list[int]) -> int:
+    """How many documents were computed again."""
+    session = open_cuda(Bundle.open(bundle), "cuda-fp16")
+    before = session.n_overflowed
+    session.run(batch_of(lengths))
+    return session.n_overflowed - before
+
+
+def uploads(bundle: str, n_docs: int) -> dict[str, int]:
+    """Batches through two threads, and which of their inputs arrived on the GPU as they were packed."""
+    record, lengths = Record(), np.random.default_rng(1).integers(1, 90, n_docs)
+    session = open_cuda(Bundle.open(bundle), "cuda-fp16", budget=512)
+    n_before = len(record.kept())
+    docs = batch_of(lengths.tolist())
+    tokens = TokenBatch(docs.rows, docs.ids, docs.offsets.astype(np.int64), np.zeros(n_docs, np.bool_))
+    batches = [batch for batch, _ in execute(session, tokens)]
+    copies = record.kept()[n_before:]
+    return {"batches": len(batches), "copies": len(copies), "arrived": sum(arrived(b, copies) for b in batches)}
+
+
+def arrived(batch: Batch, copies: list[bytes]) -> bool:
+    """Whether one of the copies is what a batch is packed to."""
+    fields, room = fields_of(batch), np.zeros(1 << 20, np.uint8)
+    packed = pack(batch, room)
+    for content in copies:
+        if len(content) == used_bytes(fields):
+            found = carve(np.frombuffer(content, np.uint8), fields)
+            if all(np.array_equal(found[name], array) for name, array in packed.items()):
+                return True
+    return False
+
+
+def second_gpu(bundle: str) -> list[int]:
+    """Bytes on both GPUs once a session is open on the second."""
+    record = Record()
+    session = open_cuda(Bundle.open(bundle), "cuda-fp16", 1)
+    session.run(batch_of([5, 70]))
+    return [record.used(0), record.used(1)]
+
+
+def closed(bundle: str) -> list[int]:
+    """Bytes on the GPU while a session lives, and when it is gone."""
+    record = Record()
+    session = open_cuda(Bundle.open(bundle), "cuda-fp16")
+    session.run(batch_of([5, 70]))
+    alive = record.used()
+    del session
+    gc.collect()
+    return [alive, record.used()]
+
+
+def opening_error(bundle: str) -> str:
+    """Why a session does not open."""
+    try:
+        open_cuda(Bundle.open(bundle), "cuda-fp16")
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+SCENARIOS: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (launches, memory, shortage, overflow, uploads, second_gpu, closed, opening_error)
+}
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(SCENARIOS[sys.argv[1]](**json.loads(sys.argv[2]))) + "\n")

@@ -1,0 +1,203 @@
+"""The CUDA session on the published ONNX Runtime, without a GPU: see tests/recorder."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from jql_export.checkpoint import read_encoder
+from jql_export.heads import read_head, stack
+from tests.conftest import FAMILIES, export
+from tests.graphs import write_bundle, write_snowflake
+from tests.recorder import INSTALLED, Recorder
+
+pytestmark = pytest.mark.skipif(not INSTALLED, reason="make build/recorder/.installed brings ONNX Runtime for CUDA")
+
+RAGGED = [5, 9, 700, 1, 64]
+FP32, FP16, ACCUMULATE_IN_FP32 = "0", "2", "68"  # as cuBLAS numbers types of values and of sums
+TO_DEVICE, FROM_DEVICE = "1", "2"
+
+
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory):
+    return Recorder.build(tmp_path_factory.mktemp("recorder"))
+
+
+@pytest.fixture
+def run(recorder):
+    def run(scenario, settings=None, **arguments):
+        done = process(
+            recorder.environment(**settings or {}), "tests.recorder.scenarios", scenario, json.dumps(arguments)
+        )
+        assert done.returncode == 0, done.stderr
+        run.printed = done.stdout
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def process(environment, module, *arguments):
+    environment |= {"ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO": "1"}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def snowflake(bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("snowflake")
+    return str(write_snowflake(folder, bundle.manifest, ("cuda-fp16", "cuda-fp32")).path)
+
+
+@pytest.fixture(scope="module")
+def families(encoders, head_files, bundle, tmp_path_factory):
+    heads, root = stack([read_head(name, file) for name, file in head_files.items()]), tmp_path_factory.mktemp("packed")
+    return {
+        (family, pooling): str(
+            write_bundle(
+                root / f"{family}-{pooling}", read_encoder(encoders[family]), heads, pooling, bundle.manifest
+            ).path
+        )
+        for family in FAMILIES
+        for pooling in ("cls", "mean")
+    }
+
+
+def kernels(lines):
+    """Names of the kernels that were launched, without their parameters, in order."""
+    return [
+        re.split(r"[<(]", line.split(" ", 5)[5].removeprefix("void "))[0] for line in lines if line.startswith("kernel")
+    ]
+
+
+def products(lines):
+    """(m, n, k), types and accumulation of the products, in order."""
+    found = [dict(part.split("=") for part in line.split()[1:]) for line in lines if line.startswith("product")]
+    return [((int(p["m"]), int(p["n"]), int(p["k"])), p["a"] + p["b"] + p["c"], p["compute"]) for p in found]
+
+
+def copies(lines):
+    """Kind and size of the copies, in order."""
+    return [tuple(re.findall(r"kind=(\d) bytes=(\d+)", line)[0]) for line in lines if line.startswith("copy")]
+
+
+def attention_kernels(printed):
+    """Type and kernel of every attention that ran."""
+    return set(re.findall(r"Operator=PackedMultiHeadAttention .*DataType=(\w+) SdpaKernel=(\w+)", printed))
+
+
+def test_every_layer_of_snowflakes_shape_takes_flash_attention_and_the_fused_gelu(run, snowflake):
+    found = run("launches", bundle=snowflake, variant="cuda-fp16", lengths=RAGGED)
+    assert attention_kernels(run.printed) == {("fp16", "FLASH_ATTENTION")}
+    launched = Counter(kernels(found["batch"]))
+    assert launched["onnxruntime::flash::flash_fwd_kernel"] == 2
+    assert launched["onnxruntime::contrib::cuda::biasSplitGeluKernel"] == 2
+    assert found["shapes"] == [[5, 2], [5, 768]]
+
+
+def test_fp32_takes_an_attention_that_needs_no_square_of_a_long_document(run, snowflake):
+    run("launches", bundle=snowflake, variant="cuda-fp32", lengths=[8192])
+    assert attention_kernels(run.printed) == {("fp32", "EFFICIENT_ATTENTION")}
+
+
+def test_the_products_are_those_of_the_model_and_the_last_layers_of_first_tokens_alone(run, snowflake):
+    found = run("launches", bundle=snowflake, variant="cuda-fp16", lengths=RAGGED)
+    n, b, fp16, fp32 = sum(RAGGED), len(RAGGED), 3 * FP16, 3 * FP32
+
+    def layer(first_tokens):
+        rows = b if first_tokens else n
+        qkv = [((768, n, 768), fp16)] * 3
+        return [*qkv, ((768, rows, 768), fp16), ((6144, rows, 768), fp16), ((768, rows, 3072), fp16)]
+
+    heads = [((1000, b, 768), fp32), ((2, b, 1000), fp32)]
+    assert [(shape, types) for shape, types, _ in products(found["batch"])] == [*layer(False), *layer(True), *heads]
+    assert {compute for *_, compute in products(found["batch"])} == {ACCUMULATE_IN_FP32}
+    assert not [line for line in found["opening"] + found["batch"] if line == "math mode 3"], "TF32 is for nobody"
+
+
+@pytest.mark.parametrize("variant", ["cuda-fp16", "cuda-fp32"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_two_copies_and_one_wait_and_nothing_else_leaves_the_gpu(run, families, family, pooling, variant):
+    found = run("launches", bundle=families[family, pooling], variant=variant, lengths=[5, 90, 33])
+    lines, precision = found["batch"], variant.removeprefix("cuda-")
+    kernel = {"fp16": "FLASH_ATTENTION", "fp32": "MATH"}[precision]  # of short documents
+    assert attention_kernels(run.printed) == {(precision, kernel)}
+    if kernel == "MATH":  # each operator asks the GPU whether token_offset is sound
+        n_attentions = 2 + (pooling == "mean")
+        assert copies(lines).count((FROM_DEVICE, "4")) == n_attentions
+        lines = [line for line in lines if not re.match(f"copy .*kind={FROM_DEVICE} bytes=4 |synchronize stream", line)]
+    assert [kind for kind, _ in copies(lines) if kind in (TO_DEVICE, FROM_DEVICE)] == [TO_DEVICE, FROM_DEVICE]
+    assert [line.split()[1] for line in lines if line.startswith("synchronize")] == ["event"]
+    assert not [line for line in found["opening"] + lines if line.startswith("unexpected")]
+    assert not [line for line in lines if line.startswith(("malloc", "host malloc"))], "all memory is there already"
+    assert len({re.findall(r"stream=(\w+)", line)[0] for line in lines if "stream=" in line}) == 1
+
+
+def test_the_largest_batch_and_one_token_are_launched(run, snowflake):
+    for lengths in ([1], [8192] * 8, [16] * 4096):
+        found = run("launches", bundle=snowflake, variant="cuda-fp16", lengths=lengths)
+        assert found["shapes"][0] == [len(lengths), 2]
+
+
+def test_memory_is_taken_once(run, snowflake):
+    found = run("memory", bundle=snowflake, n_batches=200)
+    assert found["budget"] == 65_536
+    assert set(found["used"]) == {found["before"]}
+
+
+def test_a_budget_that_does_not_fit_is_lowered_when_the_session_opens(run, snowflake):
+    found = run("shortage", {"mib": 1000}, bundle=snowflake, budget=65_536, lengths=[8192] * 6 + [70] * 200)
+    assert found["refused"] > 0 and 8192 <= found["budget"] <= 32_768
+    assert found["later"] == [0, found["budget"]] and found["documents"] == 206
+
+
+def test_a_document_that_does_not_fit_is_said_when_the_session_opens(run, snowflake):
+    found = run("shortage", {"mib": 200}, bundle=snowflake, budget=65_536, lengths=[1])
+    assert "cuda-fp16: a document of 8192 tokens does not fit" in found["error"]
+    assert "requested buffer of size" in found["error"] and "\n" not in found["error"]
+
+
+def test_what_is_not_finite_is_computed_again_in_fp32(run, snowflake):
+    assert run("overflow", {"fill": 255}, bundle=snowflake, lengths=RAGGED) == 5
+    assert run("overflow", {"fill": 0}, bundle=snowflake, lengths=RAGGED) == 0
+
+
+def test_inputs_stay_as_they_are_until_they_are_copied(run, snowflake):
+    found = run("uploads", {"keep": 1}, bundle=snowflake, n_docs=300)
+    assert found["batches"] > 20 and found["arrived"] == found["batches"] == found["copies"]
+
+
+def test_a_session_keeps_to_its_gpu(run, families):
+    others, own = run("second_gpu", {"gpus": 2}, bundle=families["gte", "cls"])
+    assert others == 0 < own
+
+
+def test_a_session_gives_its_memory_back(run, families):
+    alive, gone = run("closed", bundle=families["gte", "cls"])
+    assert gone == 0 < alive
+
+
+def test_older_gpus_have_no_flash_attention(run, families):
+    run("launches", {"capability": 75}, bundle=families["gte", "cls"], variant="cuda-fp16", lengths=[5, 90])
+    assert attention_kernels(run.printed) == {("fp16", "EFFICIENT_ATTENTION")}
+
+
+def test_a_library_that_is_missing_is_named(run, families, monkeypatch, recorder):
+    environment = recorder.environment() | {"LD_LIBRARY_PATH": ""}
+    arguments = json.dumps({"bundle": families["gte", "cls"]})
+    done = process(environment, "tests.recorder.scenarios", "opening_error", arguments)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert "libcublasLt.so" in said and "jql-engine[gpu]" in said
+
+
+def test_a_gpu_that_computes_nothing_is_refused(recorder, encoders, head_files, tmp_path):
+    bundle = export(encoders["gte"], head_files, tmp_path / "bundle", ("cpu-fp32", "cuda-fp16", "cuda-fp32"))
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n')
+    arguments = (tmp_path / "in.jsonl", "--bundle", bundle.path, "--out", tmp_path / "out", "--device", "cuda")
+    done = process(recorder.environment(), "tests.recorder.jql_run", *arguments)
+    assert done.returncode != 0 and "cuda-fp16 is out of tolerance" in done.stderr
