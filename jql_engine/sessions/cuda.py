@@ -47,7 +47,7 @@ def open_cuda(bundle: Bundle, variant: str, device: int = 0, budget: int | None 
     """Load a packed graph on GPU number `device`; `budget`, tokens of a batch, follows from free memory if None.
 
     Raises DeviceError: the CUDA provider is not active, a node would run on the CPU, or the longest document does not
-    fit into memory; BundleError: the graph computes in fp16, and the bundle has none in fp32 for documents that overflow.
+    fit into memory; BundleError: the graph computes in fp16, and the bundle has none in fp32 for what overflows.
     """
     twin = fp32_twin(bundle, variant)
     max_tokens = bundle.manifest.max_tokens
