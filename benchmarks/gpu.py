@@ -15,8 +15,8 @@ is warmed up on the first documents and then timed on all of them. What is compa
     profile     time by op, nodes by provider, attention kernels: see benchmarks.profile
     ceiling     large matrix products with torch, and a copy on the device, by CUDA events
 
-Packed fp16 graphs run with every token budget; packed fp32 graphs, which are there for what overflows in fp16, and
-TensorRT's, whose buckets are built in, with their own.
+cuda-fp16 (packed) and cuda-bf16 (padded) run with every token budget; cuda-fp32, which is there for what overflows in
+fp16, and TensorRT's graphs, whose buckets are built in, with their own.
 
 MFU is tokens/s times the model's FLOP per token (benchmarks.figures), over the rate of the large fp16 product of the
 same run. A case that fails is a row that says why; the others go on.
@@ -38,16 +38,16 @@ from benchmarks.figures import LOOP, best_rows, compare_finite, flops_per_token,
 from benchmarks.jql import Heads, JqlPipeline, Layout, arrivals, free_memory, largest_that_fits, reason
 from benchmarks.kernel import Resident, capped, divided, spread
 from benchmarks.nvidia import gpu_ceilings
-from benchmarks.profile import profile
+from benchmarks.profile import padding_of, profile
 from benchmarks.reference import SentenceEncoder, TransformersEncoder
 from benchmarks.table import GpuRow, print_ops
 from jql_engine.batching import plan
 from jql_engine.bundle import Bundle
-from jql_engine.data import Budget, ScoreBatch, TokenBatch
+from jql_engine.data import Batch, Budget, ScoreBatch, TokenBatch
 from jql_engine.execution import execute
 from jql_engine.gpu import Gpu
-from jql_engine.sessions import CHUNK_BYTES, Session, cuda, open_variant, packed, runnable
-from jql_engine.sessions.packed import Capacity
+from jql_engine.sessions import CHUNK_BYTES, Session, buffered, cuda, open_variant, runnable
+from jql_engine.sessions.buffered import Capacity
 from jql_engine.tokens import Tokenizer
 from jql_export.checkpoint import is_jina_v3, read_config, read_encoder
 
@@ -211,7 +211,7 @@ def engines(sample: Sample, budgets: list[int], variants: list[str]) -> list[Cas
         if variants and variant not in variants:
             continue
         info = sample.bundle.manifest.variants[variant]
-        sweep = budgets if (info.layout, info.precision) == ("packed", "fp16") else [0]
+        sweep = budgets if info.provider == "cuda" and info.precision != "fp32" else [0]
         for budget in sweep:
             label = variant if not budget else f"{variant} {budget // 1024}k"
             kernel = sample.row("kernel", "jql-engine, the graph alone", label, budget)
@@ -263,21 +263,28 @@ def score_tokens(session: Session, tokens: TokenBatch, n_heads: int) -> np.ndarr
 
 def _kernel(sample: Sample, case: Case, variant: str, budget: int) -> Run:
     info, manifest = sample.bundle.manifest.variants[variant], sample.bundle.manifest
-    if info.layout != "packed":
+    if info.provider != "cuda":
         return _within_session(open_variant(sample.bundle, variant, sample.device, report=print), sample)
     gpu = Gpu(sample.number)
     graph = cuda.load(sample.bundle.graph(variant), sample.number, gpu.stream)
     with capped(budget):
-        fits = packed.token_budget(
+        fits = buffered.token_budget(
             cuda.free_bytes(sample.number), manifest.encoder.hidden_size, cuda.ITEM_BYTES[info.precision]
         )
-    capacity = Capacity.of(fits, manifest.max_tokens)
-    batches = [part for batch in plan(sample.tokens, Budget(fits, "packed")) for part in divided(batch, capacity)]
+    batches = _batches(sample, variant, fits)
     case.rows[0].budget_tokens = fits
     options = ort.RunOptions()
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    resident = Resident(graph, batches, "cuda", sample.number, options, gpu.synchronize)
+    pad_id = padding_of(sample.bundle, variant)
+    resident = Resident(graph, batches, "cuda", sample.number, options, gpu.synchronize, pad_id)
     return lambda tokens: resident.run(2 if len(tokens.rows) < len(sample.texts) else len(batches))
+
+
+def _batches(sample: Sample, variant: str, budget: int) -> list[Batch]:
+    """What a session of `budget` tokens computes of the sample, from the longest documents on."""
+    layout = sample.bundle.manifest.variants[variant].layout
+    capacity = Capacity.of(budget, sample.bundle.manifest.max_tokens, layout)
+    return [part for batch in plan(sample.tokens, Budget(budget, layout)) for part in divided(batch, capacity)]
 
 
 def _within_session(session: Session, sample: Sample) -> Run:
@@ -294,15 +301,13 @@ def _within_session(session: Session, sample: Sample) -> Run:
 
 
 def profiles(sample: Sample, rows: list[GpuRow]) -> list[GpuRow]:
-    """A row for each packed variant, at its best budget."""
+    """A row for each variant of ONNX Runtime's, at its best budget."""
     found = []
     for best in best_rows(rows):
         variant = best.variant.partition(" ")[0]
-        if sample.bundle.manifest.variants[variant].layout != "packed":
+        if sample.bundle.manifest.variants[variant].provider != "cuda":
             continue
-        capacity = Capacity.of(best.budget_tokens, sample.bundle.manifest.max_tokens)
-        planned = plan(sample.tokens, Budget(best.budget_tokens, "packed"))
-        batches = spread([part for batch in planned for part in divided(batch, capacity)], PROFILED)
+        batches = spread(_batches(sample, variant, best.budget_tokens), PROFILED)
         row = GpuRow("profile", "jql-engine, op by op", best.variant, 0, 0, budget_tokens=best.budget_tokens)
         row.documents, row.tokens = sum(len(b.rows) for b in batches), sum(b.n_tokens for b in batches)
         kernel = next(r for r in rows if (r.what, r.variant) == ("kernel", best.variant))

@@ -11,8 +11,8 @@ import onnxruntime as ort
 
 from benchmarks.profile import feeds_of
 from jql_engine.data import Batch
-from jql_engine.sessions import packed
-from jql_engine.sessions.packed import Capacity, halves
+from jql_engine.sessions import buffered
+from jql_engine.sessions.buffered import Capacity, halves
 
 
 class Resident:
@@ -26,12 +26,16 @@ class Resident:
         number: int = 0,
         options: Any = None,
         synchronize: Callable[[], None] = lambda: None,
+        pad_id: int | None = None,
     ) -> None:
-        """Copy the inputs to the device, cpu or cuda; `synchronize` waits for what `options` leave under way."""
+        """Copy the inputs to the device, cpu or cuda; `synchronize` waits for what `options` leave under way.
+
+        `pad_id`: of a padded graph.
+        """
         self._session, self._options, self._synchronize = session, options, synchronize
         self._rows = [batch.rows for batch in batches]
         self._inputs: list[Any] = []  # on the CPU a value is a view of its array, and lives as long as the value
-        self._bindings = [self._bound(feeds_of(batch), device, number) for batch in batches]
+        self._bindings = [self._bound(feeds_of(batch, pad_id), device, number) for batch in batches]
 
     def _bound(self, feeds: dict[str, Any], device: str, number: int) -> Any:
         binding = self._session.io_binding()
@@ -54,7 +58,7 @@ class Resident:
 
 
 def divided(batch: Batch, capacity: Capacity) -> Iterator[Batch]:
-    """A batch as PackedSession divides it."""
+    """A batch as BufferedSession divides it."""
     if len(batch.rows) == 1 or capacity.holds(batch):
         yield batch
         return
@@ -70,13 +74,13 @@ def spread(batches: list[Batch], n: int) -> list[Batch]:
 
 @contextmanager
 def capped(budget: int) -> Iterator[None]:
-    """Packed sessions opened within take batches of `budget` tokens, memory permitting; 0: their own choice.
+    """Sessions of GPUs opened within take batches of `budget` tokens, memory permitting; 0: their own choice.
 
     The engine caps what memory would allow by what was measured best, and this is the measurement.
     """
-    before = packed.MAX_BATCH_TOKENS
-    packed.MAX_BATCH_TOKENS = budget or before
+    before = buffered.MAX_BATCH_TOKENS
+    buffered.MAX_BATCH_TOKENS = budget or before
     try:
         yield
     finally:
-        packed.MAX_BATCH_TOKENS = before
+        buffered.MAX_BATCH_TOKENS = before

@@ -33,7 +33,7 @@ import typer
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch
-from jql_engine.sessions.packed import fields_of, pack, used_bytes
+from jql_engine.sessions.buffered import fields_of, pack, pad, used_bytes
 
 ROOT = Path(__file__).parent.parent
 KERNEL = re.compile(r"Operator=(?P<operator>\S+)(?: Node=(?P<node>.*?))? DataType=\S+ SdpaKernel=(?P<kernel>[A-Z_]+)")
@@ -97,12 +97,20 @@ def attention_kernels(lines: Iterable[str]) -> dict[str, int]:
     return dict(Counter(kernel for kernel, _, _ in chosen))
 
 
-def feeds_of(batch: Batch) -> dict[str, Any]:
-    """The inputs of a graph for a batch: packed, or of one exact length."""
+def feeds_of(batch: Batch, pad_id: int | None = None) -> dict[str, Any]:
+    """The inputs of a graph for a batch: packed, padded with `pad_id`, or of one exact length where that is None."""
+    room = np.empty(used_bytes(fields_of(batch)), np.uint8)
     if batch.row_length is None:
-        return pack(batch, np.empty(used_bytes(fields_of(batch)), np.uint8))
-    assert batch.n_padding == 0, "padded batches have no graph here"
+        return pack(batch, room)
+    if pad_id is not None:
+        return pad(batch, room, pad_id)
+    assert batch.n_padding == 0, "a graph for exact lengths takes no padding"
     return {"input_ids": batch.rectangle(0)[0]}
+
+
+def padding_of(bundle: Bundle, variant: str) -> int | None:
+    """The id that a variant's batches are padded with; None where they are not."""
+    return bundle.manifest.tokenizer.pad if bundle.manifest.variants[variant].layout == "padded" else None
 
 
 def write_batches(file: Path, batches: list[Batch]) -> None:
@@ -142,14 +150,14 @@ def main(
     options.profile_file_prefix = str(out / "profile")
     providers: list[Any] = ["CPUExecutionProvider"]
     if device != "cpu":
-        ort.preload_dlls()
+        ort.preload_dlls(cudnn=False)
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         settings = {"device_id": str(number), "use_tf32": "0"}
         providers = [("CUDAExecutionProvider", settings)]
     session = ort.InferenceSession(str(opened.graph(variant)), options, providers=providers)
     if device != "cpu":
         check_active(session.get_providers(), number)
-    feeds = [feeds_of(batch) for batch in read_batches(batches)]
+    feeds = [feeds_of(batch, padding_of(opened, variant)) for batch in read_batches(batches)]
     for _ in range(2):  # the first time memory is taken and kernels are chosen
         for feed in feeds:
             session.run(None, feed)

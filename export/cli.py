@@ -35,7 +35,7 @@ def export(
         list[str],
         typer.Option(
             help="Graph to write: cpu-fp32 (the default), openvino-fp32, openvino-bf16, openvino-int8, cuda-fp16, "
-            "cuda-fp32, tensorrt-fp16, standard-fp32; repeat.",
+            "cuda-bf16, cuda-fp32, tensorrt-fp16, standard-fp32; repeat.",
             show_default=False,
         ),
     ] = [],  # noqa: B006

@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from jql_engine.data import Layout
 from jql_export.checkpoint import EncoderSpec, LayerWeights
-from jql_export.graph import GraphInput, GraphWriter
+from jql_export.graph import FloatType, GraphInput, GraphWriter
 from jql_export.tensors import Array, Norm
 
 MICROSOFT = "com.microsoft"
@@ -25,7 +25,7 @@ class CpuDialect:
     """
 
     layout: Layout = "exact"
-    dtype: type[np.float32] | type[np.float16] = np.float32
+    dtype: FloatType = np.float32
     inputs: tuple[GraphInput, ...] = (INPUT_IDS,)
     opsets = {"": 20, MICROSOFT: 1}  # noqa: RUF012
     ir_version = 10
@@ -69,7 +69,7 @@ class CpuDialect:
 
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
         """See Dialect."""
-        return _expand(g, name, layer, x, fused_gelu)
+        return expand(g, name, layer, x, fused_gelu)
 
     def first(self, g: GraphWriter, x: str) -> str:
         """See Dialect."""
@@ -92,7 +92,7 @@ class StandardDialect:
     opsets = {"": 23}  # noqa: RUF012
     ir_version = 11
 
-    def __init__(self, layout: Layout, dtype: type[np.float32] | type[np.float16] = np.float32) -> None:
+    def __init__(self, layout: Layout, dtype: FloatType = np.float32) -> None:
         assert layout != "packed", "the standard has no packed attention"
         self.layout: Layout = layout
         self.dtype = dtype
@@ -156,7 +156,7 @@ class StandardDialect:
 
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
         """See Dialect."""
-        return _expand(g, name, layer, x, self._gelu)
+        return expand(g, name, layer, x, self._gelu)
 
     def _gelu(self, g: GraphWriter, x: str, name: str, bias: Array | None) -> str:
         return g.op("Gelu", x if bias is None else g.op("Add", x, g.parameter(f"{name}.bias", bias)))
@@ -209,16 +209,17 @@ def _first_token(g: GraphWriter, x: str) -> str:
     return g.op("Slice", x, g.ints(0), g.ints(1), g.ints(1))
 
 
-def _expand(
+def expand(
     g: GraphWriter,
     name: str,
     layer: LayerWeights,
     x: str,
     gelu: Callable[[GraphWriter, str, str, Array | None], str],
 ) -> str:
-    up = g.project(x, f"{name}.up", layer.up)
+    """gelu(gate) * up, or gelu(up), each of them a product; `gelu` adds the bias that it is given."""
     if layer.gate is None:
-        return gelu(g, up, f"{name}.up", layer.up.bias)
+        return gelu(g, g.project(x, f"{name}.up", layer.up), f"{name}.up", layer.up.bias)
+    up = g.project_and_add(x, f"{name}.up", layer.up)
     gate = g.project(x, f"{name}.gate", layer.gate)
     return g.op("Mul", gelu(g, gate, f"{name}.gate", layer.gate.bias), up)
 
@@ -228,7 +229,12 @@ def _position_rows(g: GraphWriter, spec: EncoderSpec) -> str:
     if not spec.counts_from_pad:
         length = g.op("Gather", g.op("Shape", "input_ids"), g.ints(1))
         return g.op("Slice", "position", g.ints(0), length, g.ints(0))
+    return g.op("Gather", "position", counted_positions(g, spec))
+
+
+def counted_positions(g: GraphWriter, spec: EncoderSpec) -> str:
+    """XLM-R's row of each token [B, L]: 0 for a pad id, else how many other ids the document has up to it."""
     is_pad = g.op("Equal", "input_ids", g.weight("pad", np.array(spec.pad_id, np.int64)))
     counted = g.op("Cast", g.op("Not", is_pad), to=TensorProto.INT64)
     axis = g.weight("one", np.array(1, np.int64))
-    return g.op("Gather", "position", g.op("Mul", g.op("CumSum", counted, axis), counted))
+    return g.op("Mul", g.op("CumSum", counted, axis), counted)

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnx
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -28,6 +29,7 @@ from jql_export.heads import StackedHeads
 from jql_export.tensors import Array, Linear, Norm
 
 Pooling = Literal["cls", "mean"]
+FloatType = type[np.float32] | type[np.float16] | type[bfloat16]
 # Weights from this size on lie outside of the graph, where a runtime can map them into memory.
 EXTERNAL_BYTES = 1024
 PAGE = 4096
@@ -47,7 +49,7 @@ class GraphInput:
 class GraphWriter:
     """Collects nodes and weights. Weight names are stable: `layer.3.key.bias`, `heads.output.weight`, ..."""
 
-    dtype: type[np.float32] | type[np.float16] = np.float32  # of what the encoder computes in
+    dtype: FloatType = np.float32  # of what the encoder computes in
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     weights: dict[str, NDArray[Any]] = field(default_factory=dict)
 
@@ -96,7 +98,7 @@ class Dialect(Protocol):
     """How one family of runtimes wants the graph written; activations are [B, L, D], or [T, D] where it packs."""
 
     layout: Layout
-    dtype: type[np.float32] | type[np.float16]
+    dtype: FloatType
     inputs: tuple[GraphInput, ...]
     opsets: dict[str, int]
     ir_version: int
@@ -222,7 +224,7 @@ def _write_weights(file: Path, weights: dict[str, NDArray[Any]]) -> Sequence[Ten
     with file.open("wb") as stream:
         for name, value in weights.items():
             tensor = TensorProto(name=name, dims=value.shape, data_type=helper.np_dtype_to_tensor_dtype(value.dtype))
-            raw = np.ascontiguousarray(value).data.cast("B") if value.size else b""
+            raw = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data  # not cast: nobody else knows bf16
             if len(raw) < EXTERNAL_BYTES:
                 tensor.raw_data = bytes(raw)
             else:

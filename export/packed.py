@@ -22,8 +22,8 @@ from onnx import TensorProto
 
 from jql_engine.data import Layout
 from jql_export.checkpoint import EncoderSpec, LayerWeights
-from jql_export.dialects import MICROSOFT, fused_gelu, layer_norm, rope_caches, skip_layer_norm
-from jql_export.graph import GraphInput, GraphWriter
+from jql_export.dialects import MICROSOFT, expand, fused_gelu, layer_norm, rope_caches, skip_layer_norm
+from jql_export.graph import FloatType, GraphInput, GraphWriter
 from jql_export.tensors import Array, Linear, Norm
 
 # Widths of each half for which BiasSplitGelu has a kernel.
@@ -49,7 +49,7 @@ class CudaDialect:
     opsets = {"": 20, MICROSOFT: 1}  # noqa: RUF012
     ir_version = 10
 
-    def __init__(self, dtype: type[np.float32] | type[np.float16] = np.float16, merged_qkv: bool = False) -> None:
+    def __init__(self, dtype: FloatType = np.float16, merged_qkv: bool = False) -> None:
         self.dtype = dtype
         self._merged_qkv = merged_qkv
 
@@ -98,14 +98,11 @@ class CudaDialect:
         return skip_layer_norm(g, name, y, bias, residual, norm, eps)
 
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
-        """See Dialect; up and gate are one product."""
-        if layer.gate is None:
-            return fused_gelu(g, g.project(x, f"{name}.up", layer.up), f"{name}.up", layer.up.bias)
-        merged, name = _stacked(layer.up, layer.gate), f"{name}.up_gate"
+        """See Dialect; up and gate are one product where one kernel takes both: a split would only move them."""
         width = len(layer.up.weight)
-        if width not in SPLIT_GELU_WIDTHS:
-            up, gate = g.ops("Split", g.project_and_add(x, name, merged), outputs=("", ""), axis=1, num_outputs=2)
-            return g.op("Mul", fused_gelu(g, gate, name, None), up)
+        if layer.gate is None or width not in SPLIT_GELU_WIDTHS:
+            return expand(g, name, layer, x, fused_gelu)
+        merged, name = _stacked(layer.up, layer.gate), f"{name}.up_gate"
         bias = np.zeros(2 * width, np.float32) if merged.bias is None else merged.bias
         both = g.op("Unsqueeze", g.project(x, name, merged), g.ints(0))
         y = g.op("BiasSplitGelu", both, g.parameter(f"{name}.bias", bias), domain=MICROSOFT)

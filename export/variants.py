@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 from jql_engine.data import Layout
 from jql_export.dialects import CpuDialect, StandardDialect
 from jql_export.graph import Dialect
 from jql_export.packed import CudaDialect
+from jql_export.padded import PaddedCudaDialect
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,5 +40,6 @@ VARIANTS = {
         lambda: StandardDialect("padded", np.float16), "fp16", "tensorrt", "tensorrt-fp16.onnx"
     ),
     "cuda-fp16": VariantKind(lambda: CudaDialect(np.float16), "fp16", "cuda", "cuda-fp16.onnx"),
+    "cuda-bf16": VariantKind(lambda: PaddedCudaDialect(bfloat16), "bf16", "cuda", "cuda-bf16.onnx"),
     "cuda-fp32": VariantKind(lambda: CudaDialect(np.float32), "fp32", "cuda", "cuda-fp32.onnx"),
 }

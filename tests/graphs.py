@@ -15,6 +15,7 @@ from jql_export.heads import StackedHeads
 from jql_export.variants import VARIANTS
 from tests.conftest import write_encoder
 
+CUDA = tuple(name for name, kind in VARIANTS.items() if kind.provider == "cuda")
 SNOWFLAKE = {
     "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 8192,
     "initializer_range": 0.02,
@@ -27,7 +28,7 @@ def write_bundle(
     heads: StackedHeads,
     pooling: Pooling,
     manifest: Manifest,
-    variants: Sequence[str] = ("cuda-fp16", "cuda-fp32"),
+    variants: Sequence[str] = CUDA,
 ) -> Bundle:
     """What export would write of some variants; the rest of `manifest` is as it was."""
     (folder / "graphs").mkdir(parents=True)

@@ -28,8 +28,8 @@ from jql_engine.batching import plan
 from jql_engine.data import Batch, Budget, DocumentBatch, TokenBatch
 from jql_engine.engine import as_texts
 from jql_engine.errors import DeviceError
-from jql_engine.sessions import open_variant, packed
-from jql_engine.sessions.packed import Capacity
+from jql_engine.sessions import buffered, open_variant
+from jql_engine.sessions.buffered import Capacity
 from jql_engine.tokens import Tokenizer
 from jql_export.checkpoint import EncoderSpec
 from jql_export.probes import SENTENCES
@@ -196,12 +196,12 @@ def test_batches_at_even_distances():
 
 
 def test_a_sweep_goes_beyond_the_engines_cap_and_leaves_it_as_it_was():
-    before = packed.MAX_BATCH_TOKENS
+    before = buffered.MAX_BATCH_TOKENS
     with capped(131_072):
-        assert packed.token_budget(80 * GIB, 768, 2) == 131_072
+        assert buffered.token_budget(80 * GIB, 768, 2) == 131_072
     with capped(0):
-        assert packed.token_budget(80 * GIB, 768, 2) == before
-    assert before == packed.MAX_BATCH_TOKENS
+        assert buffered.token_budget(80 * GIB, 768, 2) == before
+    assert before == buffered.MAX_BATCH_TOKENS
 
 
 class Shrinking:
@@ -232,7 +232,7 @@ def test_batches_of_the_graph_alone_hold_the_budget_that_memory_allows(sample_on
     made = []
 
     class Recorded:
-        def __init__(self, session, batches, device, number, options, synchronize):
+        def __init__(self, session, batches, device, number, options, synchronize, pad_id):
             made.append((batches, device, number))
 
     monkeypatch.setattr(gpu, "Resident", Recorded)
@@ -423,7 +423,9 @@ def test_profiles_are_made_at_the_best_budget(sample_on_cpu, monkeypatch):
         return Profile({"MatMul": {"seconds": 2.0, "share": 1.0, "nodes": 1}}, {"CUDAExecutionProvider": 1}, {})
 
     info = sample_on_cpu.bundle.manifest.variants["cpu-fp32"]
-    monkeypatch.setitem(sample_on_cpu.bundle.manifest.variants, "cuda-fp16", replace(info, layout="packed"))
+    monkeypatch.setitem(
+        sample_on_cpu.bundle.manifest.variants, "cuda-fp16", replace(info, layout="packed", provider="cuda")
+    )
     monkeypatch.setattr(gpu, "profile", fake)
     rows = []
     for budget, speed in ((64, 10.0), (128, 20.0)):

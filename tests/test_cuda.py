@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import BundleError, DeviceError
-from jql_engine.sessions import cuda, packed
-from jql_engine.sessions.packed import Capacity, OutOfMemoryError, PackedSession, halves, pack, select, token_budget
+from jql_engine.sessions import buffered, cuda
+from jql_engine.sessions.buffered import BufferedSession, Capacity, OutOfMemoryError, halves, pack, select, token_budget
 from jql_engine.tokens import Tokenizer
 from jql_export import probes
 from jql_export.checkpoint import read_encoder
@@ -25,7 +25,7 @@ from jql_export.heads import read_head, stack
 from jql_export.reference import Reference
 from tests import contrib
 from tests.conftest import HAS_GPU
-from tests.graphs import write_bundle
+from tests.graphs import CUDA, write_bundle
 from tests.test_packed import TOLERANCES
 
 OVERFLOW = 100  # times these weights the MLP's product ends on both sides of 65,504, by document
@@ -59,17 +59,17 @@ def test_inputs_are_laid_out_as_the_graph_documents_them(batch):
         "cls_index": batch.offsets[:-1],
     }
     assert list(inputs) == list(expected)
-    for (name, array), field in zip(inputs.items(), packed.fields_of(batch), strict=True):
+    for (name, array), field in zip(inputs.items(), buffered.fields_of(batch), strict=True):
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
         assert (array.dtype, array.shape) == (field.dtype, field.shape), name
-        assert (array.ctypes.data - buffer.ctypes.data) % packed.ALIGNMENT == 0, name
+        assert (array.ctypes.data - buffer.ctypes.data) % buffered.ALIGNMENT == 0, name
 
 
 @given(batches, st.integers(1, 100), st.integers(1, 100))
 def test_a_buffer_holds_every_batch_that_its_capacity_does(batch, budget, max_tokens):
     capacity = Capacity.of(budget, max_tokens)
     if capacity.holds(batch):
-        assert packed.used_bytes(packed.fields_of(batch)) <= capacity.input_bytes
+        assert buffered.used_bytes(buffered.fields_of(batch)) <= capacity.input_bytes
 
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000))
@@ -95,8 +95,8 @@ def test_some_documents_of_a_batch():
 
 def test_the_budget_follows_from_memory_up_to_its_cap():
     small, half, large = (token_budget(gib << 30, 768, itemsize) for gib, itemsize in ((1, 2), (1, 4), (80, 2)))
-    assert 10_000 < small < packed.MAX_BATCH_TOKENS and abs(small - 2 * half) <= 1
-    assert large == packed.MAX_BATCH_TOKENS
+    assert 10_000 < small < buffered.MAX_BATCH_TOKENS and abs(small - 2 * half) <= 1
+    assert large == buffered.MAX_BATCH_TOKENS
     assert token_budget(0, 768, 2) == 1
 
 
@@ -150,7 +150,7 @@ def overflowing(encoders, bundle, heads, tmp_path_factory):
 
 def compute(session, tokens, budget=300, threads=1):
     """Scores of every document, batches planned under `budget` tokens."""
-    planned = list(plan(tokens, Budget(budget, "packed")))
+    planned = list(plan(tokens, Budget(budget, session.budget.layout)))
     scores = np.full((len(tokens.rows), 2), np.nan, np.float32)
     with ThreadPoolExecutor(threads) as pool:
         for batch, output in zip(planned, pool.map(session.run, planned), strict=True):
@@ -164,7 +164,7 @@ def assert_scores(found, expected, precision="fp32"):
 
 def test_several_threads_get_the_oracles_scores(gte):
     bundle, tokens, expected = gte
-    session = PackedSession("cuda-fp32", ReferenceExecutor(bundle.graph("cuda-fp32")), 300)
+    session = BufferedSession("cuda-fp32", ReferenceExecutor(bundle.graph("cuda-fp32")), 300)
     assert_scores(compute(session, tokens, threads=4), expected.scores)
     assert session.budget == Budget(300, "packed")
 
@@ -172,7 +172,7 @@ def test_several_threads_get_the_oracles_scores(gte):
 def test_out_of_memory_halves_the_budget_and_computes_the_same_batch_in_parts(gte):
     bundle, tokens, expected = gte
     executor = ReferenceExecutor(bundle.graph("cuda-fp32"), room=200)
-    session = PackedSession("cuda-fp32", executor, 600)
+    session = BufferedSession("cuda-fp32", executor, 600)
     assert_scores(compute(session, tokens, budget=600), expected.scores)
     assert max(map(sum, executor.computed)) <= 200
     # 600 tokens, 300 and a little more than 200; batches that were planned before are divided without another try.
@@ -184,22 +184,22 @@ def test_out_of_memory_halves_the_budget_and_computes_the_same_batch_in_parts(gt
 def test_down_to_one_document(gte):
     bundle, tokens, expected = gte
     executor = ReferenceExecutor(bundle.graph("cuda-fp32"), room=64)
-    assert_scores(compute(PackedSession("cuda-fp32", executor, 600), tokens, budget=600), expected.scores)
+    assert_scores(compute(BufferedSession("cuda-fp32", executor, 600), tokens, budget=600), expected.scores)
     assert [64] in executor.computed
 
 
 def test_a_document_that_does_not_fit_alone_is_named(gte):
     bundle, tokens, _ = gte
-    session = PackedSession("cuda-fp32", ReferenceExecutor(bundle.graph("cuda-fp32"), room=50), 600)
+    session = BufferedSession("cuda-fp32", ReferenceExecutor(bundle.graph("cuda-fp32"), room=50), 600)
     with pytest.raises(DeviceError, match=r"cuda-fp32: a document of \d+ tokens does not fit .*requested buffer.*free"):
         compute(session, tokens, budget=600)
 
 
 def test_a_batch_that_buffers_do_not_hold_is_divided(gte):
     bundle, tokens, expected = gte
-    capacity = Capacity(600, documents=4, rectangle=100)
+    capacity = Capacity("packed", 600, documents=4, rectangle=100)
     executor = ReferenceExecutor(bundle.graph("cuda-fp32"), capacity)
-    session = PackedSession("cuda-fp32", executor, 600)
+    session = BufferedSession("cuda-fp32", executor, 600)
     assert_scores(compute(session, tokens, budget=600), expected.scores)
     assert max(map(len, executor.computed)) <= 4 and session.budget.tokens == 600
 
@@ -208,7 +208,7 @@ def test_a_batch_that_buffers_do_not_hold_is_divided(gte):
 def test_documents_that_overflow_are_computed_again_in_fp32_and_counted(overflowing):
     bundle, tokens, expected = overflowing
     broken = ~np.isfinite(
-        compute(PackedSession("cuda-fp16", ReferenceExecutor(bundle.graph("cuda-fp16")), 300), tokens)
+        compute(BufferedSession("cuda-fp16", ReferenceExecutor(bundle.graph("cuda-fp16")), 300), tokens)
     )
     broken = broken.any(1)
     assert 0 < broken.sum() < len(broken)
@@ -216,9 +216,9 @@ def test_documents_that_overflow_are_computed_again_in_fp32_and_counted(overflow
 
     def open_fp32():
         opened.append(ReferenceExecutor(bundle.graph("cuda-fp32")))
-        return PackedSession("cuda-fp32", opened[-1], 300)
+        return BufferedSession("cuda-fp32", opened[-1], 300)
 
-    session = PackedSession("cuda-fp16", ReferenceExecutor(bundle.graph("cuda-fp16")), 300, open_fp32)
+    session = BufferedSession("cuda-fp16", ReferenceExecutor(bundle.graph("cuda-fp16")), 300, open_fp32)
     found = compute(session, tokens, threads=4)
     assert_scores(found[broken], expected.scores[broken])
     assert_scores(found[~broken], expected.scores[~broken], "fp16")
@@ -228,7 +228,7 @@ def test_documents_that_overflow_are_computed_again_in_fp32_and_counted(overflow
 
 def test_the_fp32_session_is_opened_for_an_overflow_only(gte):
     bundle, tokens, expected = gte
-    session = PackedSession("cuda-fp16", ReferenceExecutor(bundle.graph("cuda-fp16")), 300, pytest.fail)
+    session = BufferedSession("cuda-fp16", ReferenceExecutor(bundle.graph("cuda-fp16")), 300, pytest.fail)
     assert_scores(compute(session, tokens), expected.scores, "fp16")
     assert session.n_overflowed == 0
 
@@ -245,7 +245,7 @@ def test_an_overflow_that_scores_hide_is_seen_in_the_embedding():
         def run(self, batch):
             return BatchOutput(*(np.ones((len(batch.rows), n), np.float32) for n in (1, 2)))
 
-    session = PackedSession("cuda-fp16", Hiding(), 300, lambda: PackedSession("cuda-fp32", Sound(), 300))
+    session = BufferedSession("cuda-fp16", Hiding(), 300, lambda: BufferedSession("cuda-fp32", Sound(), 300))
     output = session.run(batch_of([2, 3]))
     assert output.scores.tolist() == [[1], [1]] and output.embeddings.tolist() == [[1, 1], [1, 1]]
     assert session.n_overflowed == 2
@@ -295,7 +295,7 @@ def test_no_session_is_opened_on_another_device(gte):
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize("variant", ["cuda-fp16", "cuda-fp32"])
+@pytest.mark.parametrize("variant", CUDA)
 def test_the_gpu_gives_the_oracles_scores(gte, variant):
     bundle, tokens, expected = gte
     session = cuda.open_cuda(bundle, variant)

@@ -1,4 +1,4 @@
-"""ONNX Runtime on one NVIDIA GPU, packed batches.
+"""ONNX Runtime on one NVIDIA GPU, packed and padded batches.
 
 Two batches are under way at a time where two threads call: one is packed into its own page-locked buffer, and its copy
 queued on the stream, while the GPU still computes the other. Everything runs on one stream, in the order of the calls.
@@ -21,30 +21,32 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.gpu import Buffer, Gpu
-from jql_engine.sessions.packed import (
+from jql_engine.sessions.buffered import (
+    BufferedSession,
     Capacity,
     Field,
     OutOfMemoryError,
-    PackedSession,
     carve,
     fields_of,
     output_fields,
     pack,
+    pad,
     places,
     token_budget,
     used_bytes,
 )
 
 PROVIDER = "CUDAExecutionProvider"
-ITEM_BYTES = {"fp16": 2, "fp32": 4}
+ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+BF16_SINCE = 8.0  # compute capability
 N_SLOTS = 2
 FATAL = 4  # of ONNX Runtime's log: a shortage is met, and any other error raised
 # How ONNX Runtime's allocators, CUDA and cuBLAS say it; their exceptions have no type of their own for it.
 SHORTAGES = ("Failed to allocate memory", "is smaller than requested bytes", "out of memory", "ALLOC_FAILED")
 
 
-def open_cuda(bundle: Bundle, variant: str, device: int = 0, budget: int | None = None) -> PackedSession:
-    """Load a packed graph on GPU number `device`; `budget`, tokens of a batch, follows from free memory if None.
+def open_cuda(bundle: Bundle, variant: str, device: int = 0, budget: int | None = None) -> BufferedSession:
+    """Load a graph on GPU number `device`; `budget`, tokens of a batch, follows from free memory if None.
 
     Raises DeviceError: the CUDA provider is not active, a node would run on the CPU, or the longest document does not
     fit into memory; BundleError: the graph computes in fp16, and the bundle has none in fp32 for what overflows.
@@ -53,15 +55,15 @@ def open_cuda(bundle: Bundle, variant: str, device: int = 0, budget: int | None 
     max_tokens = bundle.manifest.max_tokens
     executor = CudaExecutor(bundle, variant, device, budget)
     open_fp32 = None if twin is None else lambda: open_cuda(bundle, twin, device, max_tokens)
-    session = PackedSession(variant, executor, executor.budget, open_fp32)
+    session = BufferedSession(variant, executor, executor.budget, open_fp32)
     session.reserve(max_tokens)
     return session
 
 
 def fp32_twin(bundle: Bundle, variant: str) -> str | None:
-    """The variant that computes what overflows in `variant`; None where that one is fp32 itself."""
+    """The variant that computes what overflows in `variant`; None where nothing does: bf16 ends where fp32 does."""
     variants = bundle.manifest.variants
-    if variants[variant].precision == "fp32":
+    if variants[variant].precision != "fp16":
         return None
     for name, other in variants.items():
         if (other.provider, other.layout, other.precision) == ("cuda", "packed", "fp32"):
@@ -109,11 +111,13 @@ class CudaExecutor:
         check_built(ort.get_available_providers(), device)
         info, encoder = bundle.manifest.variants[variant], bundle.manifest.encoder
         self._gpu = Gpu(device)
+        check_capability(info.precision, self._gpu)
         self._loaded = _Loaded(self._gpu, load(bundle.graph(variant), device, self._gpu.stream))
         weakref.finalize(self, self._loaded.close).atexit = False  # at exit the driver does it
         self._n_heads, self._hidden_size = len(bundle.heads), encoder.hidden_size
         self.budget = budget or token_budget(free_bytes(device), encoder.hidden_size, ITEM_BYTES[info.precision])
-        self.capacity = Capacity.of(self.budget, bundle.manifest.max_tokens)
+        self.capacity = Capacity.of(self.budget, bundle.manifest.max_tokens, info.layout)
+        self._pad_id = bundle.manifest.tokenizer.pad
         self._options = ort.RunOptions()
         # The caller waits outside of the queue, so that the next batch is queued meanwhile.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -131,7 +135,10 @@ class CudaExecutor:
         outputs = output_fields(len(batch.rows), self._n_heads, self._hidden_size)
         slot = self._loaded.slots.get()
         try:
-            pack(batch, slot.inputs.host)
+            if batch.row_length is None:
+                pack(batch, slot.inputs.host)
+            else:
+                pad(batch, slot.inputs.host, self._pad_id)
             with self._queue:
                 self._enqueue(slot, inputs, outputs)
             self._gpu.wait(slot.computed)
@@ -197,6 +204,15 @@ def missing_library() -> str | None:
     except OSError as error:
         return f"ONNX Runtime's CUDA provider cannot be loaded: {error}; pip install 'jql-engine[gpu]' brings CUDA"
     return None
+
+
+def check_capability(precision: str, gpu: Gpu) -> None:
+    """Raise DeviceError where a GPU cannot compute in `precision`."""
+    if precision == "bf16" and float(gpu.compute_capability) < BF16_SINCE:
+        raise DeviceError(
+            f"device cuda:{gpu.number}: {gpu.name} has compute capability {gpu.compute_capability}, bf16 needs "
+            f"{BF16_SINCE}; use an fp16 variant"
+        )
 
 
 def check_built(available: list[str], device: int) -> None:

@@ -11,24 +11,28 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from jql_engine.bundle import Bundle
-from jql_engine.data import Batch, TokenBatch
+from jql_engine.data import Batch, DocumentBatch, TokenBatch
 from jql_engine.errors import EngineError
 from jql_engine.execution import execute
+from jql_engine.sessions.buffered import carve, fields_of, pack, used_bytes
 from jql_engine.sessions.cuda import open_cuda
-from jql_engine.sessions.packed import carve, fields_of, pack, used_bytes
+from jql_engine.tokens import Tokenizer
 from tests.recorder import Record
 
 
-def batch_of(lengths: list[int], seed: int = 0) -> Batch:
+def batch_of(lengths: list[int], seed: int = 0, layout: str = "packed") -> Batch:
     """Documents of random ids."""
     offsets = np.cumsum([0, *lengths], dtype=np.int32)
     ids = np.random.default_rng(seed).integers(5, 100, offsets[-1], dtype=np.int32)
-    return Batch(np.arange(len(lengths)), ids, offsets, None)
+    return Batch(np.arange(len(lengths)), ids, offsets, None if layout == "packed" else max(lengths))
 
 
 def launches(bundle: str, variant: str, lengths: list[int]) -> dict[str, Any]:
@@ -38,19 +42,20 @@ def launches(bundle: str, variant: str, lengths: list[int]) -> dict[str, Any]:
     opening = record.take()
     for _ in range(2):
         record.take()
-        output = session.run(batch_of(lengths))
+        output = session.run(batch_of(lengths, layout=session.budget.layout))
     return {"opening": opening, "batch": record.take(), "shapes": [output.scores.shape, output.embeddings.shape]}
 
 
-def memory(bundle: str, n_batches: int) -> dict[str, Any]:
+def memory(bundle: str, variant: str, n_batches: int) -> dict[str, Any]:
     """Bytes on the GPU once a session is open, and after each of many batches close to its budget."""
     record, rng = Record(), np.random.default_rng(0)
-    session = open_cuda(Bundle.open(bundle), "cuda-fp16")
+    session = open_cuda(Bundle.open(bundle), variant)
     before, used = record.used(), []
     for _ in range(n_batches):
         longest = min(int(rng.lognormal(6, 1)) + 5, 8192)
         n_docs = session.budget.tokens // longest
-        session.run(batch_of(rng.integers(longest - longest // 20, longest + 1, n_docs).tolist()))
+        lengths = rng.integers(longest - longest // 20, longest + 1, n_docs).tolist()
+        session.run(batch_of(lengths, layout=session.budget.layout))
         used.append(record.used())
     return {"budget": session.budget.tokens, "before": before, "used": used}
 
@@ -124,17 +129,33 @@ def closed(bundle: str) -> list[int]:
     return [alive, record.used()]
 
 
-def opening_error(bundle: str) -> str:
+def benchmark(bundle: str, texts: list[str]) -> list[dict[str, Any]]:
+    """Our rows of the GPU benchmark; their times are those of launching."""
+    from benchmarks import gpu
+
+    opened = Bundle.open(bundle)
+    tokens = Tokenizer.of(opened).encode(DocumentBatch.of(pa.array(texts, pa.large_string())))
+    sample = gpu.Sample(Path(bundle), opened, texts, tokens, "cuda:0")
+    cases = gpu.engines(sample, [8192], [])
+    for case in cases:
+        gpu.time_case(case, tokens)
+    rows = [row for case in cases for row in case.rows]
+    for row in rows:
+        row.finish()
+    return [asdict(row) for row in [*rows, *gpu.profiles(sample, rows)]]
+
+
+def opening_error(bundle: str, variant: str) -> str:
     """Why a session does not open."""
     try:
-        open_cuda(Bundle.open(bundle), "cuda-fp16")
+        open_cuda(Bundle.open(bundle), variant)
     except EngineError as error:
         return str(error)
     return ""
 
 
 SCENARIOS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (launches, memory, shortage, overflow, uploads, second_gpu, closed, opening_error)
+    f.__name__: f for f in (launches, memory, shortage, overflow, uploads, second_gpu, closed, benchmark, opening_error)
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Sessions of packed graphs, all but the device: batches are laid out, divided where they do not fit, mended in fp32.
+"""Sessions of packed and padded graphs, all but the device.
 
-The inputs of a packed graph are described in jql_engine.bundle.
+Batches are laid out in buffers, divided where they do not fit, and mended in fp32. The inputs of a graph are described
+in jql_engine.bundle.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jql_engine.data import Batch, BatchOutput, Budget
+from jql_engine.data import Batch, BatchOutput, Budget, Layout
 from jql_engine.errors import DeviceError
 from jql_engine.sessions import Session
 
@@ -52,29 +53,33 @@ class Field:
 class Capacity:
     """What the buffers of an executor hold."""
 
-    tokens: int
+    layout: Layout
+    tokens: int  # padding included
     documents: int
     rectangle: int  # documents times the longest of them
 
     @classmethod
-    def of(cls, budget: int, max_tokens: int) -> Capacity:
+    def of(cls, budget: int, max_tokens: int, layout: Layout = "packed") -> Capacity:
         """Room for batches of `budget` tokens, and for the longest document."""
         tokens = max(budget, max_tokens)
-        return cls(tokens, -(-tokens // TOKENS_PER_DOCUMENT), RECTANGLE_FACTOR * tokens)
+        factor = RECTANGLE_FACTOR if layout == "packed" else 1
+        return cls(layout, tokens, -(-tokens // TOKENS_PER_DOCUMENT), factor * tokens)
 
     def holds(self, batch: Batch) -> bool:
         """Whether the batch need not be divided."""
-        n_docs, longest = len(batch.rows), int(np.diff(batch.offsets).max())
-        return batch.n_tokens <= self.tokens and n_docs <= self.documents and n_docs * longest <= self.rectangle
+        n_docs, longest = len(batch.rows), batch.row_length or int(np.diff(batch.offsets).max())
+        return size_of(batch) <= self.tokens and n_docs <= self.documents and n_docs * longest <= self.rectangle
 
     @property
     def input_bytes(self) -> int:
         """Size of a buffer for the inputs of any batch."""
-        return used_bytes(input_fields(self.tokens, self.documents, -(-self.rectangle // self.documents)))
+        if self.layout == "packed":
+            return used_bytes(packed_fields(self.tokens, self.documents, -(-self.rectangle // self.documents)))
+        return used_bytes(padded_fields(1, self.tokens))
 
 
 class Executor(Protocol):
-    """A packed graph loaded on a device."""
+    """A graph loaded on a device."""
 
     capacity: Capacity
 
@@ -86,8 +91,8 @@ class Executor(Protocol):
         ...
 
 
-class PackedSession:
-    """Runs packed batches of any size on an executor; see Session.
+class BufferedSession:
+    """Runs batches of any size on an executor; see Session.
 
     Where the device runs out of memory the budget halves and the batch is computed in halves, down to one document.
     Documents whose values leave fp16 come out as NaN; they are computed again in fp32 and counted.
@@ -100,7 +105,7 @@ class PackedSession:
     ) -> None:
         """`budget`: tokens of a batch; `open_fp32` opens the session for what overflows, None: there is no better."""
         self.variant = variant
-        self.budget = Budget(budget, "packed")
+        self.budget = Budget(budget, executor.capacity.layout)
         self.n_overflowed = 0  # documents that were computed again
         self._executor, self._open_fp32 = executor, open_fp32
         self._fp32: Session | None = None
@@ -113,9 +118,12 @@ class PackedSession:
         takes its blocks anew. Raises DeviceError where a document of `max_tokens` does not fit.
         """
         n_docs, rest = divmod(max(self.budget.tokens, max_tokens), max_tokens)
-        lengths = [max_tokens] * n_docs + [rest] * bool(rest)
+        lengths = [max_tokens] * n_docs
+        if rest and self.budget.layout == "packed":
+            lengths.append(rest)
         offsets = np.cumsum([0, *lengths], dtype=np.int32)
-        self._compute(Batch(np.arange(len(lengths)), np.zeros(offsets[-1], np.int32), offsets, None))
+        row_length = None if self.budget.layout == "packed" else max_tokens
+        self._compute(Batch(np.arange(len(lengths)), np.zeros(offsets[-1], np.int32), offsets, row_length))
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; raises DeviceError where a document alone is too large for the device."""
@@ -129,11 +137,11 @@ class PackedSession:
     def _compute(self, batch: Batch) -> BatchOutput:
         if len(batch.rows) == 1:
             return self._compute_alone(batch)
-        if batch.n_tokens <= self.budget.tokens and self._executor.capacity.holds(batch):
+        if size_of(batch) <= self.budget.tokens and self._executor.capacity.holds(batch):
             try:
                 return self._executor.run(batch)
             except OutOfMemoryError:
-                self._lower_budget(max(part.n_tokens for part in halves(batch)))
+                self._lower_budget(max(size_of(part) for part in halves(batch)))
         outputs = [self._compute(part) for part in halves(batch)]
         scores = np.concatenate([output.scores for output in outputs])
         return BatchOutput(scores, np.concatenate([output.embeddings for output in outputs]))
@@ -149,7 +157,7 @@ class PackedSession:
 
     def _lower_budget(self, tokens: int) -> None:
         with self._lock:  # once, where several threads meet the same shortage
-            self.budget = Budget(min(self.budget.tokens, tokens), "packed")
+            self.budget = Budget(min(self.budget.tokens, tokens), self.budget.layout)
 
     def _mend(
         self, batch: Batch, output: BatchOutput, broken: NDArray[np.bool_], open_fp32: Callable[[], Session]
@@ -186,12 +194,31 @@ def pack(batch: Batch, buffer: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     return arrays
 
 
+def pad(batch: Batch, buffer: NDArray[np.uint8], pad_id: int) -> dict[str, NDArray[Any]]:
+    """The inputs of a padded graph, written into `buffer`."""
+    arrays = carve(buffer, fields_of(batch))
+    arrays["input_ids"][:], arrays["attention_mask"][:] = batch.rectangle(pad_id)
+    return arrays
+
+
+def size_of(batch: Batch) -> int:
+    """What counts against a budget: tokens, padding included."""
+    return batch.n_tokens + batch.n_padding
+
+
 def fields_of(batch: Batch) -> tuple[Field, ...]:
-    """The inputs of a packed graph for a batch."""
-    return input_fields(batch.n_tokens, len(batch.rows), int(np.diff(batch.offsets).max()))
+    """The inputs of a graph for a batch."""
+    if batch.row_length is None:
+        return packed_fields(batch.n_tokens, len(batch.rows), int(np.diff(batch.offsets).max()))
+    return padded_fields(len(batch.rows), batch.row_length)
 
 
-def input_fields(n_tokens: int, n_docs: int, longest: int) -> tuple[Field, ...]:
+def padded_fields(n_docs: int, row_length: int) -> tuple[Field, ...]:
+    """The inputs of a padded graph for a rectangle."""
+    return tuple(Field(name, np.int64, (n_docs, row_length)) for name in ("input_ids", "attention_mask"))
+
+
+def packed_fields(n_tokens: int, n_docs: int, longest: int) -> tuple[Field, ...]:
     """The inputs of a packed graph for so many tokens and documents, the longest of `longest` tokens."""
     return (
         Field("input_ids", np.int64, (n_tokens,)),
@@ -237,7 +264,8 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
 
 
 def select(batch: Batch, chosen: NDArray[np.bool_]) -> Batch:
-    """Some documents of a batch."""
+    """Some documents of a batch, in rows as long as the longest of them."""
     lengths = np.diff(batch.offsets)
     offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths[chosen], dtype=np.int32)])
-    return Batch(batch.rows[chosen], batch.ids[np.repeat(chosen, lengths)], offsets, None)
+    row_length = None if batch.row_length is None else int(lengths[chosen].max())
+    return Batch(batch.rows[chosen], batch.ids[np.repeat(chosen, lengths)], offsets, row_length)
