@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 
+import pyarrow.parquet as pq
 import pytest
 
 from jql_export.checkpoint import read_encoder
@@ -191,6 +193,12 @@ def test_older_gpus_have_no_flash_attention(run, families):
     assert attention_kernels(run.printed) == {("fp16", "EFFICIENT_ATTENTION")}
 
 
+def test_a_graph_with_a_node_for_the_cpu_is_refused(run, bundle, families):
+    said = run("loading_error", file=str(bundle.graph("standard-fp32")))  # its masks follow from shapes
+    assert "standard-fp32.onnx cannot be loaded on the GPU alone" in said and "assigned to the default CPU EP" in said
+    assert run("loading_error", file=f"{families['gte', 'cls']}/graphs/cuda-fp16.onnx") == ""
+
+
 def test_bf16_on_an_older_gpu_is_refused(run, families):
     said = run("opening_error", {"capability": 75}, bundle=families["gte", "cls"], variant="cuda-bf16")
     assert "recorder has compute capability 7.5, bf16 needs 8.0; use an fp16 variant" in said
@@ -222,6 +230,25 @@ def test_our_part_of_the_benchmark(run, exported):
             assert row["nodes"].keys() == {"CUDAExecutionProvider"} and row["ops"]["MatMul"]["nodes"] > 0
             kernel = "MATH" if row["variant"] == "cuda-fp32" else "FLASH_ATTENTION"
             assert row["attention"] == {kernel: 2}
+
+
+def test_jql_run_takes_every_gpu(recorder, exported, tmp_path):
+    bundle = shutil.copytree(exported.path, tmp_path / "bundle")
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["variants"]["cuda-fp16"]["tolerance"] = dict.fromkeys(
+        ("embedding", "embedding_long", "score", "batch"), 1e3
+    )
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    rows = [{"id": i, "text": SENTENCES[i % len(SENTENCES)]} for i in range(3_000)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = (tmp_path / "in.jsonl", "--bundle", bundle, "--out", tmp_path / "out", "--chunk-rows", 100)
+    environment = recorder.environment(gpus=2, fill=0)
+    done = process(environment, "tests.recorder.jql_run", *arguments, "--device", "cuda", "--variant", "cuda-fp16")
+    assert done.returncode == 0, done.stderr
+    assert all(f"cuda-fp16 on cuda:{gpu} is certified" in done.stderr for gpu in (0, 1))
+    (file,) = (tmp_path / "out").glob("*.parquet")
+    table = pq.read_table(file)
+    assert table["id"].to_pylist() == list(range(3_000)) and table["score_edu"].null_count == 0
 
 
 def test_a_gpu_that_computes_nothing_is_refused(recorder, exported, tmp_path):

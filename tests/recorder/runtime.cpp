@@ -347,11 +347,13 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
 }
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**, size_t shared, cudaStream_t stream) {
   Guard guard(lock);
+  std::string& name = kernels[function];
   int status = 0;
-  char* readable = abi::__cxa_demangle(kernels[function].c_str(), nullptr, nullptr, &status);
-  recorder_add("kernel stream=%p grid=%u,%u,%u block=%u,%u,%u shared=%zu %s", (void*)stream, grid.x, grid.y, grid.z, block.x,
-               block.y, block.z, shared, status ? kernels[function].c_str() : readable);
+  char* readable = name.rfind("_Z", 0) ? nullptr : abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
+  if (readable) name = readable;  // once
   free(readable);
+  recorder_add("kernel stream=%p grid=%u,%u,%u block=%u,%u,%u shared=%zu %s", (void*)stream, grid.x, grid.y, grid.z, block.x,
+               block.y, block.z, shared, name.c_str());
   bool allowed = grid.x <= 2147483647 && grid.y <= 65535 && grid.z <= 65535 && grid.x * grid.y * grid.z > 0 &&
                  block.x * block.y * block.z - 1 < 1024 && shared <= 227 << 10;
   return allowed ? cudaSuccess : failed(cudaErrorInvalidConfiguration);

@@ -22,8 +22,9 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, DocumentBatch, TokenBatch
 from jql_engine.errors import EngineError
 from jql_engine.execution import execute
+from jql_engine.gpu import Gpu
 from jql_engine.sessions.buffered import carve, fields_of, pack, used_bytes
-from jql_engine.sessions.cuda import open_cuda
+from jql_engine.sessions.cuda import load, open_cuda
 from jql_engine.tokens import Tokenizer
 from tests.recorder import Record
 
@@ -145,6 +146,15 @@ def benchmark(bundle: str, texts: list[str]) -> list[dict[str, Any]]:
     return [asdict(row) for row in [*rows, *gpu.profiles(sample, rows)]]
 
 
+def loading_error(file: str) -> str:
+    """Why a graph is not loaded."""
+    try:
+        load(Path(file), 0, Gpu(0).stream)
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
 def opening_error(bundle: str, variant: str) -> str:
     """Why a session does not open."""
     try:
@@ -155,7 +165,19 @@ def opening_error(bundle: str, variant: str) -> str:
 
 
 SCENARIOS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (launches, memory, shortage, overflow, uploads, second_gpu, closed, benchmark, opening_error)
+    f.__name__: f
+    for f in (
+        launches,
+        memory,
+        shortage,
+        overflow,
+        uploads,
+        second_gpu,
+        closed,
+        benchmark,
+        loading_error,
+        opening_error,
+    )
 }
 
 if __name__ == "__main__":
