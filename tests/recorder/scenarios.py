@@ -165,8 +165,8 @@ def opening_error(bundle: str, variant: str) -> str:
 
 
 SCENARIOS: dict[str, Callable[..., Any]] = {
-    f.__name__: f
-    for f in (
+    scenario.__name__: scenario
+    for scenario in (
         launches,
         memory,
         shortage,
