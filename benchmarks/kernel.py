@@ -46,13 +46,11 @@ class Resident:
             binding.bind_output(name, device, number)
         return binding
 
-    def run(self, n_batches: int) -> np.ndarray | None:
-        """Compute the first batches; scores [N, H] in the order of the documents where they are all."""
-        for binding in self._bindings[:n_batches]:
+    def run(self) -> np.ndarray:
+        """Compute all batches; scores [N, H] in the order of the documents."""
+        for binding in self._bindings:
             self._session.run_with_iobinding(binding, self._options)
         self._synchronize()
-        if n_batches < len(self._bindings):
-            return None
         scores = np.concatenate([binding.get_outputs()[0].numpy() for binding in self._bindings])
         return scores[np.argsort(np.concatenate(self._rows))]
 

@@ -178,6 +178,10 @@ def test_inputs_stay_as_they_are_until_they_are_copied(run, snowflake):
     assert found["batches"] > 20 and found["arrived"] == found["batches"] == found["copies"]
 
 
+def test_the_gpu_has_the_next_batch_before_it_ends_one(run, snowflake):
+    assert run("under_way", {"tflops": 5}, bundle=snowflake, n_docs=20) == [1, *[2] * 19]
+
+
 def test_a_session_keeps_to_its_gpu(run, families):
     others, own = run("second_gpu", {"gpus": 2}, bundle=families["gte", "cls"])
     assert others == 0 < own

@@ -4,10 +4,10 @@
 #include <cstring>
 #include <map>
 
-#define PRODUCT "product m=%lld n=%lld k=%lld a=%d b=%d c=%d compute=%d batch=%lld via=%s"
-
 extern "C" {
 void recorder_add(const char* format, ...);
+void recorder_product(long long m, long long n, long long k, int a, int b, int c, int compute, long long batch,
+                      const char* function);
 
 int cublasCreate_v2(void** handle) {
   *handle = malloc(1);
@@ -30,23 +30,23 @@ const char* cublasGetStatusName(int status) { return status ? "CUBLAS_STATUS" : 
 const char* cublasGetStatusString(int status) { return cublasGetStatusName(status); }
 
 int cublasSgemm_v2(void*, int, int, int m, int n, int k, ...) {
-  recorder_add(PRODUCT, (long long)m, (long long)n, (long long)k, 0, 0, 0, 68, 1ll, "Sgemm");
+  recorder_product(m, n, k, 0, 0, 0, 68, 1, "Sgemm");
   return 0;
 }
 int cublasSgemmStridedBatched(void*, int, int, int m, int n, int k, const void*, const void*, int, long long,
                               const void*, int, long long, const void*, void*, int, long long, int batch) {
-  recorder_add(PRODUCT, (long long)m, (long long)n, (long long)k, 0, 0, 0, 68, (long long)batch, "SgemmStridedBatched");
+  recorder_product(m, n, k, 0, 0, 0, 68, batch, "SgemmStridedBatched");
   return 0;
 }
 int cublasGemmEx(void*, int, int, int m, int n, int k, const void*, const void*, int a, int, const void*, int b, int,
                  const void*, void*, int c, int, int compute, int) {
-  recorder_add(PRODUCT, (long long)m, (long long)n, (long long)k, a, b, c, compute, 1ll, "GemmEx");
+  recorder_product(m, n, k, a, b, c, compute, 1, "GemmEx");
   return 0;
 }
 int cublasGemmStridedBatchedEx(void*, int, int, int m, int n, int k, const void*, const void*, int a, int, long long,
                                const void*, int b, int, long long, const void*, void*, int c, int, long long, int batch,
                                int compute, int) {
-  recorder_add(PRODUCT, (long long)m, (long long)n, (long long)k, a, b, c, compute, (long long)batch, "GemmStridedBatchedEx");
+  recorder_product(m, n, k, a, b, c, compute, batch, "GemmStridedBatchedEx");
   return 0;
 }
 
@@ -98,8 +98,7 @@ int cublasLtMatmulAlgoGetHeuristic(void*, Description*, Layout*, Layout*, Layout
 int cublasLtMatmul(void*, Description* d, const void*, const void*, Layout* a, const void*, Layout* b, const void*,
                    const void*, Layout*, void*, Layout* c, const void*, void*, size_t, void*) {
   auto k = (*d->attributes)[3] ? a->rows : a->cols;  // CUBLASLT_MATMUL_DESC_TRANSA
-  recorder_add(PRODUCT, (long long)c->rows, (long long)c->cols, (long long)k, a->type, b->type, c->type, d->compute, 1ll,
-               "LtMatmul");
+  recorder_product(c->rows, c->cols, k, a->type, b->type, c->type, d->compute, 1, "LtMatmul");
   return 0;
 }
 }

@@ -7,11 +7,13 @@
 //
 // Settings: RECORDER_GPUS (1), RECORDER_MIB of memory on each (81,559), RECORDER_CAPABILITY (90, for 9.0),
 // RECORDER_FILL, the byte that new device memory is filled with (0); RECORDER_KEEP, whether to keep what is copied to a
-// device on a stream (no).
+// device on a stream (no); RECORDER_TFLOPS, how fast matrix products are, in 10^12 FLOP/s (0: they take no time). The
+// device computes one after another, and who waits for a stream or an event waits as long.
 #define __CUDA_API_VERSION_INTERNAL
 #include <cuda_runtime_api.h>
 #include <cxxabi.h>
 
+#include <chrono>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -21,10 +23,19 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
+using Time = Clock::time_point;
+
+struct Event {
+  cudaStream_t stream;
+  Time reached;
+};
 
 struct Copy {
   void* to;
@@ -39,6 +50,7 @@ std::unordered_map<const void*, std::string> kernels;
 std::unordered_map<void*, std::pair<size_t, int>> device_memory, host_memory;  // size, GPU
 std::map<cudaStream_t, std::deque<Copy>> queued;
 std::map<int, size_t> used;
+std::map<int, Time> busy_until;
 thread_local int current = 0;
 thread_local cudaError_t last = cudaSuccess;
 thread_local std::vector<std::tuple<dim3, dim3, size_t, cudaStream_t>> configurations;
@@ -64,9 +76,18 @@ void flush(cudaStream_t stream) {
   queued[stream].clear();
 }
 
+Time done(int device) { return std::max(Clock::now(), busy_until[device]); }
+
 void flush_all() {
   for (auto& [stream, _] : queued) flush(stream);
 }
+
+Time done_now() {
+  Guard guard(lock);
+  return done(current);
+}
+
+void wait_until(Time time) { std::this_thread::sleep_until(time); }  // the lock is not held
 
 cudaError_t allocate(void** pointer, size_t n_bytes, const char* how);
 
@@ -83,6 +104,18 @@ void recorder_add(const char* format, ...) {
   va_end(arguments);
   Guard guard(lock);
   lines.emplace_back(text);
+}
+
+// A matrix product, for the record and on the device's clock.
+void recorder_product(long long m, long long n, long long k, int a, int b, int c, int compute, long long batch,
+                      const char* function) {
+  static const double tflops = setting("RECORDER_TFLOPS", 0);
+  recorder_add("product m=%lld n=%lld k=%lld a=%d b=%d c=%d compute=%d batch=%lld via=%s", m, n, k, a, b, c, compute,
+               batch, function);
+  if (!tflops) return;
+  Guard guard(lock);
+  auto nanoseconds = (long long)(2e-3 * m * n * k * batch / tflops);
+  busy_until[current] = done(current) + std::chrono::nanoseconds(nanoseconds);
 }
 
 // The record since the last call, a line each; valid until the next.
@@ -170,6 +203,7 @@ cudaError_t cudaDriverGetVersion(int* version) {
 }
 cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
 cudaError_t cudaDeviceSynchronize() {
+  wait_until(done_now());
   Guard guard(lock);
   recorder_add("synchronize device");
   flush_all();
@@ -289,6 +323,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  wait_until(done_now());
   Guard guard(lock);
   recorder_add("synchronize stream=%p", (void*)stream);
   flush(stream);
@@ -299,28 +334,36 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
   return cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = (cudaEvent_t) new cudaStream_t{};
+  *event = (cudaEvent_t) new Event{};
   return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  delete (cudaStream_t*)event;
+  delete (Event*)event;
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  *(cudaStream_t*)event = stream;
+  Guard guard(lock);
+  *(Event*)event = {stream, done(current)};
   return cudaSuccess;
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
   return cudaEventRecord(event, stream);
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  auto [stream, reached] = *(Event*)event;
+  recorder_add("synchronize event of stream=%p", (void*)stream);
+  wait_until(reached);
   Guard guard(lock);
-  recorder_add("synchronize event of stream=%p", (void*)*(cudaStream_t*)event);
-  flush(*(cudaStream_t*)event);
+  recorder_add("reached event of stream=%p", (void*)stream);
+  flush(stream);
   return cudaSuccess;
 }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned) { return cudaEventSynchronize(event); }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned) {
+  Guard guard(lock);
+  flush(((Event*)event)->stream);
+  return cudaSuccess;
+}
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
   *milliseconds = 1;
   return cudaSuccess;

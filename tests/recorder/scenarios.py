@@ -99,6 +99,23 @@ def uploads(bundle: str, n_docs: int) -> dict[str, int]:
     return {"batches": len(batches), "copies": len(copies), "arrived": sum(arrived(b, copies) for b in batches)}
 
 
+def under_way(bundle: str, n_docs: int) -> list[int]:
+    """How many batches the GPU has before it, each time another was handed over."""
+    record = Record()
+    session = open_cuda(Bundle.open(bundle), "cuda-fp16", budget=8192)
+    docs = batch_of([8192] * n_docs)
+    tokens = TokenBatch(docs.rows, docs.ids, docs.offsets.astype(np.int64), np.zeros(n_docs, np.bool_))
+    record.take()
+    list(execute(session, tokens))
+    found, n = [], 0
+    for line in record.take():
+        if line.startswith("copy async kind=1"):
+            n += 1
+            found.append(n)
+        n -= line.startswith("reached")
+    return found
+
+
 def arrived(batch: Batch, copies: list[bytes]) -> bool:
     """Whether one of the copies is what a batch is packed to."""
     fields, room = fields_of(batch), np.zeros(1 << 20, np.uint8)
@@ -172,6 +189,7 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         shortage,
         overflow,
         uploads,
+        under_way,
         second_gpu,
         closed,
         benchmark,
