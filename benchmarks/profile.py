@@ -33,7 +33,7 @@ import typer
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch
-from jql_engine.sessions.buffered import fields_of, pack, pad, used_bytes
+from jql_engine.sessions.layouts import fields_of, pack, pad, used_bytes
 
 ROOT = Path(__file__).parent.parent
 KERNEL = re.compile(r"Operator=(?P<operator>\S+)(?: Node=(?P<node>.*?))? DataType=\S+ SdpaKernel=(?P<kernel>[A-Z_]+)")

@@ -76,7 +76,8 @@ class GraphWriter:
         """Add a weight of the encoder, in the type it computes in; raises CheckpointError where it does not fit."""
         if self.dtype == np.float16 and np.abs(value).max(initial=0) > np.finfo(np.float16).max:
             raise CheckpointError(
-                f"{name} holds {np.abs(value).max():.3g}, fp16 ends at 65,504: this encoder needs an fp32 variant"
+                f"{name} holds {np.abs(value).max():.3g}, fp16 ends at 65,504: this encoder needs "
+                "cuda-bf16 or an fp32 variant"
             )
         return self.weight(name, value.astype(self.dtype, copy=False))
 

@@ -39,7 +39,8 @@ A document becomes ids: content = tokenize(text), cut to max_tokens - len(prefix
 suffix. A graph takes, by its variant's layout,
 
     exact     input_ids int64 [B, L], every document exactly L tokens
-    padded    input_ids int64 [B, L] and attention_mask int64 [B, L], 1 at tokens
+    padded    input_ids int64 [B, L] and attention_mask int64 [B, L], 1 at tokens: they come first in a
+              row, and there is one at least
 
     packed    the documents one after another, B of them, T tokens in all, the longest of S tokens:
               input_ids     int64 [T]

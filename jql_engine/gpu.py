@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +93,20 @@ class Gpu:
 
     def close(self) -> None:
         """Free the stream, its events and all memory; nothing that uses them may run afterwards."""
-        self.activate()
+        with self.kept():
+            self.activate()
+            self._free()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """The calling thread has the same GPU afterwards: what gives memory back may be called by any of them."""
+        current = self._call("cudaGetDevice")
+        try:
+            yield
+        finally:
+            self._call("cudaSetDevice", current)
+
+    def _free(self) -> None:
         for address in self._device:
             self._call("cudaFree", address)
         for address in self._host:

@@ -1,4 +1,4 @@
-"""com.microsoft's operators of the packed graph in plain NumPy, for onnx.reference.ReferenceEvaluator.
+"""Operators of the CUDA graphs in plain NumPy, for onnx.reference.ReferenceEvaluator.
 
 Each computes in fp32 and rounds once, at its output, as the CUDA kernels do on the whole.
 """
@@ -73,7 +73,30 @@ class PackedMultiHeadAttention(_Contrib):
         return (np.concatenate(contexts).astype(q.dtype),)
 
 
-OPERATORS = [Gelu, BiasGelu, BiasSplitGelu, SkipLayerNormalization, RotaryEmbedding, PackedMultiHeadAttention]
+class Attention(OpRun):
+    """ONNX's of opset 24: q [B, L, D] attend to the first lengths[b] of k, v [B, S, D].
+
+    ONNX's own sums the softmax in the type of q, and in bf16 a sum over some hundred keys stands still.
+    """
+
+    op_domain = ""
+
+    def _run(self, q, k, v, *unused, q_num_heads=None, kv_num_heads=None, **settings):
+        *others, lengths = unused
+        assert not any(x is not None for x in others) and q_num_heads == kv_num_heads
+        contexts = [attention(q[i], k[i, :n], v[i, :n], q_num_heads) for i, n in enumerate(lengths)]
+        return (np.stack(contexts).astype(q.dtype),)
+
+
+OPERATORS = [
+    Gelu,
+    BiasGelu,
+    BiasSplitGelu,
+    SkipLayerNormalization,
+    RotaryEmbedding,
+    PackedMultiHeadAttention,
+    Attention,
+]
 
 
 def gelu(x):
@@ -81,7 +104,7 @@ def gelu(x):
 
 
 def attention(q, k, v, n_heads):
-    """softmax(q k^T / sqrt(head size)) v of one document, [L, D]."""
+    """softmax(q k^T / sqrt(head size)) v of one document, [L, D]; k and v may be of more or fewer tokens."""
     q, k, v = (x.astype(np.float32).reshape(len(x), n_heads, -1).swapaxes(0, 1) for x in (q, k, v))
     scores = q @ k.swapaxes(1, 2) / np.float32(np.sqrt(q.shape[2]))
     weights = np.exp(scores - scores.max(-1, keepdims=True))

@@ -12,6 +12,7 @@ from jql_engine.bundle import PROBES, Bundle
 from jql_engine.errors import BundleError, DeviceError, ParityError
 from jql_engine.parity import open_certified, read_probes, run_all, write_probes
 from jql_engine.sessions import Choice, SessionOptions, choose, cuda, open_variant, runnable
+from jql_engine.sessions.buffered import Capacity
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, export, without_gpu
 from tests.test_cuda import ReferenceExecutor
@@ -30,10 +31,10 @@ def evaluated(monkeypatch):
     """Packed graphs run in the reference evaluator instead of on a GPU."""
 
     class Executor(ReferenceExecutor):
-        budget = 2_000
+        budget = 600
 
         def __init__(self, bundle, variant, device, budget=None):
-            super().__init__(bundle.graph(variant))
+            super().__init__(bundle.graph(variant), Capacity.of(600, bundle.manifest.max_tokens))
 
     monkeypatch.setattr(cuda, "CudaExecutor", Executor)
 

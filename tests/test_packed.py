@@ -15,7 +15,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKern
 
 from jql_engine.batching import plan
 from jql_engine.data import Budget, TokenBatch
-from jql_engine.sessions.buffered import Capacity, pack
+from jql_engine.sessions.buffered import Capacity
+from jql_engine.sessions.layouts import pack
 from jql_engine.tokens import Tokenizer
 from jql_export import probes
 from jql_export.checkpoint import read_encoder

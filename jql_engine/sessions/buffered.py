@@ -1,25 +1,20 @@
-"""Sessions of packed and padded graphs, all but the device.
-
-Batches are laid out in buffers, divided where they do not fit, and mended in fp32. The inputs of a graph are described
-in jql_engine.bundle.
-"""
+"""Sessions of packed and padded graphs, all but the device: batches are divided where they do not fit its memory."""
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jql_engine.data import Batch, BatchOutput, Budget, Layout
 from jql_engine.errors import DeviceError
 from jql_engine.sessions import Session
+from jql_engine.sessions.layouts import packed_fields, padded_fields, size_of, used_bytes
+from jql_engine.sessions.overflow import Overflow, select
 
-ALIGNMENT = 256  # of an array on the device: what cudaMalloc gives
 # To be measured; more tokens than fill the device only take memory. Below 349,525, where BiasSplitGelu's 32-bit index
 # of T * 6,144 values ends.
 MAX_BATCH_TOKENS = 65_536
@@ -33,20 +28,6 @@ RECTANGLE_FACTOR = 4  # documents differ little in length where a batch was plan
 
 class OutOfMemoryError(DeviceError):
     """The device has no room for a batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One of several arrays in a buffer."""
-
-    name: str
-    dtype: type[np.generic]
-    shape: tuple[int, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        """Its size."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +76,7 @@ class BufferedSession:
     """Runs batches of any size on an executor; see Session.
 
     Where the device runs out of memory the budget halves and the batch is computed in halves, down to one document.
-    Documents whose values leave fp16 come out as NaN; they are computed again in fp32 and counted.
+    What leaves fp16 is computed again: see Overflow.
     """
 
     n_parallel = 2  # one packs and is copied while the other is computed
@@ -103,36 +84,20 @@ class BufferedSession:
     def __init__(
         self, variant: str, executor: Executor, budget: int, open_fp32: Callable[[], Session] | None = None
     ) -> None:
-        """`budget`: tokens of a batch; `open_fp32` opens the session for what overflows, None: there is no better."""
+        """`budget`: tokens of a batch; `open_fp32`: see Overflow."""
         self.variant = variant
         self.budget = Budget(budget, executor.capacity.layout)
-        self.n_overflowed = 0  # documents that were computed again
-        self._executor, self._open_fp32 = executor, open_fp32
-        self._fp32: Session | None = None
+        self._executor, self._overflow = executor, Overflow(variant, open_fp32)
         self._lock = threading.Lock()
 
-    def reserve(self, max_tokens: int) -> None:
-        """Compute the largest batch, so that its memory is taken once; the budget shrinks to what fits.
-
-        ONNX Runtime keeps every block that it ever took: where batches grow little by little, each new largest one
-        takes its blocks anew. Raises DeviceError where a document of `max_tokens` does not fit.
-        """
-        n_docs, rest = divmod(max(self.budget.tokens, max_tokens), max_tokens)
-        lengths = [max_tokens] * n_docs
-        if rest and self.budget.layout == "packed":
-            lengths.append(rest)
-        offsets = np.cumsum([0, *lengths], dtype=np.int32)
-        row_length = None if self.budget.layout == "packed" else max_tokens
-        self._compute(Batch(np.arange(len(lengths)), np.zeros(offsets[-1], np.int32), offsets, row_length))
+    @property
+    def n_overflowed(self) -> int:
+        """Documents that were computed again in fp32."""
+        return self._overflow.n_documents
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; raises DeviceError where a document alone is too large for the device."""
-        output = self._compute(batch)
-        # Scores may hide an overflow: a ReLU on the way to them turns NaN into 0.
-        broken = ~np.isfinite(np.concatenate([output.scores, output.embeddings], axis=1)).all(axis=1)
-        if self._open_fp32 is None or not broken.any():
-            return output
-        return self._mend(batch, output, broken, self._open_fp32)
+        return self._overflow.mend(batch, self._compute(batch))
 
     def _compute(self, batch: Batch) -> BatchOutput:
         if len(batch.rows) == 1:
@@ -141,7 +106,7 @@ class BufferedSession:
             try:
                 return self._executor.run(batch)
             except OutOfMemoryError:
-                self._lower_budget(max(size_of(part) for part in halves(batch)))
+                self._halve_budget(batch)
         outputs = [self._compute(part) for part in halves(batch)]
         scores = np.concatenate([output.scores for output in outputs])
         return BatchOutput(scores, np.concatenate([output.embeddings for output in outputs]))
@@ -150,26 +115,11 @@ class BufferedSession:
         try:
             return self._executor.run(document)
         except OutOfMemoryError as error:
-            raise DeviceError(
-                f"variant {self.variant}: a document of {document.n_tokens} tokens does not fit into the device's "
-                f"memory ({error}); free memory on the device, or use one that has more"
-            ) from error
+            raise DeviceError(too_large(self.variant, document.n_tokens, error)) from error
 
-    def _lower_budget(self, tokens: int) -> None:
+    def _halve_budget(self, batch: Batch) -> None:
         with self._lock:  # once, where several threads meet the same shortage
-            self.budget = Budget(min(self.budget.tokens, tokens), self.budget.layout)
-
-    def _mend(
-        self, batch: Batch, output: BatchOutput, broken: NDArray[np.bool_], open_fp32: Callable[[], Session]
-    ) -> BatchOutput:
-        with self._lock:
-            self.n_overflowed += int(broken.sum())
-            if self._fp32 is None:
-                self._fp32 = open_fp32()
-        mended = self._fp32.run(select(batch, broken))
-        scores, embeddings = output.scores.copy(), output.embeddings.copy()
-        scores[broken], embeddings[broken] = mended.scores, mended.embeddings
-        return BatchOutput(scores, embeddings)
+            self.budget = Budget(min(self.budget.tokens, -(-size_of(batch) // 2)), self.budget.layout)
 
 
 def token_budget(free_bytes: int, hidden_size: int, itemsize: int) -> int:
@@ -178,81 +128,15 @@ def token_budget(free_bytes: int, hidden_size: int, itemsize: int) -> int:
     return max(1, min(MAX_BATCH_TOKENS, int(free_bytes * MEMORY_SHARE) // per_token))
 
 
-def pack(batch: Batch, buffer: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    """The inputs of a packed graph, written side by side into `buffer`: see `carve`."""
-    starts, lengths = batch.offsets[:-1], np.diff(batch.offsets)
-    assert lengths.min() > 0, "every document has a first token"
-    arrays = carve(buffer, fields_of(batch))
-    arrays["input_ids"][:] = batch.ids
-    arrays["cu_seqlens"][:] = batch.offsets
-    arrays["cls_index"][:] = starts
-    np.subtract(np.arange(batch.n_tokens), np.repeat(starts, lengths), out=arrays["position_ids"][0])
-    is_token = np.arange(lengths.max()) < lengths[:, None]
-    offset = arrays["token_offset"].reshape(-1)
-    offset[: batch.n_tokens] = np.flatnonzero(is_token)
-    offset[batch.n_tokens :] = np.flatnonzero(~is_token)
-    return arrays
-
-
-def pad(batch: Batch, buffer: NDArray[np.uint8], pad_id: int) -> dict[str, NDArray[Any]]:
-    """The inputs of a padded graph, written into `buffer`."""
-    arrays = carve(buffer, fields_of(batch))
-    arrays["input_ids"][:], arrays["attention_mask"][:] = batch.rectangle(pad_id)
-    return arrays
-
-
-def size_of(batch: Batch) -> int:
-    """What counts against a budget: tokens, padding included."""
-    return batch.n_tokens + batch.n_padding
-
-
-def fields_of(batch: Batch) -> tuple[Field, ...]:
-    """The inputs of a graph for a batch."""
-    if batch.row_length is None:
-        return packed_fields(batch.n_tokens, len(batch.rows), int(np.diff(batch.offsets).max()))
-    return padded_fields(len(batch.rows), batch.row_length)
-
-
-def padded_fields(n_docs: int, row_length: int) -> tuple[Field, ...]:
-    """The inputs of a padded graph for a rectangle."""
-    return tuple(Field(name, np.int64, (n_docs, row_length)) for name in ("input_ids", "attention_mask"))
-
-
-def packed_fields(n_tokens: int, n_docs: int, longest: int) -> tuple[Field, ...]:
-    """The inputs of a packed graph for so many tokens and documents, the longest of `longest` tokens."""
-    return (
-        Field("input_ids", np.int64, (n_tokens,)),
-        Field("position_ids", np.int64, (1, n_tokens)),
-        Field("cu_seqlens", np.int32, (n_docs + 1,)),
-        Field("token_offset", np.int32, (n_docs, longest)),
-        Field("cls_index", np.int64, (n_docs,)),
-    )
-
-
-def output_fields(n_docs: int, n_heads: int, hidden_size: int) -> tuple[Field, ...]:
-    """The outputs of every graph."""
-    return Field("scores", np.float32, (n_docs, n_heads)), Field("embedding", np.float32, (n_docs, hidden_size))
-
-
-def carve(buffer: NDArray[np.uint8], fields: Sequence[Field]) -> dict[str, NDArray[Any]]:
-    """The arrays of `fields` as views of `buffer`, one after another, so that one copy moves them all."""
-    return {
-        field.name: buffer[start : start + field.n_bytes].view(field.dtype).reshape(field.shape)
-        for field, start in places(fields)
-    }
-
-
-def places(fields: Sequence[Field]) -> Iterator[tuple[Field, int]]:
-    """Each field and where it starts in a buffer: at a multiple of ALIGNMENT."""
-    start = 0
-    for field in fields:
-        yield field, start
-        start += -(-field.n_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def used_bytes(fields: Sequence[Field]) -> int:
-    """What the fields take of a buffer."""
-    return max(start + field.n_bytes for field, start in places(fields))
+def largest_batch(capacity: Capacity, max_tokens: int) -> Batch:
+    """A batch that takes as much memory as any that `capacity` holds: documents of `max_tokens`."""
+    n_docs, rest = divmod(capacity.tokens, max_tokens)
+    lengths = [max_tokens] * n_docs
+    if rest and capacity.layout == "packed":
+        lengths.append(rest)
+    offsets = np.cumsum([0, *lengths], dtype=np.int32)
+    row_length = None if capacity.layout == "packed" else max_tokens
+    return Batch(np.arange(len(lengths)), np.zeros(offsets[-1], np.int32), offsets, row_length)
 
 
 def halves(batch: Batch) -> tuple[Batch, Batch]:
@@ -263,9 +147,9 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     return select(batch, left), select(batch, ~left)
 
 
-def select(batch: Batch, chosen: NDArray[np.bool_]) -> Batch:
-    """Some documents of a batch, in rows as long as the longest of them."""
-    lengths = np.diff(batch.offsets)
-    offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths[chosen], dtype=np.int32)])
-    row_length = None if batch.row_length is None else int(lengths[chosen].max())
-    return Batch(batch.rows[chosen], batch.ids[np.repeat(chosen, lengths)], offsets, row_length)
+def too_large(variant: str, n_tokens: int, error: Exception) -> str:
+    """What to say of a document that does not fit alone."""
+    return (
+        f"variant {variant}: a document of {n_tokens} tokens does not fit into the device's memory ({error}); "
+        "free memory on the device, or use one that has more"
+    )

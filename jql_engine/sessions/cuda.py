@@ -24,17 +24,12 @@ from jql_engine.gpu import Buffer, Gpu
 from jql_engine.sessions.buffered import (
     BufferedSession,
     Capacity,
-    Field,
     OutOfMemoryError,
-    carve,
-    fields_of,
-    output_fields,
-    pack,
-    pad,
-    places,
+    largest_batch,
     token_budget,
-    used_bytes,
+    too_large,
 )
+from jql_engine.sessions.layouts import Field, carve, fields_of, output_fields, pack, pad, places, used_bytes
 
 PROVIDER = "CUDAExecutionProvider"
 ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -48,16 +43,31 @@ SHORTAGES = ("Failed to allocate memory", "is smaller than requested bytes", "ou
 def open_cuda(bundle: Bundle, variant: str, device: int = 0, budget: int | None = None) -> BufferedSession:
     """Load a graph on GPU number `device`; `budget`, tokens of a batch, follows from free memory if None.
 
+    ONNX Runtime keeps every block that it ever took: where batches grow little by little, each new largest one takes
+    its blocks anew. So the largest comes first; where it does not fit, all is given back, and half the budget tried.
+
     Raises DeviceError: the CUDA provider is not active, a node would run on the CPU, or the longest document does not
     fit into memory; BundleError: the graph computes in fp16, and the bundle has none in fp32 for what overflows.
     """
-    twin = fp32_twin(bundle, variant)
-    max_tokens = bundle.manifest.max_tokens
-    executor = CudaExecutor(bundle, variant, device, budget)
-    open_fp32 = None if twin is None else lambda: open_cuda(bundle, twin, device, max_tokens)
-    session = BufferedSession(variant, executor, executor.budget, open_fp32)
-    session.reserve(max_tokens)
-    return session
+    twin, max_tokens = fp32_twin(bundle, variant), bundle.manifest.max_tokens
+    while True:
+        executor = CudaExecutor(bundle, variant, device, budget)
+        try:
+            executor.run(largest_batch(executor.capacity, max_tokens))
+        except OutOfMemoryError as error:
+            if executor.budget <= max_tokens:
+                raise DeviceError(too_large(variant, max_tokens, error)) from error
+            budget = max(executor.budget // 2, max_tokens)
+            executor.close()
+            continue
+        open_fp32 = None if twin is None else lambda: _open_twin(bundle, twin, device)
+        return BufferedSession(variant, executor, executor.budget, open_fp32)
+
+
+def _open_twin(bundle: Bundle, variant: str, device: int) -> BufferedSession:
+    """The graph for what overflows; what is left of the memory may hold less than the longest document."""
+    executor = CudaExecutor(bundle, variant, device, bundle.manifest.max_tokens)
+    return BufferedSession(variant, executor, executor.budget)
 
 
 def fp32_twin(bundle: Bundle, variant: str) -> str | None:
@@ -87,8 +97,9 @@ class _Slot:
 class _Loaded:
     """A graph on its GPU, and the slots that are free."""
 
-    def __init__(self, gpu: Gpu, session: Any) -> None:
-        self.gpu, self.session = gpu, session
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+        self.session: Any = None
         self.slots: SimpleQueue[_Slot] = SimpleQueue()
 
     def add_slot(self, n_inputs: int, n_outputs: int) -> None:
@@ -98,9 +109,10 @@ class _Loaded:
 
     def close(self) -> None:
         """Give all memory back, the graph's before the stream that it uses."""
-        self.slots = SimpleQueue()
-        self.session = None
-        self.gpu.close()
+        with self.gpu.kept():
+            self.slots = SimpleQueue()
+            self.session = None
+            self.gpu.close()
 
 
 class CudaExecutor:
@@ -111,9 +123,11 @@ class CudaExecutor:
         check_built(ort.get_available_providers(), device)
         info, encoder = bundle.manifest.variants[variant], bundle.manifest.encoder
         self._gpu = Gpu(device)
+        self._loaded = _Loaded(self._gpu)
+        self.close = weakref.finalize(self, self._loaded.close)
+        self.close.atexit = False  # at exit the driver does it
         check_capability(info.precision, self._gpu)
-        self._loaded = _Loaded(self._gpu, load(bundle.graph(variant), device, self._gpu.stream))
-        weakref.finalize(self, self._loaded.close).atexit = False  # at exit the driver does it
+        self._loaded.session = load(bundle.graph(variant), device, self._gpu.stream)
         self._n_heads, self._hidden_size = len(bundle.heads), encoder.hidden_size
         self.budget = budget or token_budget(free_bytes(device), encoder.hidden_size, ITEM_BYTES[info.precision])
         self.capacity = Capacity.of(self.budget, bundle.manifest.max_tokens, info.layout)
@@ -166,8 +180,7 @@ class CudaExecutor:
             self._loaded.session.run_with_iobinding(slot.binding, self._options)
         except Exception as error:  # RuntimeError from a binding, and ONNX Runtime's own exceptions have no other base
             self._gpu.synchronize()  # the slot is written anew, and its copy may be under way
-            message = " ".join(str(error).split())
-            if is_shortage(message):
+            if is_shortage(message := one_line(error)):
                 raise OutOfMemoryError(message) from error
             raise DeviceError(f"device cuda:{self._gpu.number}: {message}") from error
 
@@ -189,7 +202,13 @@ def load(file: Path, device: int, stream: int) -> Any:
     try:
         session = ort.InferenceSession(str(file), options, providers=[(PROVIDER, settings)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no other base
-        why = missing_library() or f"{file.name} cannot be loaded on the GPU alone: {error}"
+        if is_shortage(message := one_line(error)):
+            why = f"{file.name} does not fit into the GPU's memory ({message}); free memory there, or use another GPU"
+        else:
+            why = missing_library() or (
+                f"{file.name} cannot be loaded on the GPU alone: {message}; export the bundle again with this version, "
+                "or use a newer onnxruntime-gpu"
+            )
         raise DeviceError(f"device cuda:{device}: {why}") from error
     check_active(session.get_providers(), device)
     return session
@@ -211,7 +230,7 @@ def check_capability(precision: str, gpu: Gpu) -> None:
     if precision == "bf16" and float(gpu.compute_capability) < BF16_SINCE:
         raise DeviceError(
             f"device cuda:{gpu.number}: {gpu.name} has compute capability {gpu.compute_capability}, bf16 needs "
-            f"{BF16_SINCE}; use an fp16 variant"
+            f"{BF16_SINCE}; use --variant cuda-fp32, or cuda-fp16"
         )
 
 
@@ -231,6 +250,11 @@ def check_active(providers: list[str], device: int) -> None:
             f"device cuda:{device}: ONNX Runtime activated {', '.join(providers)}, expected {PROVIDER} first; a "
             "library of CUDA is missing or does not fit: see onnxruntime.print_debug_info()"
         )
+
+
+def one_line(error: Exception) -> str:
+    """What ONNX Runtime says, which ends with empty lines."""
+    return " ".join(str(error).split())
 
 
 def is_shortage(message: str) -> bool:

@@ -21,7 +21,9 @@ from jql_engine.data import Batch, BatchOutput
 from jql_engine.engines import EngineOptions, writable
 from jql_engine.errors import DeviceError
 from jql_engine.profiles import INPUTS, OUTPUTS, Profile, budget_for, profiles_of
-from jql_engine.sessions.tensorrt import finite, full_batch, run_in_parts
+from jql_engine.sessions import Session
+from jql_engine.sessions.overflow import Overflow
+from jql_engine.sessions.tensorrt import full_batch, run_in_parts
 
 PROVIDER = "TensorrtExecutionProvider"
 NVINFER = "libnvinfer.so.10"  # what the provider of onnxruntime-gpu is linked with, 1.31 as well
@@ -40,6 +42,7 @@ class OnnxRuntimeTensorRTSession:
         device: int = 0,
         options: EngineOptions | None = None,
         report: Callable[[str], None] = lambda _: None,
+        open_fp32: Callable[[], Session] | None = None,
     ) -> None:
         """Build the engines or find them in the provider's cache; raises DeviceError where the provider is not active.
 
@@ -51,7 +54,8 @@ class OnnxRuntimeTensorRTSession:
             raise DeviceError(
                 "--via onnxruntime builds engines its own way; of their options only --engine-cache counts"
             )
-        self.variant, self.n_parallel, self.n_overflowed = variant, 1, 0
+        self.variant, self.n_parallel = variant, 1
+        self._overflow = Overflow(variant, open_fp32)
         self.budget = budget_for(bundle, options.batch_tokens)
         self._pad_id = bundle.manifest.tokenizer.pad
         folder = writable((options.folder or bundle.path / "engines") / f"onnxruntime-{ort.__version__}")
@@ -63,15 +67,20 @@ class OnnxRuntimeTensorRTSession:
             session = self._sessions[profile.row_length] = _open(bundle.graph(variant), settings)
             session.run(list(OUTPUTS), dict(zip(INPUTS, full_batch(profile, self._pad_id), strict=True)))
 
+    @property
+    def n_overflowed(self) -> int:
+        """See Session."""
+        return self._overflow.n_documents
+
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; see Session."""
-        return run_in_parts(batch, self.budget, self._run)
+        return self._overflow.mend(batch, run_in_parts(batch, self.budget, self._run))
 
     def _run(self, batch: Batch) -> BatchOutput:
         assert batch.row_length is not None
         feeds = dict(zip(INPUTS, batch.rectangle(self._pad_id), strict=True))
         scores, embeddings = self._sessions[batch.row_length].run(list(OUTPUTS), feeds)
-        return finite(self.variant, BatchOutput(np.asarray(scores), np.asarray(embeddings)))
+        return BatchOutput(np.asarray(scores), np.asarray(embeddings))
 
 
 def require_provider() -> None:

@@ -22,6 +22,8 @@ from jql_engine.engines import EngineOptions, engine_for, write_aside
 from jql_engine.errors import DeviceError
 from jql_engine.gpu import Buffer, Gpu
 from jql_engine.profiles import INPUTS, OUTPUTS, Interface, Profile
+from jql_engine.sessions import Session
+from jql_engine.sessions.overflow import Overflow
 from jql_engine.tensorrt import RTX, Library, deserialize
 
 
@@ -35,6 +37,7 @@ class TensorRTSession:
         device: int = 0,
         options: EngineOptions | None = None,
         report: Callable[[str], None] = lambda _: None,
+        open_fp32: Callable[[], Session] | None = None,
     ) -> None:
         """Open the engine that fits GPU number `device`, or build it once; `report` is told how that goes.
 
@@ -46,7 +49,8 @@ class TensorRTSession:
         library, self.budget, file = engine_for(
             bundle, variant, gpu.compute_capability, gpu.name, options or EngineOptions(), report
         )
-        self.variant, self.n_parallel, self.n_overflowed = variant, 1, 0
+        self.variant, self.n_parallel = variant, 1
+        self._overflow = Overflow(variant, open_fp32)
         self._pad_id = bundle.manifest.tokenizer.pad
         self._lock = threading.Lock()  # buffers, workspace and stream are those of one batch
         self._execution = _Execution(gpu, library, file, self.budget)
@@ -54,15 +58,20 @@ class TensorRTSession:
             self._execution.run(*full_batch(profile, self._pad_id))
         self._execution.keep_kernels(report)
 
+    @property
+    def n_overflowed(self) -> int:
+        """See Session."""
+        return self._overflow.n_documents
+
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; see Session. One that is larger than its profile is computed in parts."""
-        return run_in_parts(batch, self.budget, self._run)
+        return self._overflow.mend(batch, run_in_parts(batch, self.budget, self._run))
 
     def _run(self, batch: Batch) -> BatchOutput:
         ids, mask = batch.rectangle(self._pad_id)
         with self._lock:
             scores, embeddings = self._execution.run(ids, mask)
-        return finite(self.variant, BatchOutput(scores, embeddings))
+        return BatchOutput(scores, embeddings)
 
 
 def run_in_parts(batch: Batch, budget: Budget, run: Callable[[Batch], BatchOutput]) -> BatchOutput:
@@ -78,17 +87,6 @@ def run_in_parts(batch: Batch, budget: Budget, run: Callable[[Batch], BatchOutpu
         return parts[0]
     scores, embeddings = [part.scores for part in parts], [part.embeddings for part in parts]
     return BatchOutput(np.concatenate(scores), np.concatenate(embeddings))
-
-
-def finite(variant: str, output: BatchOutput) -> BatchOutput:
-    """The output itself; DeviceError where fp16 overflowed in it."""
-    if not np.isfinite(output.embeddings).all():
-        bad = int((~np.isfinite(output.embeddings).all(axis=1)).sum())
-        raise DeviceError(
-            f"variant {variant}: {bad} of {len(output.embeddings)} embeddings of a batch are not finite: activations "
-            "of this encoder exceed fp16; use an fp32 variant"
-        )
-    return output
 
 
 class _Execution:

@@ -1,6 +1,6 @@
 """What a process does in a recorder's environment; each returns what JSON can say.
 
-    python -m tests.recorder.scenarios NAME '{"argument": ...}'
+    python -m tests.recorded.scenarios NAME '{"argument": ...}'
 
 prints it as its last line.
 """
@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import cuda.bindings.runtime as cudart
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.recorder import Record
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, DocumentBatch, TokenBatch
 from jql_engine.errors import EngineError
 from jql_engine.execution import execute
 from jql_engine.gpu import Gpu
-from jql_engine.sessions.buffered import carve, fields_of, pack, used_bytes
+from jql_engine.sessions import choose
 from jql_engine.sessions.cuda import load, open_cuda
+from jql_engine.sessions.layouts import carve, fields_of, pack, used_bytes
 from jql_engine.tokens import Tokenizer
-from tests.recorder import Record
 
 
 def batch_of(lengths: list[int], seed: int = 0, layout: str = "packed") -> Batch:
@@ -79,12 +82,16 @@ def shortage(bundle: str, budget: int, lengths: list[int]) -> dict[str, Any]:
     }
 
 
-def overflow(bundle: str, lengths: list[int]) -> int:
-    """How many documents were computed again."""
-    session = open_cuda(Bundle.open(bundle), "cuda-fp16")
-    before = session.n_overflowed
-    session.run(batch_of(lengths))
-    return session.n_overflowed - before
+def overflow(bundle: str, lengths: list[int], fills: list[int], budget: int | None = None) -> dict[str, Any]:
+    """What becomes of documents of which the fp16 graph, and then that in fp32, gives what their memory holds."""
+    os.environ["RECORDER_FILL"] = str(fills[0])
+    session = open_cuda(Bundle.open(bundle), "cuda-fp16", budget=budget)
+    os.environ["RECORDER_FILL"] = str(fills[1])
+    try:
+        output = session.run(batch_of(lengths))
+    except EngineError as error:
+        return {"error": str(error)}
+    return {"again": session.n_overflowed, "finite": bool(np.isfinite(output.embeddings).all())}
 
 
 def uploads(bundle: str, n_docs: int) -> dict[str, int]:
@@ -136,15 +143,24 @@ def second_gpu(bundle: str) -> list[int]:
     return [record.used(0), record.used(1)]
 
 
-def closed(bundle: str) -> list[int]:
-    """Bytes on the GPU while a session lives, and when it is gone."""
+def closed(bundle: str) -> dict[str, Any]:
+    """Bytes on the second GPU while a session lives, and when it is gone, and what the thread's GPU is then."""
     record = Record()
-    session = open_cuda(Bundle.open(bundle), "cuda-fp16")
+    session = open_cuda(Bundle.open(bundle), "cuda-fp16", 1)
     session.run(batch_of([5, 70]))
-    alive = record.used()
+    alive = record.used(1)
+    Gpu(0)
     del session
     gc.collect()
-    return [alive, record.used()]
+    return {"alive": alive, "gone": record.used(1), "device": cudart.cudaGetDevice()[1]}
+
+
+def chosen(bundle: str, tolerance: float | None = None) -> str:
+    """What is taken where nothing is asked for."""
+    try:
+        return choose(Bundle.open(bundle), "auto", tolerance=tolerance).variant
+    except EngineError as error:
+        return str(error)
 
 
 def benchmark(bundle: str, texts: list[str]) -> list[dict[str, Any]]:
@@ -192,6 +208,7 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         under_way,
         second_gpu,
         closed,
+        chosen,
         benchmark,
         loading_error,
         opening_error,

@@ -9,6 +9,7 @@ import os
 
 
 def exchange(runtime: ctypes.CDLL) -> None:
+    """Put the recorder's functions in the place of cuda-python's own."""
     import cuda.bindings._internal.runtime as own
 
     make, name = ctypes.pythonapi.PyCapsule_New, ctypes.pythonapi.PyCapsule_GetName

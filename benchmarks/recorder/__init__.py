@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PACKAGES = ROOT / "build" / "recorder" / "site"
 PROVIDER = PACKAGES / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so"
-INSTALLED = PROVIDER.is_file()
+TOOLS = ("g++", "nm", "readelf")
 SOURCES = {"libcudart": "runtime", "libcublas": "blas", "libcuda.": "driver"}
 
 
@@ -54,7 +55,7 @@ class Recorder:
         paths = (HERE / "site", PACKAGES, ROOT)
         return os.environ | {
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
-            "LD_LIBRARY_PATH": str(self.folder),
+            "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(self.folder), os.environ.get("LD_LIBRARY_PATH")])),
             "RECORDER_RUNTIME": str(next(self.folder.glob("libcudart.so*[0-9]"))),
             **{f"RECORDER_{name.upper()}": str(value) for name, value in settings.items()},
         }
@@ -87,6 +88,14 @@ class Record:
         return found
 
 
+def missing() -> str:
+    """What a recorder needs and is not here; empty where all is."""
+    if not PROVIDER.is_file():
+        return "make build/recorder/.installed brings ONNX Runtime for CUDA"
+    absent = [tool for tool in TOOLS if shutil.which(tool) is None]
+    return f"{', '.join(absent)} not found: install gcc and binutils" if absent else ""
+
+
 def needed() -> list[str]:
     """The libraries of CUDA that the provider names."""
     lines = tool("readelf", "--dynamic", "--wide", PROVIDER).splitlines()
@@ -114,10 +123,15 @@ def unexpected(functions: set[str]) -> str:
 
 
 def compile_(*arguments: object) -> None:
+    """With g++."""
     tool("g++", "-std=c++17", "-fPIC", *arguments)
 
 
 def tool(*command: object) -> str:
+    """What a program prints; it must not fail."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, f"{command[0]} failed: {done.stderr}"
     return done.stdout
+
+
+MISSING = missing()
