@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,10 @@ def write_bundle(
 
 def write_snowflake(folder: Path, manifest: Manifest, variants: Sequence[str], n_layers: int = 2) -> Bundle:
     """A bundle whose graphs have the shape of snowflake-arctic-embed-m-v2.0, with fewer layers and words."""
-    weights = read_encoder(write_encoder(folder / "encoder", "gte", num_hidden_layers=n_layers, **SNOWFLAKE))
+    checkpoint = write_encoder(folder / "encoder", "gte", num_hidden_layers=n_layers, **SNOWFLAKE)
+    weights = read_encoder(checkpoint)
+    (folder / "bundle").mkdir()
+    shutil.copy(checkpoint / "tokenizer.json", folder / "bundle")
     rng = np.random.default_rng(0)
     hidden, output = rng.normal(0, 0.1, (1000, 768)), rng.normal(0, 0.1, (1000, 2))
     heads = StackedHeads(*(x.astype(np.float32) for x in (hidden, np.zeros(1000), output, np.zeros(2))))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -248,6 +249,16 @@ def test_a_library_that_is_missing_is_named(recorder, families):
     done = process(environment, "tests.recorded.scenarios", "opening_error", arguments)
     said = json.loads(done.stdout.splitlines()[-1])
     assert "libcublasLt.so" in said and "jql-engine[gpu]" in said
+
+
+def test_the_host_keeps_a_slow_gpu_busy(run, snowflake, tmp_path):
+    texts = [" ".join(SENTENCES)[: 20 * i] for i in range(1, 201)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "corpus.parquet")
+    engine, end_to_end = run("host", {"tflops": 5}, bundle=snowflake, corpus=str(tmp_path / "corpus.parquet"))
+    assert not engine["note"] and not end_to_end["note"]
+    flop = 2 * (8 * 768**2 + 3 * 768 * 3072)  # of a token; the last layer's are of queries, keys and values alone
+    assert 0.7 * 5e12 / flop < engine["tokens_per_second"] < 2 * 5e12 / flop
+    assert end_to_end["tokens_per_second"] > 0.5 * engine["tokens_per_second"]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -22,6 +23,7 @@ ROOT = HERE.parent.parent
 PACKAGES = ROOT / "build" / "recorder" / "site"
 PROVIDER = PACKAGES / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so"
 TOOLS = ("g++", "nm", "readelf")
+IS_RECORDED = "RECORDER_RUNTIME" in os.environ  # this process sees the recorder's GPUs
 SOURCES = {"libcudart": "runtime", "libcublas": "blas", "libcuda.": "driver"}
 
 
@@ -94,6 +96,11 @@ def missing() -> str:
         return "make build/recorder/.installed brings ONNX Runtime for CUDA"
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
     return f"{', '.join(absent)} not found: install gcc and binutils" if absent else ""
+
+
+def provider_version() -> str:
+    """Of onnxruntime-gpu."""
+    return next(iter(distributions(name="onnxruntime-gpu", path=[str(PACKAGES)]))).version
 
 
 def needed() -> list[str]:

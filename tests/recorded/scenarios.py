@@ -179,6 +179,13 @@ def benchmark(bundle: str, texts: list[str]) -> list[dict[str, Any]]:
     return [asdict(row) for row in [*rows, *gpu.profiles(sample, rows)]]
 
 
+def host(bundle: str, corpus: str) -> list[dict[str, Any]]:
+    """The rows of benchmarks.host."""
+    from benchmarks.host import measure
+
+    return [asdict(row) for row in measure(Path(bundle), Path(corpus), 400, 1)]
+
+
 def loading_error(file: str) -> str:
     """Why a graph is not loaded."""
     try:
@@ -210,6 +217,7 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         closed,
         chosen,
         benchmark,
+        host,
         loading_error,
         opening_error,
     )
