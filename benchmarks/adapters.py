@@ -52,7 +52,8 @@ from jql_engine.integrations.ray import score_dataset
 from jql_engine.launch import Machine, score
 from jql_engine.progress import RunLog
 from jql_engine.run import Job
-from jql_engine.sessions import SessionOptions, choose
+from jql_engine.sessions import SessionOptions
+from jql_engine.sessions.choice import choose
 from jql_engine.tokens import Tokenizer
 
 EQUAL = 1e-5  # scores of one document in different batches

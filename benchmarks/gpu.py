@@ -46,8 +46,9 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, Budget, ScoreBatch, TokenBatch
 from jql_engine.execution import execute
 from jql_engine.gpu import Gpu
-from jql_engine.sessions import CHUNK_BYTES, Session, buffered, cuda, open_variant, runnable
+from jql_engine.sessions import CHUNK_BYTES, Session, buffered, cuda, open_variant
 from jql_engine.sessions.buffered import Capacity
+from jql_engine.sessions.choice import runnable
 from jql_engine.tokens import Tokenizer
 from jql_export.checkpoint import is_jina_v3, read_config, read_encoder
 

@@ -41,7 +41,8 @@ from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
 from jql_engine.engine import Engine
 from jql_engine.errors import EngineError
 from jql_engine.run import Job
-from jql_engine.sessions import CHUNK_BYTES, choose, runnable
+from jql_engine.sessions import CHUNK_BYTES
+from jql_engine.sessions.choice import choose, runnable
 from jql_engine.tokens import Tokenizer
 
 DOCUMENTS = {"cpu": 24, "cuda": 4_000}

@@ -16,7 +16,8 @@ from jql_engine.engines import EngineOptions
 from jql_engine.errors import DeviceError, InputError
 from jql_engine.execution import execute
 from jql_engine.parity import open_certified
-from jql_engine.sessions import Session, SessionOptions, choose
+from jql_engine.sessions import Session, SessionOptions
+from jql_engine.sessions.choice import choose
 from jql_engine.tokens import Tokenizer
 
 Texts: TypeAlias = Sequence[str | None] | pa.Array | pa.ChunkedArray

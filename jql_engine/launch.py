@@ -19,7 +19,8 @@ from jql_engine.pool import Executed, Pool, Spec
 from jql_engine.progress import Meter, RunLog
 from jql_engine.rescore import rescore_files
 from jql_engine.run import Job, Outcome, Work, prepare, run
-from jql_engine.sessions import DEFAULTS, Choice, SessionOptions, check_options, choose
+from jql_engine.sessions import DEFAULTS, SessionOptions, check_options
+from jql_engine.sessions.choice import Choice, choose
 from jql_engine.tokens import Tokenizer
 from jql_engine.worker import Worker
 

@@ -16,7 +16,8 @@ from jql_engine.bundle import PROBES, Bundle
 from jql_engine.data import Budget, TokenBatch
 from jql_engine.errors import BundleError, ParityError
 from jql_engine.execution import execute
-from jql_engine.sessions import DEFAULTS, ON_GPU, Choice, Session, SessionOptions, open_variant
+from jql_engine.sessions import DEFAULTS, ON_GPU, Session, SessionOptions, open_variant
+from jql_engine.sessions.choice import Choice
 
 LONG_TOKENS = 512
 SHORT_TOKENS = 64

@@ -30,7 +30,8 @@ from jql_engine.data import Batch, ChunkDone, Failure, Task
 from jql_engine.errors import EngineError
 from jql_engine.output import Target
 from jql_engine.parity import open_certified
-from jql_engine.sessions import Choice, SessionOptions
+from jql_engine.sessions import SessionOptions
+from jql_engine.sessions.choice import Choice
 from jql_engine.tokens import Tokenizer
 from jql_engine.worker import STAGES, Worker
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from jql_engine.bundle import Bundle
 from jql_engine.engine import Engine
 from jql_engine.errors import DeviceError
-from jql_engine.sessions import _every_gpu
+from jql_engine.sessions.choice import every_gpu
 from jql_export import probes
 from jql_export.checkpoint import read_encoder
 from jql_export.export import Checkpoint, export_bundle
@@ -30,7 +30,7 @@ FAMILIES = ("gte", "bert", "xlm-roberta")
 
 def _has_gpu() -> bool:
     with suppress(DeviceError):
-        return bool(_every_gpu("cuda"))
+        return bool(every_gpu("cuda"))
     return False
 
 

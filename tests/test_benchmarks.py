@@ -15,7 +15,7 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import gpu, nvidia, table, throughput
+from benchmarks import gpu, nvidia, precision, table, throughput
 from benchmarks.cases import ORACLE, scored
 from benchmarks.figures import best_rows, compare_finite, flops_per_token, rate, record
 from benchmarks.jql import JqlPipeline, arrivals, largest_that_fits, reason
@@ -436,3 +436,16 @@ def test_profiles_are_made_at_the_best_budget(sample_on_cpu, monkeypatch):
     assert asked == [("cuda-fp16", len(sample_on_cpu.tokens.ids))]
     assert (found.variant, found.budget_tokens, found.tokens) == ("cuda-fp16 128", 128, asked[0][1])
     assert found.nodes == {"CUDAExecutionProvider": 1}
+
+
+def test_what_narrow_types_do_to_scores(encoders, bundle, monkeypatch, tmp_path):
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
+    pq.write_table(pa.table({"text": list(SENTENCES[:6])}), tmp_path / "corpus.parquet")
+    precision.main(encoders["gte"], bundle.path, tmp_path / "corpus.parquet", "p", 6, 64)
+    rows = {
+        (row["variant"], row["name"]): row for row in json.loads((tmp_path / "results" / "p.json").read_text())["rows"]
+    }
+    assert rows.keys() == {(variant, name) for variant, name, _ in precision.CASES}
+    for (variant, _), row in rows.items():
+        assert 0 < row["score_difference"] < {"cuda-fp16": 0.1, "cuda-bf16": 1}[variant]
+        assert len(row["spearman"]) == 2 and row["documents"] == 6

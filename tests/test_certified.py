@@ -11,8 +11,9 @@ import pytest
 from jql_engine.bundle import PROBES, Bundle
 from jql_engine.errors import BundleError, DeviceError, ParityError
 from jql_engine.parity import open_certified, read_probes, run_all, write_probes
-from jql_engine.sessions import Choice, SessionOptions, choose, cuda, open_variant, runnable
+from jql_engine.sessions import SessionOptions, cuda, open_variant
 from jql_engine.sessions.buffered import Capacity
+from jql_engine.sessions.choice import Choice, choose, runnable
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, export, without_gpu
 from tests.test_cuda import ReferenceExecutor

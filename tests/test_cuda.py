@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
+from benchmarks.operators import OPERATORS
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import BundleError, DeviceError
@@ -25,7 +26,6 @@ from jql_export import probes
 from jql_export.checkpoint import read_encoder
 from jql_export.heads import read_head, stack
 from jql_export.reference import Reference
-from tests import contrib
 from tests.conftest import HAS_GPU
 from tests.graphs import CUDA, write_bundle
 from tests.test_packed import TOLERANCES
@@ -108,7 +108,7 @@ class ReferenceExecutor:
     def __init__(self, file, capacity=LARGE, room=10_000):
         self.capacity, self.room = capacity, room
         self.computed, self.refused = [], []  # documents' lengths
-        self._graph = ReferenceEvaluator(str(file), new_ops=contrib.OPERATORS)
+        self._graph = ReferenceEvaluator(str(file), new_ops=OPERATORS)
         self._lock = threading.Lock()
 
     def run(self, batch):

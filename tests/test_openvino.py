@@ -19,8 +19,9 @@ from jql_engine.data import Budget
 from jql_engine.engine import Engine
 from jql_engine.engines import EngineOptions
 from jql_engine.errors import BundleError, CheckpointError, DeviceError, InputError, ParityError
-from jql_engine.sessions import TOLERANCE, SessionOptions, choose, open_variant
+from jql_engine.sessions import SessionOptions, open_variant
 from jql_engine.sessions import openvino as session_file
+from jql_engine.sessions.choice import TOLERANCE, choose
 from jql_export import probes
 from jql_export.export import export_bundle
 from jql_export.heads import read_head

@@ -13,6 +13,7 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
+from benchmarks.operators import OPERATORS
 from jql_engine.batching import plan
 from jql_engine.data import Budget, TokenBatch
 from jql_engine.sessions.buffered import Capacity
@@ -24,7 +25,6 @@ from jql_export.graph import write_graph
 from jql_export.heads import read_head, stack
 from jql_export.packed import CudaDialect
 from jql_export.reference import Expected, Reference
-from tests import contrib
 from tests.conftest import FAMILIES, write_encoder
 
 # Operators that give a shape or depend on one: they, or what consumes them, run on the CPU.
@@ -46,7 +46,7 @@ class Written:
 
     def run(self, budget):
         """Embeddings and scores, batches planned under `budget` tokens."""
-        evaluator = ReferenceEvaluator(str(self.file), new_ops=contrib.OPERATORS)
+        evaluator = ReferenceEvaluator(str(self.file), new_ops=OPERATORS)
         embeddings, scores = np.empty_like(self.expected.embeddings), np.empty_like(self.expected.scores)
         for batch in plan(self.tokens, Budget(budget, "packed")):
             room = np.zeros(Capacity.of(batch.n_tokens, batch.n_tokens * len(batch.rows)).input_bytes, np.uint8)

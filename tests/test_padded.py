@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 from onnx.reference import ReferenceEvaluator
 
+from benchmarks.operators import OPERATORS
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
 from jql_engine.sessions.buffered import BufferedSession, Capacity, halves, largest_batch
@@ -25,7 +26,6 @@ from jql_export.heads import read_head, stack
 from jql_export.padded import PaddedCudaDialect
 from jql_export.reference import Reference
 from jql_export.variants import VARIANTS
-from tests import contrib
 from tests.conftest import FAMILIES, write_encoder
 from tests.test_packed import ON_THE_CPU
 
@@ -73,7 +73,7 @@ def test_the_graph_equals_the_oracle_in_onnx_runtime(write, family, pooling, bud
 @each_family
 def test_every_type_is_near_the_oracle(write, family, pooling, dtype):
     file, tokens, expected = write(family, pooling, dtype)
-    found = embeddings(ReferenceEvaluator(str(file), new_ops=contrib.OPERATORS), tokens, 700)
+    found = embeddings(ReferenceEvaluator(str(file), new_ops=OPERATORS), tokens, 700)
     np.testing.assert_allclose(found, expected.embeddings, rtol=0, atol=TOLERANCES[dtype])
 
 
@@ -84,7 +84,7 @@ def test_bf16_stays_near_over_long_documents(head_files, tmp_path):
     ids = rng.integers(5, 300, sum(lengths)).astype(np.int32)
     tokens = TokenBatch(np.arange(3), ids, np.cumsum([0, *lengths]), np.zeros(3, np.bool_))
     write_graph(tmp_path / "g.onnx", read_encoder(checkpoint), stack(heads), "mean", PaddedCudaDialect(bfloat16))
-    graph = ReferenceEvaluator(str(tmp_path / "g.onnx"), new_ops=contrib.OPERATORS)
+    graph = ReferenceEvaluator(str(tmp_path / "g.onnx"), new_ops=OPERATORS)
     expected = Reference(checkpoint, heads, "mean").run(tokens)
     np.testing.assert_allclose(embeddings(graph, tokens, 3000), expected.embeddings, rtol=0, atol=TOLERANCES[bfloat16])
 

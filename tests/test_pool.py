@@ -20,7 +20,8 @@ from jql_engine.errors import EngineError, OutputError
 from jql_engine.output import Target, find_parts
 from jql_engine.pool import Executed, Handout, Order, Pool, Spec
 from jql_engine.run import Job, Work, prepare
-from jql_engine.sessions import Choice, SessionOptions
+from jql_engine.sessions import SessionOptions
+from jql_engine.sessions.choice import Choice
 
 ROWS = 100
 

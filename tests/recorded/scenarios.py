@@ -26,7 +26,7 @@ from jql_engine.data import Batch, DocumentBatch, TokenBatch
 from jql_engine.errors import EngineError
 from jql_engine.execution import execute
 from jql_engine.gpu import Gpu
-from jql_engine.sessions import choose
+from jql_engine.sessions.choice import choose
 from jql_engine.sessions.cuda import load, open_cuda
 from jql_engine.sessions.layouts import carve, fields_of, pack, used_bytes
 from jql_engine.tokens import Tokenizer

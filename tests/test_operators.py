@@ -1,4 +1,4 @@
-"""The NumPy operators of contrib.py against ONNX Runtime's own on the CPU, and against PyTorch where it has none."""
+"""benchmarks.operators against ONNX Runtime's own on the CPU, and against PyTorch where it has none."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from torch.nn import functional
 
+from benchmarks.operators import OPERATORS
 from jql_export.dialects import MICROSOFT
-from tests import contrib
 
 
 def model_of(op_type, inputs, **attributes):
@@ -30,7 +30,7 @@ def model_of(op_type, inputs, **attributes):
 
 def compute(op_type, inputs, **attributes):
     model, feeds = model_of(op_type, inputs, **attributes)
-    return ReferenceEvaluator(model, new_ops=contrib.OPERATORS).run(None, feeds)[0]
+    return ReferenceEvaluator(model, new_ops=OPERATORS).run(None, feeds)[0]
 
 
 def assert_that_of_onnx_runtime(op_type, inputs, **attributes):

@@ -1,0 +1,177 @@
+"""Which device and which graph a job takes, and why not another."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+
+from jql_engine.bundle import Bundle, Variant
+from jql_engine.errors import BundleError, DeviceError
+from jql_engine.sessions import CHUNK_BYTES, ON_GPU
+from jql_engine.tensorrt import load_library
+
+DEVICE = re.compile(r"auto|cpu|cuda|cuda:\d+(,cuda:\d+)*")
+# Providers and precisions that a kind of device runs, the fastest first (benchmarks/README.md); in fp32 OpenVINO and
+# ONNX Runtime are about equal.
+SPEED = {
+    "cpu": (
+        ("openvino", "int8"),
+        ("openvino", "bf16"),
+        ("openvino", "fp32"),
+        ("cpu", "fp32"),
+        ("any", "fp32"),
+    ),
+    # Expected: packing saves the padding, and bf16 has no fused GeGLU.
+    "cuda": (("cuda", "fp16"), ("tensorrt", "fp16"), ("cuda", "bf16"), ("cuda", "fp32")),
+}
+# What a score may differ by from the fp32 reference where nobody asks for more or less: bf16 passes, int8 does not. On
+# multilingual e5's probe documents transformers itself is 0.024 away in bf16, OpenVINO 0.016.
+TOLERANCE = 2e-2
+# What is further away, or may be, by provider: on a GPU it is known only once a graph is open.
+ASKED_FOR = {"openvino": ("int8",), "cuda": ("bf16",)}
+# The same of an embedding, in a bundle without heads; as certified of bf16.
+EMBEDDING_TOLERANCE = 5e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a job runs on."""
+
+    devices: tuple[str, ...]  # cpu, or cuda:N of each GPU
+    variant: str
+    tolerance: float | None = None  # what was asked for of the scores, if anything
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Text of one chunk."""
+        return CHUNK_BYTES[self.devices[0].partition(":")[0]]
+
+
+def choose(bundle: Bundle, device: str, variant: str | None = None, tolerance: float | None = None) -> Choice:
+    """The devices and the graph that `device` stands for: cpu, cuda (every GPU), cuda:0,cuda:2, or auto.
+
+    `auto` is the GPU where one can be used and the bundle has a graph for it. `variant` None takes the fastest graph
+    that is installed and whose scores were found within `tolerance` (None: TOLERANCE, and no int8) of the fp32
+    reference. Raises DeviceError where a device is not active, BundleError where the bundle has no such graph; never
+    another device than asked.
+    """
+    if not DEVICE.fullmatch(device):
+        raise DeviceError(f"device {device!r} is unknown; known are auto, cpu, cuda, cuda:N and cuda:N,cuda:M")
+    if device == "auto":
+        device = _best_kind(bundle, variant)
+    kind = device.partition(":")[0]
+    gpus = every_gpu(device) if kind == "cuda" else ()  # before anything of the bundle: the GPU was asked for
+    name = _named(bundle, kind, variant, tolerance) if variant else _fastest(bundle, kind, tolerance)
+    if device != "cuda":
+        if len(set(named := device.split(","))) < len(named):
+            raise DeviceError(f"device {device} names a GPU twice; a GPU has one worker")
+        if missing := sorted(set(named) - {"cpu", *gpus}):
+            raise DeviceError(f"device {missing[0]} was requested; the NVIDIA driver shows {', '.join(gpus)}")
+        gpus = tuple(named)
+    return Choice(gpus, name, tolerance)
+
+
+def runnable(bundle: Bundle, kind: str) -> list[str]:
+    """The variants that run on a kind of device here, the fastest first."""
+    variants = bundle.manifest.variants.items()
+    found = [name for how in SPEED[kind] for name, v in variants if (v.provider, v.precision) == how]
+    return [name for name in found if _obstacle(bundle.manifest.variants[name]) is None]
+
+
+def _fastest(bundle: Bundle, kind: str, tolerance: float | None) -> str:
+    variants, reasons = bundle.manifest.variants, {}
+    for how in SPEED[kind]:
+        for name, variant in variants.items():
+            if (variant.provider, variant.precision) == how:
+                if not (reason := _obstacle(variant) or _too_far(variant, tolerance)):
+                    return name
+                reasons[name] = reason
+    others = {name: f"written for {v.provider}, {v.precision}" for name, v in variants.items() if name not in reasons}
+    why = "; ".join(f"{name}: {reason}" for name, reason in (reasons | others).items())
+    raise BundleError(
+        f"{bundle.path} has no variant that runs on {kind} ({why}): mend that, or export again with another --variant"
+    )
+
+
+def _named(bundle: Bundle, kind: str, name: str, tolerance: float | None) -> str:
+    variants = bundle.manifest.variants
+    if name not in variants or (variants[name].provider, variants[name].precision) not in SPEED[kind]:
+        have = ", ".join(f"{have} ({v.provider})" for have, v in variants.items())
+        raise BundleError(
+            f"{bundle.path} has no variant {name} for {kind}; it has {have}: export again with the --variant you need"
+        )
+    if tolerance is not None and (reason := _too_far(variants[name], tolerance)):
+        raise BundleError(f"variant {name}: {reason}; ask for another variant or allow more with --tolerance")
+    return name
+
+
+def _obstacle(variant: Variant) -> str | None:
+    """Why a graph cannot run on this machine, and what to do; None where it can."""
+    if variant.provider == "openvino":
+        from jql_engine.sessions.openvino import obstacle
+
+        return obstacle(variant.precision)
+    if variant.provider != "tensorrt" and importlib.util.find_spec("onnxruntime") is None:
+        extra = "gpu" if variant.provider in ON_GPU else "cpu"
+        return f"the package onnxruntime is not installed; pip install 'jql-engine[{extra}]'"
+    try:
+        if variant.provider == "cuda":
+            import onnxruntime
+
+            from jql_engine.sessions.cuda import check_built
+
+            check_built(onnxruntime.get_available_providers(), 0)
+        elif variant.provider == "tensorrt":
+            load_library()
+    except DeviceError as error:
+        return str(error)
+    return None
+
+
+def _best_kind(bundle: Bundle, variant: str | None) -> str:
+    """What a named variant is for; else cuda where a GPU is there and a graph for it can run, else cpu."""
+    if variant is not None:
+        info = bundle.manifest.variants.get(variant)
+        return "cuda" if info and info.provider in ON_GPU else "cpu"
+    if runnable(bundle, "cuda"):
+        with suppress(DeviceError):
+            every_gpu("auto")
+            return "cuda"
+    return "cpu"
+
+
+def _too_far(variant: Variant, tolerance: float | None) -> str | None:
+    """Why a graph is not as close to the fp32 reference as asked; a GPU's is measured when it is opened."""
+    if tolerance is None and variant.precision in ASKED_FOR.get(variant.provider, ()):
+        return f"{variant.precision} is taken only where --tolerance or --variant asks for it"
+    if variant.provider in ON_GPU:
+        return None
+    parity = variant.parity
+    if not parity:
+        return "how far it is from the fp32 reference is not known"
+    worst, what, limit = parity.get("max_abs_score"), "scores", TOLERANCE
+    if worst is None:
+        worst = max(v for key, v in parity.items() if key.startswith("max_abs_embedding"))
+        what, limit = "embeddings", EMBEDDING_TOLERANCE
+    limit = limit if tolerance is None else tolerance
+    if worst <= limit:
+        return None
+    return f"its {what} differ by up to {worst:.3g} from the fp32 reference, allowed is {limit:.3g}"
+
+
+def every_gpu(device: str) -> tuple[str, ...]:
+    """The GPUs that CUDA shows this process, CUDA_VISIBLE_DEVICES respected; asked of the driver itself."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    except OSError as error:
+        raise DeviceError(f"device {device} was requested; the NVIDIA driver cannot be loaded ({error})") from error
+    if status or not count.value:
+        raise DeviceError(
+            f"device {device} was requested; the NVIDIA driver shows no GPU (error {status}, {count.value} devices)"
+        )
+    return tuple(f"cuda:{number}" for number in range(count.value))
