@@ -17,7 +17,31 @@ INPUT_IDS = GraphInput("input_ids", ("B", "L"))
 ATTENTION_MASK = GraphInput("attention_mask", ("B", "L"))
 
 
-class CpuDialect:
+class FusedDialect:
+    """What is the same wherever ONNX Runtime's fused operators run."""
+
+    def norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
+        """See Dialect."""
+        return g.op("LayerNormalization", x, *_affine(g, name, norm), axis=-1, epsilon=eps)
+
+    def add_norm(
+        self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
+    ) -> str:
+        """See Dialect; one operator."""
+        extra = [] if bias is None else [g.parameter(f"{name}.residual_bias", bias)]
+        inputs = (y, residual, *_affine(g, name, norm), *extra)
+        return g.op("SkipLayerNormalization", *inputs, domain=MICROSOFT, epsilon=eps)
+
+    def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
+        """See Dialect."""
+        return expand(g, name, layer, x, fused_gelu)
+
+    def first(self, g: GraphWriter, x: str) -> str:
+        """See Dialect."""
+        return g.op("Squeeze", x, g.ints(1))
+
+
+class CpuDialect(FusedDialect):
     """ONNX Runtime's fused CPU operators; a batch holds documents of one length, so there is no mask.
 
     The flash path of MultiHeadAttention exists on the CPU only for fp32 without a mask: at 8,192 tokens it needs
@@ -56,24 +80,6 @@ class CpuDialect:
         # A position_ids of one element is the offset of the first token.
         inputs = (x, g.ints(0), "rope.cos", "rope.sin")
         return g.op("RotaryEmbedding", *inputs, domain=MICROSOFT, num_heads=spec.n_attention_heads)
-
-    def norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
-        """See Dialect."""
-        return layer_norm(g, name, x, norm, eps)
-
-    def add_norm(
-        self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
-    ) -> str:
-        """See Dialect."""
-        return skip_layer_norm(g, name, y, bias, residual, norm, eps)
-
-    def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
-        """See Dialect."""
-        return expand(g, name, layer, x, fused_gelu)
-
-    def first(self, g: GraphWriter, x: str) -> str:
-        """See Dialect."""
-        return g.op("Squeeze", x, g.ints(1))
 
     def mean(self, g: GraphWriter, spec: EncoderSpec, x: str) -> str:  # noqa: ARG002
         """See Dialect."""
@@ -175,12 +181,6 @@ class StandardDialect:
         return g.op("Div", total, g.op("ReduceSum", mask, g.ints(1), keepdims=0))
 
 
-def layer_norm(g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
-    """ONNX's LayerNormalization in the encoder's type."""
-    scale, shift = g.parameter(f"{name}.weight", norm.weight), g.parameter(f"{name}.bias", norm.bias)
-    return g.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=eps)
-
-
 def fused_gelu(g: GraphWriter, x: str, name: str, bias: Array | None) -> str:
     """ONNX Runtime's gelu(x + bias)."""
     if bias is None:
@@ -188,13 +188,8 @@ def fused_gelu(g: GraphWriter, x: str, name: str, bias: Array | None) -> str:
     return g.op("BiasGelu", x, g.parameter(f"{name}.bias", bias), domain=MICROSOFT)
 
 
-def skip_layer_norm(
-    g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
-) -> str:
-    """ONNX Runtime's fused LayerNorm(residual + y + bias)."""
-    scale, shift = g.parameter(f"{name}.weight", norm.weight), g.parameter(f"{name}.bias", norm.bias)
-    extra = [] if bias is None else [g.parameter(f"{name}.residual_bias", bias)]
-    return g.op("SkipLayerNormalization", y, residual, scale, shift, *extra, domain=MICROSOFT, epsilon=eps)
+def _affine(g: GraphWriter, name: str, norm: Norm) -> tuple[str, str]:
+    return g.parameter(f"{name}.weight", norm.weight), g.parameter(f"{name}.bias", norm.bias)
 
 
 def rope_caches(g: GraphWriter, spec: EncoderSpec) -> None:

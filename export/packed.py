@@ -22,15 +22,15 @@ from onnx import TensorProto
 
 from jql_engine.data import Layout
 from jql_export.checkpoint import EncoderSpec, LayerWeights
-from jql_export.dialects import MICROSOFT, expand, fused_gelu, layer_norm, rope_caches, skip_layer_norm
+from jql_export.dialects import MICROSOFT, FusedDialect, rope_caches
 from jql_export.graph import FloatType, GraphInput, GraphWriter
-from jql_export.tensors import Array, Linear, Norm
+from jql_export.tensors import Linear
 
 # Widths of each half for which BiasSplitGelu has a kernel.
 SPLIT_GELU_WIDTHS = (1280, 2560, 3072, 5120, 6144)
 
 
-class CudaDialect:
+class CudaDialect(FusedDialect):
     """ONNX Runtime's fused CUDA operators; activations are [T, D].
 
     RotaryEmbedding and BiasSplitGelu take three dimensions: a first one of 1 is put before the two and taken off again,
@@ -87,21 +87,11 @@ class CudaDialect:
         merged = g.project_and_add(x, f"{name}.qkv", _stacked(layer.query, layer.key, value))
         return g.ops("Split", merged, outputs=("", "", ""), axis=1, num_outputs=3)
 
-    def norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
-        """See Dialect."""
-        return layer_norm(g, name, x, norm, eps)
-
-    def add_norm(
-        self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
-    ) -> str:
-        """See Dialect."""
-        return skip_layer_norm(g, name, y, bias, residual, norm, eps)
-
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
         """See Dialect; up and gate are one product where one kernel takes both: a split would only move them."""
         width = len(layer.up.weight)
         if layer.gate is None or width not in SPLIT_GELU_WIDTHS:
-            return expand(g, name, layer, x, fused_gelu)
+            return super().expand(g, name, layer, x)
         merged, name = _stacked(layer.up, layer.gate), f"{name}.up_gate"
         bias = np.zeros(2 * width, np.float32) if merged.bias is None else merged.bias
         both = g.op("Unsqueeze", g.project(x, name, merged), g.ints(0))

@@ -16,21 +16,17 @@ from jql_export.dialects import (
     ATTENTION_MASK,
     INPUT_IDS,
     MICROSOFT,
+    FusedDialect,
     counted_positions,
-    expand,
-    fused_gelu,
-    layer_norm,
     rope_caches,
-    skip_layer_norm,
 )
 from jql_export.graph import FloatType, GraphInput, GraphWriter
-from jql_export.tensors import Array, Norm
 
 
-class PaddedCudaDialect:
+class PaddedCudaDialect(FusedDialect):
     """ONNX Runtime's fused CUDA operators around ONNX's attention of opset 24; activations are [B, L, D].
 
-    Rotary embedding is the standard's: of that type the provider has both.
+    Rotary embedding is the standard's as well.
     """
 
     layout: Layout = "padded"
@@ -68,24 +64,6 @@ class PaddedCudaDialect:
             q = q if cls_only else g.op("RotaryEmbedding", q, "rope.cos", "rope.sin", "positions", num_heads=heads)
         inputs = (q, k, v, "", "", "", "lengths")
         return g.op("Attention", *inputs, q_num_heads=heads, kv_num_heads=heads), queries
-
-    def norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
-        """See Dialect."""
-        return layer_norm(g, name, x, norm, eps)
-
-    def add_norm(
-        self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
-    ) -> str:
-        """See Dialect."""
-        return skip_layer_norm(g, name, y, bias, residual, norm, eps)
-
-    def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
-        """See Dialect."""
-        return expand(g, name, layer, x, fused_gelu)
-
-    def first(self, g: GraphWriter, x: str) -> str:
-        """See Dialect."""
-        return g.op("Squeeze", x, g.ints(1))
 
     def mean(self, g: GraphWriter, spec: EncoderSpec, x: str) -> str:  # noqa: ARG002
         """See Dialect; a product, since a sum over the middle axis would need cuDNN."""
