@@ -21,6 +21,7 @@ from jql_engine.run import Job, prepare, run
 from jql_engine.sessions import CHUNK_BYTES, Session
 from jql_engine.tokens import Tokenizer
 from jql_engine.worker import Worker
+from jql_export.heads import StackedHeads
 
 ORACLE = ("reference", "transformers, one at a time", "fp32")
 Run = Callable[[TokenBatch], np.ndarray | None]  # scores [N, H] in the order of the documents
@@ -46,11 +47,17 @@ def compare(row: Row, found: np.ndarray | None, expected: np.ndarray | None, hea
     row.spearman = dict(zip(heads, [round(rank, 6) for rank in ranks], strict=True))
 
 
+def stacked_heads(bundle: Bundle) -> StackedHeads:
+    """The bundle's heads."""
+    heads = load_file(bundle.path / "heads.safetensors")
+    return StackedHeads(*(heads[f"{layer}.{part}"] for layer in ("hidden", "output") for part in ("weight", "bias")))
+
+
 def scored(bundle: Bundle, embeddings: np.ndarray) -> np.ndarray:
     """The bundle's heads in fp32."""
-    heads = load_file(bundle.path / "heads.safetensors")
-    hidden = np.maximum(embeddings @ heads["hidden.weight"].T + heads["hidden.bias"], 0)
-    return hidden @ heads["output.weight"] + heads["output.bias"]
+    heads = stacked_heads(bundle)
+    hidden = np.maximum(embeddings @ heads.hidden_weight.T + heads.hidden_bias, 0)
+    return hidden @ heads.output_weight + heads.output_bias
 
 
 class EndToEnd:

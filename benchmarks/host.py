@@ -4,7 +4,7 @@ Method. The published onnxruntime-gpu runs on the recorder (benchmarks.recorder)
 the time that it takes at a given rate, one after another, and nothing else takes any. All that the host does is real:
 reading, tokenising, planning, packing, some 180 launches a batch, copies, parquet. Scores are not to be had, and no
 figure here says how fast a GPU is: `engine` is what the chosen rate amounts to, `end_to_end` is how much of that the
-host lets through. The documents are the first of the corpus, none of them twice.
+host lets through. The documents are the first of the corpus.
 
     python -m benchmarks.host --bundle BUNDLE --corpus CORPUS.parquet --name NAME
 
@@ -62,6 +62,8 @@ def main(
             )  # fmt: skip
             found = [GpuRow(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
             for row in found:
+                if row.note:
+                    raise SystemExit(f"{row.what}: {row.note}")
                 row.note = f"products at {rate} TFLOP/s"
             print_rows(found)
             rows += found

@@ -20,9 +20,8 @@ from typing import Annotated
 import numpy as np
 import typer
 from onnx.reference import ReferenceEvaluator
-from safetensors.numpy import load_file
 
-from benchmarks.cases import Run, compare, scored, take, time_once
+from benchmarks.cases import Run, compare, scored, stacked_heads, take, time_once
 from benchmarks.corpus import sample
 from benchmarks.operators import OPERATORS
 from benchmarks.profile import feeds_of
@@ -34,14 +33,14 @@ from jql_engine.data import Batch, BatchOutput, Budget, ScoreBatch, TokenBatch
 from jql_engine.tokens import Tokenizer
 from jql_export.checkpoint import read_encoder
 from jql_export.graph import write_graph
-from jql_export.heads import StackedHeads
 from jql_export.variants import VARIANTS
 
+BATCH_TOKENS = 4096
 CASES = (
-    ("cuda-fp16", "ragged batches", 4096),
+    ("cuda-fp16", "ragged batches", BATCH_TOKENS),
     ("cuda-fp16", "documents alone", 1),
     ("cuda-fp16", "equal lengths", 0),
-    ("cuda-bf16", "padded batches", 4096),
+    ("cuda-bf16", "padded batches", BATCH_TOKENS),
 )
 
 
@@ -60,8 +59,7 @@ def main(
     _, tokens = sample(corpus, documents, Tokenizer.of(opened), max_tokens)
     model = TransformersEncoder(encoder, opened.manifest.pooling, torch.float32)
     expected = scored(opened, model.embed(tokens, 1))
-    stacked = load_file(opened.path / "heads.safetensors")
-    heads = StackedHeads(*(stacked[f"{layer}.{part}"] for layer in ("hidden", "output") for part in ("weight", "bias")))
+    heads = stacked_heads(opened)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for variant, how, budget in CASES:
@@ -93,7 +91,7 @@ def _batches(tokens: TokenBatch, variant: str, budget: int) -> Iterator[Batch]:
     if budget:
         yield from plan(tokens, Budget(budget, VARIANTS[variant].layout))
         return
-    for batch in plan(tokens, Budget(CASES[0][2], "exact")):
+    for batch in plan(tokens, Budget(BATCH_TOKENS, "exact")):
         yield Batch(batch.rows, batch.ids, batch.offsets, None)
 
 

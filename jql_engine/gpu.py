@@ -104,7 +104,8 @@ class Gpu:
         try:
             yield
         finally:
-            self._call("cudaSetDevice", current)
+            if current != self.number:
+                self._call("cudaSetDevice", current)
 
     def _free(self) -> None:
         for address in self._device:

@@ -8,7 +8,7 @@ import pytest
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import DeviceError
-from jql_engine.sessions import _opens_fp32, open_variant
+from jql_engine.sessions import DEFAULTS, _opens_fp32, open_variant
 from jql_engine.sessions.overflow import Overflow
 from jql_engine.tokens import Tokenizer
 from jql_export import probes
@@ -27,6 +27,10 @@ def documents(bundle):
     return batch, BatchOutput(scores[batch.rows], embeddings[batch.rows])
 
 
+def opens_fp32(bundle):
+    return _opens_fp32(bundle, 0, DEFAULTS, lambda _: None)
+
+
 def broken(output, documents, value=np.nan, part="embeddings"):
     copy = {"scores": output.scores.copy(), "embeddings": output.embeddings.copy()}
     copy[part][documents, 0] = value
@@ -37,17 +41,23 @@ def broken(output, documents, value=np.nan, part="embeddings"):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_computed_again_on_the_cpu(bundle, documents, value, part):
     batch, expected = documents
-    overflow = Overflow("tensorrt-fp16", _opens_fp32(bundle, 0))
+    overflow = Overflow("tensorrt-fp16", opens_fp32(bundle))
     found = overflow.mend(batch, broken(expected, [0, 3, len(batch.rows) - 1], value, part))
     np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=1e-5)
     np.testing.assert_allclose(found.embeddings, expected.embeddings, rtol=0, atol=1e-6)
     assert overflow.n_documents == 3
 
 
+def test_what_will_mend_an_overflow_is_said(bundle):
+    said = []
+    assert _opens_fp32(bundle, 0, DEFAULTS, said.append)().variant == "cpu-fp32"
+    assert said == ["documents whose values leave fp16 will be computed again by cpu-fp32 on the CPU"]
+
+
 def test_a_padded_batch_is_mended_alike(bundle, documents):
     packed, expected = documents
     batch = Batch(packed.rows, packed.ids, packed.offsets, int(np.diff(packed.offsets).max()))
-    found = Overflow("tensorrt-fp16", _opens_fp32(bundle, 0)).mend(batch, broken(expected, [1, 2]))
+    found = Overflow("tensorrt-fp16", opens_fp32(bundle)).mend(batch, broken(expected, [1, 2]))
     np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=1e-5)
 
 

@@ -129,7 +129,10 @@ const char* recorder_take() {
 }
 
 // Bytes that are allocated on a device.
-size_t recorder_used(int device) { return used[device]; }
+size_t recorder_used(int device) {
+  Guard guard(lock);
+  return used[device];
+}
 
 // The copies to a device that were kept: how many, and one of them with its size.
 size_t recorder_n_kept() { return kept.size(); }
@@ -234,8 +237,9 @@ cudaError_t cudaMallocFromPoolAsync(void** pointer, size_t n_bytes, cudaMemPool_
 }
 cudaError_t cudaFree(void* pointer) {
   if (!pointer) return cudaSuccess;
+  wait_until(done_now());  // as CUDA waits for the device
   Guard guard(lock);
-  flush_all();  // as CUDA waits for the device
+  flush_all();
   auto place = device_memory.find(pointer);
   if (place == device_memory.end()) return failed(cudaErrorInvalidValue);
   used[place->second.second] -= place->second.first;
@@ -286,6 +290,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n_bytes, cudaMemc
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t n_bytes, cudaMemcpyKind kind) {
+  wait_until(done_now());
   Guard guard(lock);
   recorder_add("copy kind=%d bytes=%zu", kind, n_bytes);
   flush_all();

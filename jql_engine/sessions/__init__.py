@@ -94,23 +94,39 @@ def open_variant(
     if provider == "tensorrt" and options.via:
         from jql_engine.sessions.onnxruntime_tensorrt import OnnxRuntimeTensorRTSession
 
-        open_fp32 = _opens_fp32(bundle, number)
+        open_fp32 = _opens_fp32(bundle, number, options, report)
         return OnnxRuntimeTensorRTSession(bundle, variant, number, options.engines, report, open_fp32)
     if provider == "tensorrt":
         from jql_engine.sessions.tensorrt import TensorRTSession
 
-        return TensorRTSession(bundle, variant, number, options.engines, report, _opens_fp32(bundle, number))
+        open_fp32 = _opens_fp32(bundle, number, options, report)
+        return TensorRTSession(bundle, variant, number, options.engines, report, open_fp32)
     from jql_engine.sessions.cpu import CpuSession
 
     return CpuSession(bundle, variant, options.threads)
 
 
-def _opens_fp32(bundle: Bundle, number: int) -> Callable[[], Session] | None:
-    """Opens what computes documents that overflow on GPU `number`: there, or on the CPU; None where nothing does."""
+def _opens_fp32(
+    bundle: Bundle, number: int, options: SessionOptions, report: Callable[[str], None]
+) -> Callable[[], Session] | None:
+    """Opens what computes the documents that overflow in TensorRT: ONNX Runtime's CUDA graph, else that for the CPU.
+
+    `report` is told which one; None where the bundle has neither.
+    """
     from jql_engine.sessions.choice import runnable
 
-    for device in (f"cuda:{number}", "cpu"):
-        for name in runnable(bundle, device.partition(":")[0]):
-            if bundle.manifest.variants[name].precision == "fp32":
-                return lambda: open_variant(bundle, name, device)
+    def opening(name: str, kind: str) -> Callable[[], Session]:
+        if kind == "cpu":
+            return lambda: open_variant(bundle, name, options=SessionOptions(threads=options.threads))
+        from jql_engine.sessions.cuda import open_small  # imports ONNX Runtime, which need not be here
+
+        return lambda: open_small(bundle, name, number)
+
+    variants = bundle.manifest.variants
+    for kind, provider in (("cuda", "cuda"), ("cpu", "cpu"), ("cpu", "any")):
+        for name in runnable(bundle, kind):
+            if (variants[name].provider, variants[name].precision) == (provider, "fp32"):
+                where = f"cuda:{number}" if kind == "cuda" else "the CPU"
+                report(f"documents whose values leave fp16 will be computed again by {name} on {where}")
+                return opening(name, kind)
     return None

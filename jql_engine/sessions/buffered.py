@@ -82,12 +82,17 @@ class BufferedSession:
     n_parallel = 2  # one packs and is copied while the other is computed
 
     def __init__(
-        self, variant: str, executor: Executor, budget: int, open_fp32: Callable[[], Session] | None = None
+        self,
+        variant: str,
+        executor: Executor,
+        budget: int,
+        open_fp32: Callable[[], Session] | None = None,
+        mends: bool = True,
     ) -> None:
-        """`budget`: tokens of a batch; `open_fp32`: see Overflow."""
+        """`budget`: tokens of a batch; `open_fp32`: see Overflow; without `mends` output may hold NaN."""
         self.variant = variant
         self.budget = Budget(budget, executor.capacity.layout)
-        self._executor, self._overflow = executor, Overflow(variant, open_fp32)
+        self._executor, self._overflow, self._mends = executor, Overflow(variant, open_fp32), mends
         self._lock = threading.Lock()
 
     @property
@@ -97,7 +102,8 @@ class BufferedSession:
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; raises DeviceError where a document alone is too large for the device."""
-        return self._overflow.mend(batch, self._compute(batch))
+        output = self._compute(batch)
+        return self._overflow.mend(batch, output) if self._mends else output
 
     def _compute(self, batch: Batch) -> BatchOutput:
         if len(batch.rows) == 1:
@@ -131,8 +137,8 @@ def token_budget(free_bytes: int, hidden_size: int, itemsize: int) -> int:
 def largest_batch(capacity: Capacity, max_tokens: int) -> Batch:
     """A batch that takes as much memory as any that `capacity` holds: documents of `max_tokens`."""
     n_docs, rest = divmod(capacity.tokens, max_tokens)
-    lengths = [max_tokens] * n_docs
-    if rest and capacity.layout == "packed":
+    lengths = [max_tokens] * min(n_docs, capacity.documents)
+    if rest and capacity.layout == "packed" and n_docs < capacity.documents:
         lengths.append(rest)
     offsets = np.cumsum([0, *lengths], dtype=np.int32)
     row_length = None if capacity.layout == "packed" else max_tokens
@@ -147,7 +153,7 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     return select(batch, left), select(batch, ~left)
 
 
-def too_large(variant: str, n_tokens: int, error: Exception) -> str:
+def too_large(variant: str, n_tokens: int, error: object) -> str:
     """What to say of a document that does not fit alone."""
     return (
         f"variant {variant}: a document of {n_tokens} tokens does not fit into the device's memory ({error}); "

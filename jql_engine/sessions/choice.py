@@ -27,11 +27,9 @@ SPEED = {
     # Expected: packing saves the padding, and bf16 has no fused GeGLU.
     "cuda": (("cuda", "fp16"), ("tensorrt", "fp16"), ("cuda", "bf16"), ("cuda", "fp32")),
 }
-# What a score may differ by from the fp32 reference where nobody asks for more or less: bf16 passes, int8 does not. On
-# multilingual e5's probe documents transformers itself is 0.024 away in bf16, OpenVINO 0.016.
+# What a score may differ by from the fp32 reference where nobody asks for more or less: OpenVINO's bf16 passes, int8
+# does not. On multilingual e5's probe documents transformers itself is 0.024 away in bf16, OpenVINO 0.016.
 TOLERANCE = 2e-2
-# What is further away, or may be, by provider: on a GPU it is known only once a graph is open.
-ASKED_FOR = {"openvino": ("int8",), "cuda": ("bf16",)}
 # The same of an embedding, in a bundle without heads; as certified of bf16.
 EMBEDDING_TOLERANCE = 5e-3
 
@@ -54,14 +52,14 @@ def choose(bundle: Bundle, device: str, variant: str | None = None, tolerance: f
     """The devices and the graph that `device` stands for: cpu, cuda (every GPU), cuda:0,cuda:2, or auto.
 
     `auto` is the GPU where one can be used and the bundle has a graph for it. `variant` None takes the fastest graph
-    that is installed and whose scores were found within `tolerance` (None: TOLERANCE, and no int8) of the fp32
-    reference. Raises DeviceError where a device is not active, BundleError where the bundle has no such graph; never
-    another device than asked.
+    that is installed and whose scores were found within `tolerance` (None: TOLERANCE) of the fp32 reference; int8, and
+    bf16 on a GPU, only where a tolerance asks for it. Raises DeviceError where a device is not active, BundleError
+    where the bundle has no such graph; never another device than asked.
     """
     if not DEVICE.fullmatch(device):
         raise DeviceError(f"device {device!r} is unknown; known are auto, cpu, cuda, cuda:N and cuda:N,cuda:M")
     if device == "auto":
-        device = _best_kind(bundle, variant)
+        device = _best_kind(bundle, variant, tolerance)
     kind = device.partition(":")[0]
     gpus = every_gpu(device) if kind == "cuda" else ()  # before anything of the bundle: the GPU was asked for
     name = _named(bundle, kind, variant, tolerance) if variant else _fastest(bundle, kind, tolerance)
@@ -86,7 +84,7 @@ def _fastest(bundle: Bundle, kind: str, tolerance: float | None) -> str:
     for how in SPEED[kind]:
         for name, variant in variants.items():
             if (variant.provider, variant.precision) == how:
-                if not (reason := _obstacle(variant) or _too_far(variant, tolerance)):
+                if not (reason := _obstacle(variant) or _unasked(variant, tolerance) or _too_far(variant, tolerance)):
                     return name
                 reasons[name] = reason
     others = {name: f"written for {v.provider}, {v.precision}" for name, v in variants.items() if name not in reasons}
@@ -131,22 +129,30 @@ def _obstacle(variant: Variant) -> str | None:
     return None
 
 
-def _best_kind(bundle: Bundle, variant: str | None) -> str:
-    """What a named variant is for; else cuda where a GPU is there and a graph for it can run, else cpu."""
+def _best_kind(bundle: Bundle, variant: str | None, tolerance: float | None) -> str:
+    """What a named variant is for; else cuda where a GPU is there and a graph for it would be taken, else cpu."""
     if variant is not None:
         info = bundle.manifest.variants.get(variant)
         return "cuda" if info and info.provider in ON_GPU else "cpu"
-    if runnable(bundle, "cuda"):
+    if not all(_unasked(bundle.manifest.variants[name], tolerance) for name in runnable(bundle, "cuda")):
         with suppress(DeviceError):
             every_gpu("auto")
             return "cuda"
     return "cpu"
 
 
+def _unasked(variant: Variant, tolerance: float | None) -> str | None:
+    """Why a graph is not taken without being asked for: it is far from the fp32 reference, or is on the whole."""
+    if variant.precision == "int8" and tolerance is None:
+        return "int8 is taken only where --tolerance or --variant asks for it"
+    # How far it is is known only once it is open, and then it is too late for another.
+    if variant.provider in ON_GPU and variant.precision == "bf16" and (tolerance is None or tolerance <= TOLERANCE):
+        return f"bf16 is taken on a GPU only where --variant or a --tolerance over {TOLERANCE} asks for it"
+    return None
+
+
 def _too_far(variant: Variant, tolerance: float | None) -> str | None:
     """Why a graph is not as close to the fp32 reference as asked; a GPU's is measured when it is opened."""
-    if tolerance is None and variant.precision in ASKED_FOR.get(variant.provider, ()):
-        return f"{variant.precision} is taken only where --tolerance or --variant asks for it"
     if variant.provider in ON_GPU:
         return None
     parity = variant.parity

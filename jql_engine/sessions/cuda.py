@@ -52,22 +52,32 @@ def open_cuda(bundle: Bundle, variant: str, device: int = 0, budget: int | None 
     twin, max_tokens = fp32_twin(bundle, variant), bundle.manifest.max_tokens
     while True:
         executor = CudaExecutor(bundle, variant, device, budget)
-        try:
-            executor.run(largest_batch(executor.capacity, max_tokens))
-        except OutOfMemoryError as error:
-            if executor.budget <= max_tokens:
-                raise DeviceError(too_large(variant, max_tokens, error)) from error
-            budget = max(executor.budget // 2, max_tokens)
-            executor.close()
-            continue
-        open_fp32 = None if twin is None else lambda: _open_twin(bundle, twin, device)
-        return BufferedSession(variant, executor, executor.budget, open_fp32)
+        shortage = _shortage(executor, max_tokens)
+        if shortage is None:
+            open_fp32 = None if twin is None else lambda: open_small(bundle, twin, device)
+            return BufferedSession(variant, executor, executor.budget, open_fp32)
+        executor.close()
+        if executor.budget <= max_tokens:
+            raise DeviceError(too_large(variant, max_tokens, shortage))
+        budget = max(executor.budget // 2, max_tokens)
 
 
-def _open_twin(bundle: Bundle, variant: str, device: int) -> BufferedSession:
-    """The graph for what overflows; what is left of the memory may hold less than the longest document."""
+def _shortage(executor: CudaExecutor, max_tokens: int) -> str | None:
+    """Why the largest batch does not fit; the exception itself would keep the session alive."""
+    try:
+        executor.run(largest_batch(executor.capacity, max_tokens))
+    except OutOfMemoryError as error:
+        return str(error)
+    return None
+
+
+def open_small(bundle: Bundle, variant: str, device: int) -> BufferedSession:
+    """The graph for what overflows, beside another session, with what memory that leaves.
+
+    It takes a document at a time where there is no room for more, and passes on what it computes as it is.
+    """
     executor = CudaExecutor(bundle, variant, device, bundle.manifest.max_tokens)
-    return BufferedSession(variant, executor, executor.budget)
+    return BufferedSession(variant, executor, executor.budget, mends=False)
 
 
 def fp32_twin(bundle: Bundle, variant: str) -> str | None:
@@ -124,7 +134,7 @@ class CudaExecutor:
         info, encoder = bundle.manifest.variants[variant], bundle.manifest.encoder
         self._gpu = Gpu(device)
         self._loaded = _Loaded(self._gpu)
-        self.close = weakref.finalize(self, self._loaded.close)
+        self.close = weakref.finalize(self, self._loaded.close)  # gives all memory back, once, at the latest with self
         self.close.atexit = False  # at exit the driver does it
         check_capability(info.precision, self._gpu)
         self._loaded.session = load(bundle.graph(variant), device, self._gpu.stream)

@@ -37,11 +37,12 @@ class Overflow:
         with self._lock:
             if self._open_fp32 is None:
                 raise self._error(broken, NO_BETTER)
-            self.n_documents += int(broken.sum())
             self._fp32 = self._fp32 or self._open_fp32()
         mended = _compute(self._fp32, select(batch, broken))
         if not _finite(mended).all():
             raise self._error(broken, "in fp32 as well; check the weights of encoder and heads")
+        with self._lock:
+            self.n_documents += int(broken.sum())
         scores, embeddings = output.scores.copy(), output.embeddings.copy()
         scores[broken], embeddings[broken] = mended.scores, mended.embeddings
         return BatchOutput(scores, embeddings)

@@ -45,7 +45,7 @@ class TensorRTSession:
         be built or not be written, or is not of this bundle.
         """
         gpu = Gpu(device)
-        weakref.finalize(self, gpu.close).atexit = False  # at exit the driver does it
+        unused = weakref.finalize(self, gpu.close)
         library, self.budget, file = engine_for(
             bundle, variant, gpu.compute_capability, gpu.name, options or EngineOptions(), report
         )
@@ -54,6 +54,8 @@ class TensorRTSession:
         self._pad_id = bundle.manifest.tokenizer.pad
         self._lock = threading.Lock()  # buffers, workspace and stream are those of one batch
         self._execution = _Execution(gpu, library, file, self.budget)
+        unused.detach()
+        weakref.finalize(self, self._execution.close).atexit = False  # at exit the driver does it
         for profile in self._execution.interface.profiles:  # what is still to compile compiles now, and it fits or not
             self._execution.run(*full_batch(profile, self._pad_id))
         self._execution.keep_kernels(report)
@@ -115,6 +117,13 @@ class _Execution:
         made.set_device_memory(workspace, size)
         self.gpu.synchronize()
         return made
+
+    def close(self) -> None:
+        """Give all memory back, the engine's before the stream that it uses."""
+        with self.gpu.kept():
+            self.contexts, self.kernels = [], None
+            self.engine = self.runtime = None
+            self.gpu.close()
 
     def run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> list[NDArray[np.float32]]:
         """Scores and embeddings of a rectangle."""

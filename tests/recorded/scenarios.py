@@ -71,12 +71,13 @@ def shortage(bundle: str, budget: int, lengths: list[int]) -> dict[str, Any]:
         session = open_cuda(Bundle.open(bundle), "cuda-fp16", budget=budget)
     except EngineError as error:
         return {"error": str(error)}
-    after_opening = session.budget.tokens
+    after_opening, used = session.budget.tokens, record.used()
     refused = sum(line.startswith("refused") for line in record.take())
     output = session.run(batch_of(lengths))
     return {
         "refused": refused,
         "budget": after_opening,
+        "used": used,
         "later": [sum(line.startswith("refused") for line in record.take()), session.budget.tokens],
         "documents": len(output.scores),
     }
