@@ -17,6 +17,7 @@ is that process; benchmarks.gpu starts it through `profile`. The last line of it
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -44,7 +45,8 @@ ENVIRONMENT = {"CUDA_LAUNCH_BLOCKING": "1", "ORT_ENABLE_ATTENTION_KERNEL_DEBUG_I
 class Profile:
     """What one graph did."""
 
-    ops: dict[str, dict[str, float]]  # op type: seconds, share of the time, nodes; the longest first
+    # Op type: seconds, share of the time, nodes, gigabytes read and written, teraflop of products; the longest first.
+    ops: dict[str, dict[str, float]]
     nodes: dict[str, int]  # nodes on each provider
     attention: dict[str, int]  # attention kernel: nodes that it was chosen for; printed on GPUs alone
 
@@ -76,19 +78,40 @@ def aggregate(events: Iterable[Mapping[str, Any]], n_runs: int) -> tuple[dict[st
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             nodes[event["name"]].append(event)
-    ops: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0, "share": 0.0, "nodes": 0})
+    none = {"seconds": 0.0, "share": 0.0, "nodes": 0, "gigabytes": 0.0, "teraflop": 0.0}
+    ops: dict[str, dict[str, float]] = defaultdict(none.copy)
     providers: Counter[str] = Counter()
     for calls in nodes.values():
         last = sorted(calls, key=lambda event: event["ts"])[-n_runs:]
         op = ops[last[0]["args"]["op_name"]]
         op["seconds"] += sum(event["dur"] for event in last) / 1e6
         op["nodes"] += 1
+        op["gigabytes"] += sum(moved_bytes(event["args"]) for event in last) / 1e9
+        op["teraflop"] += sum(product_flop(event["args"]) for event in last) / 1e12
         providers[last[0]["args"]["provider"]] += 1
     total = sum(op["seconds"] for op in ops.values())
     for op in ops.values():
         op["share"] = round(op["seconds"] / total, 4)
-        op["seconds"] = round(op["seconds"], 6)
+        op |= {key: round(op[key], 6) for key in ("seconds", "gigabytes", "teraflop")}
     return dict(sorted(ops.items(), key=lambda item: -item[1]["seconds"])), dict(providers)
+
+
+def moved_bytes(args: Mapping[str, Any]) -> int:
+    """What a node must read and write at least: inputs, weights and outputs once; of a table the rows it takes."""
+    if args["op_name"] in ("Squeeze", "Unsqueeze", "Reshape"):  # the same memory under another shape
+        return 0
+    output = int(args.get("output_size", 0))
+    if args["op_name"] == "Gather":
+        return 2 * output
+    return int(args.get("activation_size", 0)) + int(args.get("parameter_size", 0)) + output
+
+
+def product_flop(args: Mapping[str, Any]) -> int:
+    """2 m n k of a matrix product, 0 of anything else."""
+    if args["op_name"] not in ("MatMul", "Gemm", "FusedMatMul"):
+        return 0
+    (inner, *_), (output, *_) = (list(args[side][0].values()) for side in ("input_type_shape", "output_type_shape"))
+    return 2 * math.prod(output) * int(inner[-1])
 
 
 def attention_kernels(lines: Iterable[str]) -> dict[str, int]:

@@ -64,7 +64,7 @@ class GpuRow(Row):
     gigabytes_per_second: float = 0.0  # of a copy
     overflowed: int = 0  # documents that left fp16
     note: str = ""  # what else must be known: it failed, memory allowed less
-    ops: dict[str, dict[str, float]] = field(default_factory=dict)  # by type: seconds, share, nodes; of a profile
+    ops: dict[str, dict[str, float]] = field(default_factory=dict)  # by type: see benchmarks.profile; of a profile
     nodes: dict[str, int] = field(default_factory=dict)  # on each provider, of a profile
     attention: dict[str, int] = field(default_factory=dict)  # nodes by the kernel chosen for them, of a profile
 
@@ -110,9 +110,11 @@ def print_rows(rows: Sequence[Row]) -> None:
 def print_ops(row: GpuRow) -> None:
     """The time of a profile, one line for each type of op."""
     for op, figures in row.ops.items():
-        nanoseconds = figures["seconds"] / row.tokens * 1e9
+        seconds = figures["seconds"] or float("nan")
         print(
-            f"{row.variant:15}{op:30}{int(figures['nodes']):5} nodes{figures['share']:8.1%}{nanoseconds:10.1f} ns/token"
+            f"{row.variant:15}{op:30}{int(figures['nodes']):5} nodes{figures['share']:8.1%}"
+            f"{seconds / row.tokens * 1e9:10.1f} ns/token{figures['gigabytes'] / seconds:10,.0f} GB/s"
+            f"{figures['teraflop'] / seconds:8,.0f} TFLOP/s"
         )
 
 

@@ -271,7 +271,10 @@ def test_a_real_profile_by_op_and_provider(bundle, capsys):
     assert measured.nodes.keys() == {"CPUExecutionProvider"} and measured.attention == {}
     assert sum(op["nodes"] for op in measured.ops.values()) == measured.nodes["CPUExecutionProvider"]
     assert sum(op["share"] for op in measured.ops.values()) == pytest.approx(1, abs=1e-3)
-    assert "MatMul" in measured.ops
+    n_tokens = sum(batch.n_tokens for batch in batches)
+    products = measured.ops["MatMul"]
+    flop = 2 * n_tokens * (32 * 32 * 4 + 3 * 32 * 48)  # a layer; the other is of first tokens but for keys and values
+    assert flop < 1e12 * products["teraflop"] < 2 * flop and 4 * n_tokens * 32 < 1e9 * products["gigabytes"]
     row = GpuRow("profile", "op by op", "cpu-fp32", 8, sum(batch.n_tokens for batch in batches))
     record(row, measured, row.tokens / measured.seconds / 2)
     assert row.note == "the ops add up to 50% of the graph's own time"
@@ -286,8 +289,10 @@ def test_a_profile_that_fails_says_what_the_process_wrote(bundle):
 
 def test_the_first_runs_of_a_profile_are_left_out():
     def event(name, op, ts, dur, provider="CUDAExecutionProvider"):
+        shapes = {"input_type_shape": [{"float16": [10, 50]}], "output_type_shape": [{"float16": [10, 1500]}]}
+        sizes = {"activation_size": "500", "parameter_size": "300", "output_size": "200"}
         return {"cat": "Node", "name": f"{name}_kernel_time", "ts": ts, "dur": dur,
-                "args": {"op_name": op, "provider": provider}}  # fmt: skip
+                "args": {"op_name": op, "provider": provider, **shapes, **sizes}}  # fmt: skip
 
     events = [
         {"cat": "Session", "name": "model_run", "ts": 0, "dur": 10_000, "args": {}},
@@ -298,8 +303,8 @@ def test_the_first_runs_of_a_profile_are_left_out():
     ]  # fmt: skip
     ops, nodes = aggregate(events, 2)
     assert ops == {
-        "MatMul": {"seconds": 600e-6, "share": 0.75, "nodes": 2},
-        "Gelu": {"seconds": 200e-6, "share": 0.25, "nodes": 1},
+        "MatMul": {"seconds": 600e-6, "share": 0.75, "nodes": 2, "gigabytes": 4e-6, "teraflop": 6e-6},
+        "Gelu": {"seconds": 200e-6, "share": 0.25, "nodes": 1, "gigabytes": 2e-6, "teraflop": 0},
     }
     assert nodes == {"CUDAExecutionProvider": 3}
 
@@ -419,7 +424,11 @@ def test_profiles_are_made_at_the_best_budget(sample_on_cpu, monkeypatch):
 
     def fake(path, variant, device, batches):
         asked.append((variant, sum(batch.n_tokens for batch in batches)))
-        return Profile({"MatMul": {"seconds": 2.0, "share": 1.0, "nodes": 1}}, {"CUDAExecutionProvider": 1}, {})
+        return Profile(
+            {"MatMul": {"seconds": 2.0, "share": 1.0, "nodes": 1, "gigabytes": 1.0, "teraflop": 1.0}},
+            {"CUDAExecutionProvider": 1},
+            {},
+        )
 
     info = sample_on_cpu.bundle.manifest.variants["cpu-fp32"]
     monkeypatch.setitem(
