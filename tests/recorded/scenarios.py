@@ -23,6 +23,7 @@ import pyarrow as pa
 from benchmarks.recorder import Record
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, DocumentBatch, TokenBatch
+from jql_engine.engine import Engine
 from jql_engine.errors import EngineError
 from jql_engine.execution import execute
 from jql_engine.gpu import Gpu
@@ -144,6 +145,18 @@ def second_gpu(bundle: str) -> list[int]:
     return [record.used(0), record.used(1)]
 
 
+def engine(bundle: str, device: str, texts: list[str]) -> dict[str, Any]:
+    """An engine on one of two GPUs: the device it names, what it scores, bytes on each."""
+    record = Record()
+    engine = Engine(bundle, device=device, variant="cuda-fp16")
+    scores = engine.score(texts)
+    return {
+        "shape": scores.values.shape,
+        "n_tokens": scores.n_tokens.tolist(),
+        "used": [record.used(0), record.used(1)],
+    }
+
+
 def closed(bundle: str) -> dict[str, Any]:
     """Bytes on the second GPU while a session lives, and when it is gone, and what the thread's GPU is then."""
     record = Record()
@@ -215,6 +228,7 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         uploads,
         under_way,
         second_gpu,
+        engine,
         closed,
         chosen,
         benchmark,
