@@ -173,16 +173,25 @@ class Bundle:
         Raises BundleError: no bundle there, a newer format, a malformed manifest, a missing or changed file.
         """
         path = Path(path)
-        try:
-            raw = (path / MANIFEST).read_bytes()
-        except OSError as error:
-            raise BundleError(
-                f"{path} is no bundle: {MANIFEST} cannot be read ({error.strerror}); make one with jql-export"
-            ) from error
+        raw = _read_manifest(path)
         manifest = _parse(path, raw)
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda item: _verify(path, *item), manifest.files.items()))
         return cls(path, manifest, hashlib.sha256(raw).hexdigest())
+
+    def check_still_there(self) -> None:
+        """Raise BundleError where the folder no longer holds what was opened, without reading all of it again.
+
+        Compares the manifest, which names what every file holds, and the files' sizes: several processes of a job open
+        gigabytes of one bundle from shared storage, and one of them has verified it.
+        """
+        if (found := hashlib.sha256(_read_manifest(self.path)).hexdigest()) != self.hash:
+            raise BundleError(
+                f"{self.path} is bundle {found[:12]} now, the job began with {self.hash[:12]}: export to another --out "
+                "while a job runs, and start it again"
+            )
+        for name, expected in self.manifest.files.items():
+            _check_size(self.path, name, expected)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -231,14 +240,27 @@ def _parse(path: Path, raw: bytes) -> Manifest:
         raise BundleError(f"{path / MANIFEST} is damaged ({error!r}); export the bundle again") from error
 
 
-def _verify(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+def _read_manifest(path: Path) -> bytes:
+    try:
+        return (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{path} is no bundle: {MANIFEST} cannot be read ({error.strerror}); make one with jql-export"
+        ) from error
+
+
+def _check_size(path: Path, name: str, expected: Mapping[str, Any]) -> None:
     file = path / name
     if not file.is_file():
         raise BundleError(f"{path}: {name} is missing; copy the bundle again, or export it again")
     size = file.stat().st_size
     if size != expected["bytes"]:
         raise BundleError(f"{path}: {name} has {size} bytes, the manifest says {expected['bytes']}; copy it again")
-    if (digest := sha256_of(file)) != expected["sha256"]:
+
+
+def _verify(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+    _check_size(path, name, expected)
+    if (digest := sha256_of(path / name)) != expected["sha256"]:
         raise BundleError(
             f"{path}: {name} was changed: SHA-256 {digest[:12]}..., the manifest says {expected['sha256'][:12]}...; "
             "copy or export the bundle again"

@@ -128,7 +128,7 @@ def _in_processes(
     def executed(done: Executed) -> None:
         meter.executed(done.documents, done.tokens, done.padding)
 
-    specs = [Spec(bundle.path, device, choice, options, job.embedding_dtype) for device in devices]
+    specs = [Spec(bundle, device, choice, options, job.embedding_dtype) for device in devices]
     return Pool(specs, work.targets, stop, executed, lambda line: meter.say(f"jql-run: {line}")).run(work.tasks)
 
 

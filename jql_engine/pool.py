@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -45,7 +44,7 @@ POLL_SECONDS = 0.2  # between looks at `stop` while no worker says anything
 class Spec:
     """What a worker process needs to begin."""
 
-    bundle: Path
+    bundle: Bundle
     device: str
     choice: Choice
     options: SessionOptions
@@ -281,7 +280,8 @@ def work(connection: Connection, spec: Spec) -> None:
             connection.send(message)
 
     try:
-        bundle = Bundle.open(spec.bundle)
+        bundle = spec.bundle
+        bundle.check_still_there()
         session = open_certified(bundle, spec.choice, spec.device, spec.options, lambda line: send(Said(line)))
         progress = _Progress(send)
         worker = Worker(bundle, session, Tokenizer.of(bundle), targets, spec.embeddings, stop, progress.executed)

@@ -75,6 +75,25 @@ def test_a_missing_file_is_found(copy, name):
     assert_refused(copy, f"{name} is missing")
 
 
+def test_what_took_the_place_of_an_opened_bundle_is_seen(copy):
+    opened = Bundle.open(copy)
+    opened.check_still_there()
+    change_manifest(copy, lambda fields: fields.update(max_tokens=5))
+    with pytest.raises(BundleError, match=rf"{copy} is bundle .* now, the job began with {opened.hash[:12]}"):
+        opened.check_still_there()
+
+
+@pytest.mark.parametrize("damage", ["longer", "gone"])
+def test_a_file_that_was_replaced_since_is_seen_by_its_size(copy, damage):
+    opened, graph = Bundle.open(copy), copy / FILES[0]
+    if damage == "gone":
+        graph.unlink()
+    else:
+        graph.write_bytes(graph.read_bytes() + b"x")
+    with pytest.raises(BundleError, match=f"{FILES[0]} (is missing|has .* bytes, the manifest says)"):
+        opened.check_still_there()
+
+
 def test_a_folder_without_a_manifest_is_no_bundle(copy):
     (copy / MANIFEST).unlink()
     assert_refused(copy, MANIFEST, "No such file", "jql-export")

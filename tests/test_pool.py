@@ -89,7 +89,7 @@ def prepared(bundle, tmp_path: Path, kind: type[Target]) -> Work:
 
 
 def run(bundle, work: Work, said: list[str], n_workers: int = 2) -> Iterator[ChunkDone]:
-    spec = Spec(bundle.path, "cpu", Choice(("cpu",), "cpu-fp32"), SessionOptions(threads=1), None)
+    spec = Spec(bundle, "cpu", Choice(("cpu",), "cpu-fp32"), SessionOptions(threads=1), None)
     return Pool([spec] * n_workers, work.targets, threading.Event(), report=said.append).run(work.tasks)
 
 
@@ -118,14 +118,20 @@ def test_what_no_worker_can_go_on_after_ends_the_job(bundle, tmp_path):
 
 def test_workers_that_die_before_they_begin_end_the_job(bundle, tmp_path):
     work = prepared(bundle, tmp_path, Target)
-    spec = Spec(tmp_path / "no-bundle", "cpu", Choice(("cpu",), "cpu-fp32"), SessionOptions(threads=1), None)
+    spec = Spec(
+        replace(bundle, path=tmp_path / "no-bundle"),
+        "cpu",
+        Choice(("cpu",), "cpu-fp32"),
+        SessionOptions(threads=1),
+        None,
+    )
     with pytest.raises(EngineError, match="no-bundle is no bundle"):
         list(Pool([spec], work.targets, threading.Event()).run(work.tasks))
 
 
 def test_progress_adds_up_to_what_is_done(bundle, tmp_path):
     work, seen = prepared(bundle, tmp_path, Target), []
-    spec = Spec(bundle.path, "cpu", Choice(("cpu",), "cpu-fp32"), SessionOptions(threads=1), None)
+    spec = Spec(bundle, "cpu", Choice(("cpu",), "cpu-fp32"), SessionOptions(threads=1), None)
     done = list(Pool([spec] * 2, work.targets, threading.Event(), executed=seen.append).run(work.tasks))
     assert all(isinstance(message, Executed) for message in seen)
     assert sum(m.documents for m in seen) == sum(d.documents for d in done) == 10 * ROWS
