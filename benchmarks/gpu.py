@@ -46,7 +46,7 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, Budget, ScoreBatch, TokenBatch
 from jql_engine.execution import execute
 from jql_engine.gpu import Gpu
-from jql_engine.sessions import CHUNK_BYTES, Session, buffered, cuda, open_variant
+from jql_engine.sessions import CHUNK_BYTES, Session, buffered, cuda, onnxruntime_cuda, open_variant
 from jql_engine.sessions.buffered import Capacity
 from jql_engine.sessions.choice import runnable
 from jql_engine.tokens import Tokenizer
@@ -267,11 +267,9 @@ def _kernel(sample: Sample, case: Case, variant: str, budget: int) -> Run:
     if info.provider != "cuda":
         return _within_session(open_variant(sample.bundle, variant, sample.device, report=print), sample)
     gpu = Gpu(sample.number)
-    graph = cuda.load(sample.bundle.graph(variant), sample.number, gpu.stream)
+    graph = onnxruntime_cuda.load(sample.bundle.graph(variant), sample.number, gpu.stream)
     with capped(budget):
-        fits = buffered.token_budget(
-            cuda.free_bytes(sample.number), manifest.encoder.hidden_size, cuda.ITEM_BYTES[info.precision]
-        )
+        fits = buffered.token_budget(gpu.free_bytes(), manifest.encoder.hidden_size, cuda.ITEM_BYTES[info.precision])
     batches = _batches(sample, variant, fits)
     case.rows[0].budget_tokens = fits
     options = ort.RunOptions()

@@ -163,7 +163,7 @@ def main(
     """Run the batches twice with the profiler on."""
     import onnxruntime as ort
 
-    from jql_engine.sessions.cuda import check_active
+    from jql_engine.sessions.onnxruntime_cuda import check_active
 
     number = int(device.partition(":")[2] or 0)
     opened = Bundle.open(bundle)

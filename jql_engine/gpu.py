@@ -51,6 +51,10 @@ class Gpu:
         """Make this the GPU of the calling thread: CUDA keeps the choice per thread."""
         self._call("cudaSetDevice", self.number)
 
+    def free_bytes(self) -> int:
+        """Free memory of the GPU; the thread's own is this one."""
+        return int(self._call("cudaMemGetInfo"))
+
     def allocate(self, n_bytes: int) -> int:
         """Memory on the GPU; its address, a multiple of 256."""
         self._device.append(int(self._call("cudaMalloc", max(1, n_bytes))))

@@ -236,9 +236,8 @@ def test_batches_of_the_graph_alone_hold_the_budget_that_memory_allows(sample_on
             made.append((batches, device, number))
 
     monkeypatch.setattr(gpu, "Resident", Recorded)
-    monkeypatch.setattr(gpu, "Gpu", lambda _: SimpleNamespace(stream=7, synchronize=None))
-    monkeypatch.setattr(gpu.cuda, "load", lambda *_: None)
-    monkeypatch.setattr(gpu.cuda, "free_bytes", lambda _: GIB)
+    monkeypatch.setattr(gpu, "Gpu", lambda _: SimpleNamespace(stream=7, synchronize=None, free_bytes=lambda: GIB))
+    monkeypatch.setattr(gpu.onnxruntime_cuda, "load", lambda *_: None)
     case = gpu.Case([sample.row("kernel", "jql-engine", "cuda-fp16 64k", 64)], lambda _: [])
     gpu._kernel(sample, case, "cuda-fp16", 64)
     ((batches, device, number),) = made
@@ -331,7 +330,7 @@ def test_batches_travel_to_another_process(tmp_path):
 
 
 def test_ceilings():
-    rows = gpu_ceilings("cpu", large=32, up=(64, 16, 32), copied=1 << 20)
+    rows = gpu_ceilings("cpu", large=128, up=(128, 64, 128), copied=1 << 20)
     assert [row.variant for row in rows] == ["float16", "bfloat16", "float16", "torch"]
     assert all(row.gflops > 0 for row in rows[:3]) and rows[3].gigabytes_per_second > 0
 
@@ -382,7 +381,7 @@ def sample_on_cpu(encoders, bundle):
 
 def test_a_run_from_the_first_case_to_the_table(sample_on_cpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "runnable", lambda *_: ["cpu-fp32"])
-    monkeypatch.setattr(gpu, "gpu_ceilings", lambda device: gpu_ceilings(device, 32, (64, 16, 32), 1 << 20))
+    monkeypatch.setattr(gpu, "gpu_ceilings", lambda device: gpu_ceilings(device, 128, (128, 64, 128), 1 << 20))
     rows = gpu.gpu_rows(sample_on_cpu, [8192], [], rounds=2)
     print_rows(rows)
     ours = {row.what: row for row in rows if row.variant == "cpu-fp32"}

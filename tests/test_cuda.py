@@ -17,7 +17,7 @@ from benchmarks.operators import OPERATORS
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import BundleError, DeviceError
-from jql_engine.sessions import buffered, cuda, layouts
+from jql_engine.sessions import buffered, cuda, layouts, onnxruntime_cuda
 from jql_engine.sessions.buffered import BufferedSession, Capacity, OutOfMemoryError, halves, token_budget
 from jql_engine.sessions.layouts import pack
 from jql_engine.sessions.overflow import select
@@ -34,7 +34,8 @@ OVERFLOW = 100  # times these weights the MLP's product ends on both sides of 65
 LARGE = Capacity.of(10_000, 10_000)
 batches = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(lambda lengths: batch_of(lengths))
 on_gpu = pytest.mark.skipif(
-    not HAS_GPU or cuda.PROVIDER not in ort.get_available_providers(), reason="no GPU, or none for ONNX Runtime"
+    not HAS_GPU or onnxruntime_cuda.PROVIDER not in ort.get_available_providers(),
+    reason="no GPU, or none for ONNX Runtime",
 )
 
 
@@ -264,14 +265,14 @@ def test_fp16_needs_a_graph_in_fp32_beside_it(gte):
 
 def test_an_onnx_runtime_without_cuda_is_refused():
     with pytest.raises(DeviceError, match=r"cuda:1: .* is built for CPUExecutionProvider, expected CUDA.*\[gpu\]"):
-        cuda.check_built(["CPUExecutionProvider"], 1)
-    cuda.check_built([cuda.PROVIDER, "CPUExecutionProvider"], 1)
+        onnxruntime_cuda.check_built(["CPUExecutionProvider"], 1)
+    onnxruntime_cuda.check_built([onnxruntime_cuda.PROVIDER, "CPUExecutionProvider"], 1)
 
 
 def test_a_session_that_went_to_the_cpu_is_refused():
     with pytest.raises(DeviceError, match="cuda:0: ONNX Runtime activated CPUExecutionProvider, expected CUDA"):
-        cuda.check_active(["CPUExecutionProvider"], 0)
-    cuda.check_active([cuda.PROVIDER, "CPUExecutionProvider"], 0)
+        onnxruntime_cuda.check_active(["CPUExecutionProvider"], 0)
+    onnxruntime_cuda.check_active([onnxruntime_cuda.PROVIDER, "CPUExecutionProvider"], 0)
 
 
 @pytest.mark.parametrize(
@@ -286,10 +287,12 @@ def test_a_session_that_went_to_the_cpu_is_refused():
     ],
 )
 def test_what_counts_as_out_of_memory(message, shortage):
-    assert cuda.is_shortage(message) == shortage
+    assert onnxruntime_cuda.is_shortage(message) == shortage
 
 
-@pytest.mark.skipif(cuda.PROVIDER in ort.get_available_providers(), reason="ONNX Runtime has a CUDA provider here")
+@pytest.mark.skipif(
+    onnxruntime_cuda.PROVIDER in ort.get_available_providers(), reason="ONNX Runtime has a CUDA provider here"
+)
 def test_no_session_is_opened_on_another_device(gte):
     with pytest.raises(DeviceError, match=r"device cuda:0: ONNX Runtime .* expected CUDAExecutionProvider"):
         cuda.open_cuda(gte[0], "cuda-fp16")

@@ -119,7 +119,7 @@ def _obstacle(variant: Variant) -> str | None:
         if variant.provider == "cuda":
             import onnxruntime
 
-            from jql_engine.sessions.cuda import check_built
+            from jql_engine.sessions.onnxruntime_cuda import check_built
 
             check_built(onnxruntime.get_available_providers(), 0)
         elif variant.provider == "tensorrt":

@@ -6,12 +6,9 @@ queued on the stream, while the GPU still computes the other. Everything runs on
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 import threading
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -30,14 +27,12 @@ from jql_engine.sessions.buffered import (
     too_large,
 )
 from jql_engine.sessions.layouts import Field, carve, fields_of, output_fields, pack, pad, places, used_bytes
+from jql_engine.sessions.onnxruntime_cuda import check_built, is_shortage, load, one_line
 
-PROVIDER = "CUDAExecutionProvider"
 ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 BF16_SINCE = 8.0  # compute capability
 N_SLOTS = 2
 FATAL = 4  # of ONNX Runtime's log: a shortage is met, and any other error raised
-# How ONNX Runtime's allocators, CUDA and cuBLAS say it; their exceptions have no type of their own for it.
-SHORTAGES = ("Failed to allocate memory", "is smaller than requested bytes", "out of memory", "ALLOC_FAILED")
 
 
 def open_cuda(bundle: Bundle, variant: str, device: int = 0, budget: int | None = None) -> BufferedSession:
@@ -139,7 +134,7 @@ class CudaExecutor:
         check_capability(info.precision, self._gpu)
         self._loaded.session = load(bundle.graph(variant), device, self._gpu.stream)
         self._n_heads, self._hidden_size = len(bundle.heads), encoder.hidden_size
-        self.budget = budget or token_budget(free_bytes(device), encoder.hidden_size, ITEM_BYTES[info.precision])
+        self.budget = budget or token_budget(self._gpu.free_bytes(), encoder.hidden_size, ITEM_BYTES[info.precision])
         self.capacity = Capacity.of(self.budget, bundle.manifest.max_tokens, info.layout)
         self._pad_id = bundle.manifest.tokenizer.pad
         self._options = ort.RunOptions()
@@ -195,46 +190,6 @@ class CudaExecutor:
             raise DeviceError(f"device cuda:{self._gpu.number}: {message}") from error
 
 
-def load(file: Path, device: int, stream: int) -> Any:
-    """The graph as a session on `stream` of GPU number `device`, and nowhere else; raises DeviceError otherwise."""
-    ort.disable_telemetry_events()  # the text of other people passes through here: nothing is reported to anyone
-    ort.preload_dlls(cudnn=False)  # CUDA's libraries, where they were installed as Python packages
-    options = ort.SessionOptions()
-    # Every batch has another shape: memory patterns are never met again.
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    settings = {
-        "device_id": str(device),
-        "user_compute_stream": str(stream),
-        "arena_extend_strategy": "kSameAsRequested",  # the default doubles, and takes what a retry would need
-        "use_tf32": "0",  # the heads are fp32
-    }
-    try:
-        session = ort.InferenceSession(str(file), options, providers=[(PROVIDER, settings)], enable_fallback=0)
-    except Exception as error:  # ONNX Runtime's exceptions share no other base
-        if is_shortage(message := one_line(error)):
-            why = f"{file.name} does not fit into the GPU's memory ({message}); free memory there, or use another GPU"
-        else:
-            why = missing_library() or (
-                f"{file.name} cannot be loaded on the GPU alone: {message}; export the bundle again with this version, "
-                "or use a newer onnxruntime-gpu"
-            )
-        raise DeviceError(f"device cuda:{device}: {why}") from error
-    check_active(session.get_providers(), device)
-    return session
-
-
-def missing_library() -> str | None:
-    """Why the CUDA provider itself cannot be loaded, if it cannot: ONNX Runtime says it to its log alone."""
-    folder = Path(ort.__file__).parent / "capi"
-    try:
-        for name in ("shared", "cuda"):  # in this order: the provider takes symbols from the first
-            ctypes.CDLL(str(folder / f"libonnxruntime_providers_{name}.so"), mode=ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        return f"ONNX Runtime's CUDA provider cannot be loaded: {error}; pip install 'jql-engine[gpu]' brings CUDA"
-    return None
-
-
 def check_capability(precision: str, gpu: Gpu) -> None:
     """Raise DeviceError where a GPU cannot compute in `precision`."""
     if precision == "bf16" and float(gpu.compute_capability) < BF16_SINCE:
@@ -242,39 +197,3 @@ def check_capability(precision: str, gpu: Gpu) -> None:
             f"device cuda:{gpu.number}: {gpu.name} has compute capability {gpu.compute_capability}, bf16 needs "
             f"{BF16_SINCE}; use --variant cuda-fp32, or cuda-fp16"
         )
-
-
-def check_built(available: list[str], device: int) -> None:
-    """Raise DeviceError where this ONNX Runtime knows no GPU."""
-    if PROVIDER not in available:
-        raise DeviceError(
-            f"device cuda:{device}: ONNX Runtime {ort.__version__} is built for {', '.join(available)}, expected "
-            f"{PROVIDER}; install jql-engine[gpu], and not [cpu] beside it"
-        )
-
-
-def check_active(providers: list[str], device: int) -> None:
-    """Raise DeviceError where ONNX Runtime went without its CUDA provider, as it does when a library is missing."""
-    if providers[:1] != [PROVIDER]:
-        raise DeviceError(
-            f"device cuda:{device}: ONNX Runtime activated {', '.join(providers)}, expected {PROVIDER} first; a "
-            "library of CUDA is missing or does not fit: see onnxruntime.print_debug_info()"
-        )
-
-
-def one_line(error: Exception) -> str:
-    """What ONNX Runtime says, which ends with empty lines."""
-    return " ".join(str(error).split())
-
-
-def is_shortage(message: str) -> bool:
-    """Whether an error of ONNX Runtime says that the device's memory is used up."""
-    return any(phrase in message for phrase in SHORTAGES)
-
-
-def free_bytes(device: int) -> int:
-    """Free memory of the calling thread's GPU, number `device`."""
-    status, free, _ = importlib.import_module("cuda.bindings.runtime").cudaMemGetInfo()
-    if int(status):
-        raise DeviceError(f"device cuda:{device}: cudaMemGetInfo failed with CUDA error {int(status)}")
-    return int(free)

@@ -28,8 +28,9 @@ from jql_engine.errors import EngineError
 from jql_engine.execution import execute
 from jql_engine.gpu import Gpu
 from jql_engine.sessions.choice import choose
-from jql_engine.sessions.cuda import load, open_cuda
+from jql_engine.sessions.cuda import open_cuda
 from jql_engine.sessions.layouts import carve, fields_of, pack, used_bytes
+from jql_engine.sessions.onnxruntime_cuda import load
 from jql_engine.tokens import Tokenizer
 
 
