@@ -36,7 +36,7 @@ import torch
 from benchmarks.cases import ORACLE, EndToEnd, Run, scored, take, time_once
 from benchmarks.figures import LOOP, best_rows, compare_finite, flops_per_token, rate, record
 from benchmarks.jql import Heads, JqlPipeline, Layout, arrivals, free_memory, largest_that_fits, reason
-from benchmarks.kernel import Resident, capped, divided, spread
+from benchmarks.kernel import Resident, divided, spread
 from benchmarks.nvidia import gpu_ceilings
 from benchmarks.profile import padding_of, profile
 from benchmarks.reference import SentenceEncoder, TransformersEncoder
@@ -46,8 +46,8 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, Budget, ScoreBatch, TokenBatch
 from jql_engine.execution import execute
 from jql_engine.gpu import Gpu
-from jql_engine.sessions import CHUNK_BYTES, Session, buffered, cuda, onnxruntime_cuda, open_variant
-from jql_engine.sessions.buffered import Capacity
+from jql_engine.sessions import CHUNK_BYTES, Session, cuda, onnxruntime_cuda, open_variant
+from jql_engine.sessions.buffered import MAX_BATCH_TOKENS, Capacity, token_budget
 from jql_engine.sessions.choice import runnable
 from jql_engine.tokens import Tokenizer
 from jql_export.checkpoint import is_jina_v3, read_config, read_encoder
@@ -226,7 +226,9 @@ def engines(sample: Sample, budgets: list[int], variants: list[str]) -> list[Cas
 
 
 def _engine(sample: Sample, case: Case, variant: str, budget: int) -> list[Run]:
-    with capped(budget):
+    if sample.bundle.manifest.variants[variant].provider == "cuda":
+        session: Session = cuda.open_cuda(sample.bundle, variant, sample.number, budget or None)
+    else:
         session = open_variant(sample.bundle, variant, sample.device, report=print)
     chunk_bytes = min(CHUNK_BYTES["cuda"], sum(len(text.encode()) for text in sample.texts) // CHUNKS + 1)
     job = EndToEnd(sample.bundle, session, Tokenizer.of(sample.bundle), sample.texts, chunk_bytes)
@@ -268,8 +270,8 @@ def _kernel(sample: Sample, case: Case, variant: str, budget: int) -> Run:
         return _within_session(open_variant(sample.bundle, variant, sample.device, report=print), sample)
     gpu = Gpu(sample.number)
     graph = onnxruntime_cuda.load(sample.bundle.graph(variant), sample.number, gpu.stream)
-    with capped(budget):
-        fits = buffered.token_budget(gpu.free_bytes(), manifest.encoder.hidden_size, cuda.ITEM_BYTES[info.precision])
+    width, itemsize = manifest.encoder.hidden_size, cuda.ITEM_BYTES[info.precision]
+    fits = token_budget(gpu.free_bytes(), width, itemsize, budget or MAX_BATCH_TOKENS)
     batches = _batches(sample, variant, fits)
     case.rows[0].budget_tokens = fits
     options = ort.RunOptions()

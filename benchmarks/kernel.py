@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import onnxruntime as ort
 
 from benchmarks.profile import feeds_of
 from jql_engine.data import Batch
-from jql_engine.sessions import buffered
 from jql_engine.sessions.buffered import Capacity, halves
 
 
@@ -68,17 +66,3 @@ def spread(batches: list[Batch], n: int) -> list[Batch]:
     """At most `n` of the batches at even distances: they are sorted by length."""
     index = np.unique(np.linspace(0, len(batches) - 1, min(n, len(batches))).round().astype(int))
     return [batches[i] for i in index]
-
-
-@contextmanager
-def capped(budget: int) -> Iterator[None]:
-    """Sessions of GPUs opened within take batches of `budget` tokens, memory permitting; 0: their own choice.
-
-    The engine caps what memory would allow by what was measured best, and this is the measurement.
-    """
-    before = buffered.MAX_BATCH_TOKENS
-    buffered.MAX_BATCH_TOKENS = budget or before
-    try:
-        yield
-    finally:
-        buffered.MAX_BATCH_TOKENS = before

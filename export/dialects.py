@@ -127,15 +127,9 @@ class StandardDialect:
     ) -> tuple[str, str]:
         """See Dialect."""
         queries = _first_token(g, x) if cls_only else x
-        q = g.project_and_add(queries, f"{name}.query", layer.query)
-        k = g.project_and_add(x, f"{name}.key", layer.key)
-        v = g.project(x, f"{name}.value", layer.value)
-        heads = spec.n_attention_heads
-        if spec.positions == "rope":
-            k = g.op("RotaryEmbedding", k, "rope.cos", "rope.sin", "positions", num_heads=heads)
-            q = q if cls_only else g.op("RotaryEmbedding", q, "rope.cos", "rope.sin", "positions", num_heads=heads)
+        heads, qkv = spec.n_attention_heads, project_and_rotate(g, name, layer, spec, x, queries)
         masks = [] if self.layout == "exact" else ["attend_first" if cls_only else "attend"]
-        return g.op("Attention", q, k, v, *masks, q_num_heads=heads, kv_num_heads=heads), queries
+        return g.op("Attention", *qkv, *masks, q_num_heads=heads, kv_num_heads=heads), queries
 
     def norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
         """See Dialect."""
@@ -179,6 +173,23 @@ class StandardDialect:
         mask = g.op("Cast", g.op("Unsqueeze", "attention_mask", g.ints(2)), to=TensorProto.FLOAT)
         total = g.op("ReduceSum", g.op("Mul", x, mask), g.ints(1), keepdims=0)
         return g.op("Div", total, g.op("ReduceSum", mask, g.ints(1), keepdims=0))
+
+
+def project_and_rotate(
+    g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str, queries: str
+) -> tuple[str, str, str]:
+    """Queries, keys and values, where there is RoPE turned by ONNX's operator at `positions`.
+
+    `queries` are the rows of x to ask for: all, or first tokens, which are at position 0 and not turned.
+    """
+    q = g.project_and_add(queries, f"{name}.query", layer.query)
+    k = g.project_and_add(x, f"{name}.key", layer.key)
+    v = g.project(x, f"{name}.value", layer.value)
+    if spec.positions == "rope":
+        turn, heads = ("rope.cos", "rope.sin", "positions"), spec.n_attention_heads
+        k = g.op("RotaryEmbedding", k, *turn, num_heads=heads)
+        q = g.op("RotaryEmbedding", q, *turn, num_heads=heads) if queries == x else q
+    return q, k, v
 
 
 def fused_gelu(g: GraphWriter, x: str, name: str, bias: Array | None) -> str:

@@ -18,6 +18,7 @@ from jql_export.dialects import (
     MICROSOFT,
     FusedDialect,
     counted_positions,
+    project_and_rotate,
     rope_caches,
 )
 from jql_export.graph import FloatType, GraphInput, GraphWriter
@@ -55,15 +56,8 @@ class PaddedCudaDialect(FusedDialect):
     ) -> tuple[str, str]:
         """See Dialect."""
         queries = g.op("Gather", x, g.ints(0), axis=1) if cls_only else x
-        q = g.project_and_add(queries, f"{name}.query", layer.query)
-        k = g.project_and_add(x, f"{name}.key", layer.key)
-        v = g.project(x, f"{name}.value", layer.value)
-        heads = spec.n_attention_heads
-        if spec.positions == "rope":
-            k = g.op("RotaryEmbedding", k, "rope.cos", "rope.sin", "positions", num_heads=heads)
-            q = q if cls_only else g.op("RotaryEmbedding", q, "rope.cos", "rope.sin", "positions", num_heads=heads)
-        inputs = (q, k, v, "", "", "", "lengths")
-        return g.op("Attention", *inputs, q_num_heads=heads, kv_num_heads=heads), queries
+        heads, qkv = spec.n_attention_heads, project_and_rotate(g, name, layer, spec, x, queries)
+        return g.op("Attention", *qkv, "", "", "", "lengths", q_num_heads=heads, kv_num_heads=heads), queries
 
     def mean(self, g: GraphWriter, spec: EncoderSpec, x: str) -> str:  # noqa: ARG002
         """See Dialect; a product, since a sum over the middle axis would need cuDNN."""

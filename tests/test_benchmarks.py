@@ -19,7 +19,7 @@ from benchmarks import gpu, nvidia, precision, table, throughput
 from benchmarks.cases import ORACLE, scored
 from benchmarks.figures import best_rows, compare_finite, flops_per_token, rate, record
 from benchmarks.jql import JqlPipeline, arrivals, largest_that_fits, reason
-from benchmarks.kernel import Resident, capped, divided, spread
+from benchmarks.kernel import Resident, divided, spread
 from benchmarks.nvidia import gpu_ceilings, parse_query
 from benchmarks.profile import Profile, aggregate, attention_kernels, feeds_of, profile, read_batches, write_batches
 from benchmarks.reference import SentenceEncoder, TransformersEncoder
@@ -28,8 +28,8 @@ from jql_engine.batching import plan
 from jql_engine.data import Batch, Budget, DocumentBatch, TokenBatch
 from jql_engine.engine import as_texts
 from jql_engine.errors import DeviceError
-from jql_engine.sessions import buffered, open_variant
-from jql_engine.sessions.buffered import Capacity
+from jql_engine.sessions import open_variant
+from jql_engine.sessions.buffered import MAX_BATCH_TOKENS, Capacity, token_budget
 from jql_engine.tokens import Tokenizer
 from jql_export.checkpoint import EncoderSpec
 from jql_export.probes import SENTENCES
@@ -195,13 +195,10 @@ def test_batches_at_even_distances():
     assert len(spread(batches[:3], 16)) == 3
 
 
-def test_a_sweep_goes_beyond_the_engines_cap_and_leaves_it_as_it_was():
-    before = buffered.MAX_BATCH_TOKENS
-    with capped(131_072):
-        assert buffered.token_budget(80 * GIB, 768, 2) == 131_072
-    with capped(0):
-        assert buffered.token_budget(80 * GIB, 768, 2) == before
-    assert before == buffered.MAX_BATCH_TOKENS
+def test_a_sweep_goes_beyond_the_engines_cap_but_not_beyond_memory():
+    assert token_budget(80 * GIB, 768, 2) == MAX_BATCH_TOKENS < 131_072
+    assert token_budget(80 * GIB, 768, 2, 131_072) == 131_072
+    assert token_budget(GIB, 768, 2, 131_072) == token_budget(GIB, 768, 2) < MAX_BATCH_TOKENS
 
 
 class Shrinking:

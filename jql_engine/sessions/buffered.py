@@ -128,10 +128,10 @@ class BufferedSession:
             self.budget = Budget(min(self.budget.tokens, -(-size_of(batch) // 2)), self.budget.layout)
 
 
-def token_budget(free_bytes: int, hidden_size: int, itemsize: int) -> int:
-    """Tokens of a batch that fit into `free_bytes` of a device's memory, computed in values of `itemsize` bytes."""
+def token_budget(free_bytes: int, hidden_size: int, itemsize: int, cap: int = MAX_BATCH_TOKENS) -> int:
+    """At most `cap` tokens of a batch that fit into `free_bytes` of memory, computed in values of `itemsize` bytes."""
     per_token = LIVE_WIDTHS * hidden_size * itemsize
-    return max(1, min(MAX_BATCH_TOKENS, int(free_bytes * MEMORY_SHARE) // per_token))
+    return max(1, min(cap, int(free_bytes * MEMORY_SHARE) // per_token))
 
 
 def largest_batch(capacity: Capacity, max_tokens: int) -> Batch:
