@@ -148,10 +148,10 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
         for number, reason in assembly.failures(wait=True):
             ledger.fail(number, reason)
     # Again: the workers of a killed run live on for a moment, in which this run had begun already.
+    done_with = {target.file.source for target in ledger.done()}
     for out in {target.out for target in work.targets}:
-        _tidy(out, [target.file.source for target in work.targets], set(), find_parts(out))
-        remove_empty_folders(out / PARTS)
-    return Outcome(ledger.n_files_done(), [*work.unreadable, *ledger.failed.values()])
+        _tidy(out, [target.file.source for target in work.targets], done_with, find_parts(out))
+    return Outcome(len(done_with), [*work.unreadable, *ledger.failed.values()])
 
 
 class _Ledger:
@@ -184,9 +184,10 @@ class _Ledger:
             self.failed[number] = Unfinished(self.name(number), reason)
             self._meter.say(f"jql-run: {reason}; going on with the other files")
 
-    def n_files_done(self) -> int:
+    def done(self) -> list[Target]:
+        """Files that this run has finished, once it is through."""
         undone = {number for number, count in self._left.items() if count} | self.failed.keys()
-        return len(self._targets) - len(undone)
+        return [target for number, target in enumerate(self._targets) if number not in undone]
 
 
 class _Assembly:
@@ -286,13 +287,14 @@ def _first(files: Iterable[InputFile], n_docs: int) -> Iterator[InputFile]:
 
 
 def _tidy(out: Location, sources: Sequence[SourceFile], done: set[SourceFile], parts: Parts) -> None:
-    """Remove what killed runs left of `sources`: files they were writing, and parts of those that are `done` with."""
+    """Remove what killed runs left of `sources`: files they were writing, parts of those `done`, empty folders."""
     with explained(out / PARTS, "tidied up"):
         for file in parts.left_by(sources):
             remove_file(file)
         for source in done:
             if source.relative.as_posix() in parts.rows:
                 remove_folder(parts_of(out, source), out / PARTS)
+        remove_empty_folders(out / PARTS)
 
 
 def _tasks(

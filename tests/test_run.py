@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,10 @@ from jql_engine.launch import Machine
 from jql_engine.launch import score as launch
 from jql_engine.progress import Meter, RunLog
 from jql_engine.ranks import Rank
-from jql_engine.run import CHUNK_ROWS, Job, prepare
+from jql_engine.run import CHUNK_ROWS, Job, prepare, run
 from jql_engine.sessions import CHUNK_BYTES
+from jql_engine.tokens import Tokenizer
+from jql_engine.worker import Worker
 from jql_export import probes
 from jql_export.tolerances import TOLERANCES
 from tests.files import damage, not_utf8
@@ -371,6 +374,26 @@ def test_a_run_that_died_before_tidying_up_leaves_nothing_behind(engine, tmp_pat
     assert visible(tmp_path / "out") == ["a.parquet"] and not (tmp_path / "out/.parts").exists()
 
 
+def test_a_part_that_comes_after_its_file_was_finished_goes(engine, tmp_path):
+    path, out = sparse(tmp_path / "a.parquet", 1000), tmp_path / "out"
+    work = prepare(Job((str(path),), out, chunk_rows=100), engine.bundle, "cpu-fp32", CHUNK_BYTES["cpu"])
+    [target] = work.targets
+
+    def chunks():
+        worker = Worker(
+            engine.bundle, engine.session, Tokenizer.of(engine.bundle), {0: target}, None, threading.Event()
+        )
+        yield from worker.run(work.tasks)
+        while target.parts.exists():
+            time.sleep(0.001)
+        shutil.copytree(tmp_path / "parts", target.parts)  # a worker that outlives the run that was killed
+
+    interrupted(engine, tmp_path / "other", path, 2, chunk_rows=100)
+    shutil.copytree(tmp_path / "other/.parts/a.parquet", tmp_path / "parts")
+    run(work, chunks(), Meter(0), RunLog(None))
+    assert visible(out) == ["a.parquet"] and not (out / ".parts").exists()
+
+
 def test_parts_of_other_settings_are_an_error_that_names_the_difference(engine, tmp_path):
     path = sparse(tmp_path / "a.parquet", 1000)
     interrupted(engine, tmp_path / "out", path, 3, chunk_rows=100)
@@ -476,9 +499,11 @@ def test_two_columns_of_one_name_can_not_be_kept(engine, tmp_path):
 
 
 def test_empty_folders_of_a_killed_run_go(engine, tmp_path):
-    (tmp_path / "out/.parts/sub/0.parquet").mkdir(parents=True)
-    score(engine, tmp_path / "out", write(tmp_path / "a.parquet", TEXTS))
-    assert not (tmp_path / "out/.parts").exists()
+    path = write(tmp_path / "a.parquet", TEXTS)
+    for n_finished in range(2):  # the second run has nothing else to do
+        (tmp_path / "out/.parts/sub/0.parquet").mkdir(parents=True)
+        assert score(engine, tmp_path / "out", path).skipped_files == n_finished
+        assert not (tmp_path / "out/.parts").exists()
 
 
 def test_two_runs_on_one_output_do_no_harm(engine, tmp_path):
