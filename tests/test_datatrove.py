@@ -15,7 +15,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader, ParquetReader
 from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
 
-from jql_engine.errors import DeviceError
+from jql_engine.errors import BundleError, DeviceError
 from jql_engine.integrations import datatrove
 from jql_engine.integrations.datatrove import JQLAnnotator, stats_adapter
 from jql_export import probes
@@ -59,6 +59,18 @@ def test_what_is_no_text_has_no_score(bundle):
 def test_no_documents_are_no_documents(bundle):
     assert annotate([], bundle=bundle.path) == []
     assert list(JQLAnnotator(bundle=bundle.path, device_overwrite="cpu").run(None)) == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"tolerance": 0.0}, r"differ by up to .* from the fp32 reference, allowed is 0"),
+        ({"variant": "none"}, "none for"),
+    ],
+)
+def test_the_graph_that_was_asked_for_or_an_error(bundle, wanted, said):
+    with pytest.raises(BundleError, match=said):
+        annotate(["Water"], bundle=bundle.path, **wanted)
 
 
 @without_gpu

@@ -68,6 +68,11 @@ def test_a_missing_column_and_a_clash_are_named(bundle):
         score_dataset(clash, bundle=bundle.path).take_all()
 
 
+def test_a_graph_out_of_tolerance_is_an_error(bundle):
+    with pytest.raises(Exception, match="from the fp32 reference, allowed is 0"):
+        score_dataset(dataset(["a"], 1), bundle=bundle.path, tolerance=0.0).take_all()
+
+
 class Slow:
     """Gives time to kill an actor in mid-run."""
 

@@ -49,17 +49,20 @@ class JQLAnnotator(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
         stats_writer: DiskWriter | None = None,
         bundle: str | Path | None = None,
         threads: int | None = None,
+        variant: str | None = None,
+        tolerance: float | None = None,
     ) -> None:
         """`bundle` takes the place of model and heads; without it they are exported once, see integrations.bundles.
 
         `device_overwrite`: "cpu", "cuda", "cuda:0" or "0"; without it the ranks spread over the GPUs, or use the CPU.
-        `batch_size` can only make the buffer larger; `threads` are the CPU threads of one task. A document without a
-        score (no text, or no Unicode) gets None.
+        `batch_size` can only make the buffer larger; `threads` are the CPU threads of one task; `variant` and
+        `tolerance` decide about the graph as they do for Engine. A document without a score (no text, or no Unicode)
+        gets None.
         """
         super().__init__()
         self.embedder_model_id, self.regression_head_checkpoints = embedder_model_id, regression_head_checkpoints
         self.batch_size, self.device_overwrite, self.stats_writer = batch_size, device_overwrite, stats_writer
-        self.bundle, self.threads = bundle, threads
+        self.bundle, self.threads, self.variant, self.tolerance = bundle, threads, variant, tolerance
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Iterator[Document]:  # noqa: ARG002
         """Score `data`; see PipelineStep."""
@@ -75,8 +78,9 @@ class JQLAnnotator(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
     def _engine(self, rank: int) -> Engine:
         path = self.bundle or exported(self.embedder_model_id, self.regression_head_checkpoints)
         wanted = self.device_overwrite or "auto"
-        devices = choose(Bundle.open(path), f"cuda:{wanted}" if wanted.isdigit() else wanted).devices
-        return Engine(path, devices[rank % len(devices)], threads=self.threads)
+        wanted = f"cuda:{wanted}" if wanted.isdigit() else wanted
+        devices = choose(Bundle.open(path), wanted, self.variant, self.tolerance).devices
+        return Engine(path, devices[rank % len(devices)], self.variant, self.threads, self.tolerance)
 
     def _scored(
         self, engine: Engine, data: DocumentsPipeline, pool: ThreadPoolExecutor

@@ -24,19 +24,20 @@ def score_dataset(
     concurrency: int | tuple[int, int] = 1,
     batch_size: int = BATCH_DOCUMENTS,
     variant: str | None = None,
+    tolerance: float | None = None,
 ) -> ray.data.Dataset:
     """`ds` with the columns `score_<head>`, `n_tokens` and `truncated` behind its own.
 
     `concurrency` actors, a number or (least, most), each with `num_gpus` GPUs (0 or None: the CPU) and `num_cpus`
     cores, load `bundle`, a path that every node can read. Leave cores for the tasks that read, or nothing begins. An
-    actor that dies is restarted by Ray and its batch done again. A dataset that has a column of these names, or none
-    named `text_column`, fails with InputError.
+    actor that dies is restarted by Ray and its batch done again. `variant` and `tolerance` decide about the graph as
+    they do for Engine. A dataset that has a column of these names, or none named `text_column`, fails with InputError.
     """
     least, most = (concurrency, concurrency) if isinstance(concurrency, int) else concurrency
     device = "cuda:0" if num_gpus else "cpu"  # Ray shows an actor only its own GPUs
     return ds.map_batches(
         _Scorer,
-        fn_constructor_args=(str(bundle), device, text_column, variant, max(1, int(num_cpus or 1))),
+        fn_constructor_args=(str(bundle), device, text_column, variant, max(1, int(num_cpus or 1)), tolerance),
         batch_size=batch_size,
         batch_format="pyarrow",
         num_gpus=num_gpus,
@@ -48,8 +49,10 @@ def score_dataset(
 class _Scorer:
     """One actor."""
 
-    def __init__(self, bundle: str, device: str, text_column: str, variant: str | None, threads: int) -> None:
-        self._engine = Engine(bundle, device, variant, threads)
+    def __init__(
+        self, bundle: str, device: str, text_column: str, variant: str | None, threads: int, tolerance: float | None
+    ) -> None:
+        self._engine = Engine(bundle, device, variant, threads, tolerance)
         self._text_column = text_column
 
     def __call__(self, table: pa.Table) -> pa.Table:
