@@ -74,18 +74,25 @@ def open_certified(
 ) -> Session:
     """Load the graph of `choice` on `device`, and certify it before its first batch.
 
-    On a GPU, which export did not have, with all probe documents; of OpenVINO, which was once seen to compute something
-    else in one session than in the next, with the short ones.
+    On a GPU, which export did not have, with all probe documents, and the graph for what overflows there once it is
+    needed; of OpenVINO, which was once seen to compute something else in one session than in the next, with the short
+    ones.
 
     Raises ParityError where this machine computes something else than the reference, and what `open_variant` raises.
     """
-    session = open_variant(bundle, choice.variant, device, options, report)
-    variant = bundle.manifest.variants[choice.variant]
-    limits = Tolerance(**variant.tolerance)
-    if variant.provider == "openvino":
-        certify(session, *_short(*read_probes(bundle)), limits)
-    if variant.provider in ON_GPU:
-        figures = certify(session, *read_probes(bundle), limits)
+    variants = bundle.manifest.variants
+
+    def limits(name: str) -> Tolerance:
+        return Tolerance(**variants[name].tolerance)
+
+    def check(opened: Session) -> dict[str, Any]:
+        return certify(opened, *read_probes(bundle), limits(opened.variant))
+
+    session = open_variant(bundle, choice.variant, device, options, report, check)
+    if variants[choice.variant].provider == "openvino":
+        certify(session, *_short(*read_probes(bundle)), limits(choice.variant))
+    if variants[choice.variant].provider in ON_GPU:
+        figures = check(session)
         found = figures.get("max_abs_score", figures["max_abs_embedding"])
         if choice.tolerance is not None and found > choice.tolerance:
             raise ParityError(

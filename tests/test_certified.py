@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jql_engine.bundle import PROBES, Bundle
+from jql_engine.data import BatchOutput
 from jql_engine.errors import BundleError, DeviceError, ParityError
 from jql_engine.parity import open_certified, read_probes, run_all, write_probes
 from jql_engine.sessions import SessionOptions, cuda, open_variant
@@ -36,6 +37,7 @@ def evaluated(monkeypatch):
 
         def __init__(self, bundle, variant, device, budget=None):
             super().__init__(bundle.graph(variant), Capacity.of(600, bundle.manifest.max_tokens))
+            self.variant = variant
 
     monkeypatch.setattr(cuda, "CudaExecutor", Executor)
 
@@ -84,6 +86,26 @@ def test_a_device_that_computes_something_else_is_refused(gpu_bundles, tmp_path,
 def test_a_requested_tolerance_counts_on_the_device_too(gpu_bundles, evaluated):
     with pytest.raises(ParityError, match=r"on cuda:0 differs by .* allowed is 1e-06; allow more with --tolerance"):
         opened(gpu_bundles["gte"], FP16, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_the_graph_for_what_overflows_is_certified_once_it_is_needed(gpu_bundles, evaluated, monkeypatch, sound):
+    bundle, run = gpu_bundles["gte"], cuda.CudaExecutor.run
+    session, _ = opened(bundle, FP16)
+
+    def overflowing(executor, batch):
+        output, other = run(executor, batch), executor.variant == FP32
+        if other and not sound:
+            output.scores[0] += 0.01
+        return output if other else BatchOutput(output.scores, output.embeddings * np.nan)
+
+    monkeypatch.setattr(cuda.CudaExecutor, "run", overflowing)
+    tokens, expected = read_probes(bundle)
+    if sound:
+        np.testing.assert_allclose(run_all(session, tokens, session.budget)[1], expected.scores, atol=1e-5)
+    else:
+        with pytest.raises(ParityError, match=f"variant {FP32} is out of tolerance: score"):
+            run_all(session, tokens, session.budget)
 
 
 def test_without_probes_no_gpu_is_certified(gpu_bundles, tmp_path, evaluated):

@@ -28,7 +28,7 @@ def documents(bundle):
 
 
 def opens_fp32(bundle):
-    return _opens_fp32(bundle, 0, DEFAULTS, lambda _: None)
+    return _opens_fp32(bundle, 0, DEFAULTS, lambda _: None, pytest.fail)
 
 
 def broken(output, documents, value=np.nan, part="embeddings"):
@@ -50,7 +50,7 @@ def test_what_is_not_finite_is_computed_again_on_the_cpu(bundle, documents, valu
 
 def test_what_will_mend_an_overflow_is_said(bundle):
     said = []
-    assert _opens_fp32(bundle, 0, DEFAULTS, said.append)().variant == "cpu-fp32"
+    assert _opens_fp32(bundle, 0, DEFAULTS, said.append, pytest.fail)().variant == "cpu-fp32"
     assert said == ["documents whose values leave fp16 will be computed again by cpu-fp32 on the CPU"]
 
 

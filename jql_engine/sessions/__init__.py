@@ -76,10 +76,12 @@ def open_variant(
     device: str = "cpu",
     options: SessionOptions = DEFAULTS,
     report: Callable[[str], None] = lambda _: None,
+    check: Callable[[Session], object] = lambda _: None,
 ) -> Session:
     """Load the graph `variant` on `device` (cpu, cuda:N) with the session it was written for.
 
-    `report` is told what takes minutes. Raises DeviceError where device or library are not usable.
+    `report` is told what takes minutes; `check` may refuse a session that is opened on the GPU later, for documents
+    whose values leave fp16. Raises DeviceError where device or library are not usable.
     """
     provider, number = bundle.manifest.variants[variant].provider, int(device.partition(":")[2] or 0)
     check_options(bundle, variant, options)
@@ -90,16 +92,16 @@ def open_variant(
     if provider == "cuda":
         from jql_engine.sessions.cuda import open_cuda
 
-        return open_cuda(bundle, variant, number)
+        return open_cuda(bundle, variant, number, check=check)
     if provider == "tensorrt" and options.via:
         from jql_engine.sessions.onnxruntime_tensorrt import OnnxRuntimeTensorRTSession
 
-        open_fp32 = _opens_fp32(bundle, number, options, report)
+        open_fp32 = _opens_fp32(bundle, number, options, report, check)
         return OnnxRuntimeTensorRTSession(bundle, variant, number, options.engines, report, open_fp32)
     if provider == "tensorrt":
         from jql_engine.sessions.tensorrt import TensorRTSession
 
-        open_fp32 = _opens_fp32(bundle, number, options, report)
+        open_fp32 = _opens_fp32(bundle, number, options, report, check)
         return TensorRTSession(bundle, variant, number, options.engines, report, open_fp32)
     from jql_engine.sessions.cpu import CpuSession
 
@@ -107,11 +109,15 @@ def open_variant(
 
 
 def _opens_fp32(
-    bundle: Bundle, number: int, options: SessionOptions, report: Callable[[str], None]
+    bundle: Bundle,
+    number: int,
+    options: SessionOptions,
+    report: Callable[[str], None],
+    check: Callable[[Session], object],
 ) -> Callable[[], Session] | None:
     """Opens what computes the documents that overflow in TensorRT: ONNX Runtime's CUDA graph, else that for the CPU.
 
-    `report` is told which one; None where the bundle has neither.
+    `report` is told which one, `check` may refuse it on the GPU; None where the bundle has neither.
     """
     from jql_engine.sessions.choice import runnable
 
@@ -120,7 +126,7 @@ def _opens_fp32(
             return lambda: open_variant(bundle, name, options=SessionOptions(threads=options.threads))
         from jql_engine.sessions.cuda import open_small  # imports ONNX Runtime, which need not be here
 
-        return lambda: open_small(bundle, name, number)
+        return lambda: open_small(bundle, name, number, check)
 
     variants = bundle.manifest.variants
     for kind, provider in (("cuda", "cuda"), ("cpu", "cpu"), ("cpu", "any")):
