@@ -104,7 +104,7 @@ def main(
     settings = {"corpus": corpus.name, "documents": documents, "rounds": rounds, "threads": threads}
     versions = {package: version(package) for package in ("datatrove", "ray")}
     found = {"ratios": _ratios(rows), "largest_score_difference": _check(paths)}
-    write_result(name, rows, settings | versions | found)
+    print(write_result(name, rows, settings | versions | found))
 
 
 def _sources(corpus: Path, n_docs: int, folder: Path) -> tuple[Path, Path]:

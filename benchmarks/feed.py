@@ -60,7 +60,7 @@ def main(
             CASES[label](corpus, source)
             rows.append(_measure(label, bundle, source, rounds))
             print_rows(rows[-1:])
-    write_result(name, rows, {"corpus": corpus.name, "rounds": rounds, "bundle_max_tokens": _max_tokens(bundle)})
+    print(write_result(name, rows, {"corpus": corpus.name, "rounds": rounds, "bundle_max_tokens": _max_tokens(bundle)}))
 
 
 def _measure(label: str, bundle: Path, source: Path, rounds: int) -> Row:

@@ -30,8 +30,9 @@ def rate(rows: list[GpuRow], flops: float, matrix_gflops: float) -> None:
     for row in rows:
         row.mfu = round(row.tokens_per_second * flops / matrix_gflops / 1e9, 4)
         row.to_reference = round(row.tokens_per_second / reference, 3) if reference else 0.0
-    for best in best_rows(rows):
-        best.note = "; ".join(filter(None, [best.note, "best budget"]))
+    best = best_rows(rows)
+    for row in rows:
+        row.best_budget = any(row is other for other in best)
 
 
 def best_rows(rows: list[GpuRow]) -> list[GpuRow]:

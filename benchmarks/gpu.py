@@ -7,7 +7,8 @@ is warmed up on the first documents and then timed on all of them. What is compa
     reference   the oracle: transformers, fp32, one document at a time
                 JQL's loop: transformers, bf16, 1,000 documents in the order of arrival and its heads, without padding
                 (torch.nn.attention.varlen) and padded (sdpa). Where a batch does not fit, a row says so and the batch
-                is halved, as its users do. `to_reference` is the ratio to the faster of the two
+                is halved, as its users do. `to_reference` is the ratio to the faster of the two. cuDNN's attention
+                is off: it builds a plan for every new shape, half a second each, and every batch has another
                 sentence-transformers, bf16, sorted by length, from texts to scores; where it is installed
     kernel      ours: the graph alone, every batch on the GPU beforehand (TensorRT: within the session, copies included)
     engine      ours: ids to scores, jql_engine.execution.execute
@@ -19,12 +20,16 @@ cuda-fp16 (packed) and cuda-bf16 (padded) run with every token budget; cuda-fp32
 fp16, and TensorRT's graphs, whose buckets are built in, with their own.
 
 MFU is tokens/s times the model's FLOP per token (benchmarks.figures), over the rate of the large fp16 product of the
-same run. A case that fails is a row that says why; the others go on.
+same run. A case that fails is a row that says why; the others go on, unless it leaves the GPU unusable, so what is ours
+comes before what it is compared with. What is measured is written after every case.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +63,7 @@ SORTED_BATCH = 256  # documents in a batch of sentence-transformers, halved unti
 WARM_UP = 1_000
 CHUNKS = 8  # a real job has many, and reading one overlaps with computing another
 PROFILED = 16  # batches
+NO_TIME = "no time was left"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,32 +94,51 @@ class Case:
     load: Callable[[Case], list[Run]]  # one for each row
     n_warm: int = WARM_UP  # documents
     failures: tuple[GpuRow, ...] = ()  # what did not fit
-    scores: list[np.ndarray | None] = field(default_factory=list)  # of each row
+    scores: list[np.ndarray | None] = field(init=False)  # of each row
+
+    def __post_init__(self) -> None:
+        self.scores = [None] * len(self.rows)
 
 
-def gpu_rows(sample: Sample, budgets: list[int], variants: list[str], rounds: int) -> list[GpuRow]:
-    """Measure everything; see the module."""
+def gpu_rows(
+    sample: Sample,
+    budgets: list[int],
+    variants: list[str],
+    rounds: int,
+    seconds: float = math.inf,
+    keep: Callable[[list[GpuRow]], object] = lambda _: None,
+) -> list[GpuRow]:
+    """Measure everything; see the module. No case begins after `seconds`; `keep` is given what is there after each."""
+    ends = time.monotonic() + seconds
+    torch.backends.cuda.enable_cudnn_sdp(False)
     limits = gpu_ceilings(sample.device)
-    cases = [*references(sample), *engines(sample, budgets, variants)]
+    flops = flops_per_token(read_encoder(sample.encoder).spec, sample.tokens.lengths)
+    cases = [oracle(sample), *engines(sample, budgets, variants), *references(sample)]
+    rows: list[GpuRow] = []
     for _ in range(rounds):
         for case in cases:
-            time_case(case, sample.tokens)
-    rows = finished(sample, cases, limits[0].gflops)
-    profiled = profiles(sample, rows)
+            time_case(case, sample.tokens, ends)
+            rows = finished(sample, cases, flops, limits[0].gflops)
+            keep([*rows, *limits])
+    profiled = profiles(sample, rows, ends)
     for row in profiled:
         print_ops(row)
     return [*rows, *profiled, *limits]
 
 
-def time_case(case: Case, tokens: TokenBatch) -> None:
-    """Load a case, time its rows, keep what they score."""
-    case.scores = [None] * len(case.rows)
+def time_case(case: Case, tokens: TokenBatch, ends: float = math.inf) -> None:
+    """Load a case, time its rows, keep what they score; nothing of it where it is past `ends`."""
+    rounds = [len(row.seconds) for row in case.rows]
     try:
+        if time.monotonic() > ends:
+            raise TimeoutError(NO_TIME)
         _time_rows(case, tokens)
     except Exception as error:  # the rows of the other cases must not be lost
-        for row in case.rows:
-            row.note = row.note or f"failed: {reason(error)}"
-            print(f"{row.what:10} {row.name} {row.variant}: {row.note}", flush=True)
+        traceback.print_exc()
+        for row, n_before in zip(case.rows, rounds, strict=True):
+            if len(row.seconds) == n_before:
+                row.note = row.note or f"failed: {reason(error)}"
+                print(f"{row.what:10} {row.name} {row.variant}: {row.note}", flush=True)
     free_memory()
 
 
@@ -124,37 +149,40 @@ def _time_rows(case: Case, tokens: TokenBatch) -> None:
         case.scores[i] = time_once(case.rows[i], run, tokens, warm_up)
 
 
-def finished(sample: Sample, cases: list[Case], matrix_gflops: float) -> list[GpuRow]:
-    """The rows of the cases with all that follows from times and scores."""
+def finished(sample: Sample, cases: list[Case], flops: float, matrix_gflops: float) -> list[GpuRow]:
+    """The rows of the cases so far, with all that follows from times and scores; `flops`: of the model per token."""
     (expected,) = cases[0].scores  # the oracle's
     for case in cases:
         for row, found in zip(case.rows, case.scores, strict=True):
             row.finish()
             compare_finite(row, found, expected, sample.bundle.heads)
-    rows = [row for case in cases for row in (*case.failures, *case.rows)]
-    rate(rows, flops_per_token(read_encoder(sample.encoder).spec, sample.tokens.lengths), matrix_gflops)
+    rows = [row for case in cases for row in (*case.failures, *case.rows) if row.seconds or row.note]
+    rate(rows, flops, matrix_gflops)
     return rows
 
 
 # --- what users run today
 
 
+def oracle(sample: Sample) -> Case:
+    """What all scores are held against."""
+    return Case([sample.row(*ORACLE)], lambda _: [_oracle(sample)], n_warm=8)
+
+
 def references(sample: Sample) -> list[Case]:
-    """The oracle, JQL's loop, sentence-transformers."""
-    cases = [Case([sample.row(*ORACLE)], lambda _: [_oracle(sample)], n_warm=8)]
-    layouts: list[tuple[Layout, str]] = [
-        ("varlen", f"{LOOP}, padding removed"),
-        ("padded", f"{LOOP}, padded, sdpa"),
-    ]
-    for layout, name in layouts:
-        row = sample.row("reference", name, f"bf16, {ARRIVALS}")
-        cases.append(Case([row], lambda case, layout=layout: [_jql(sample, case, layout)]))
+    """JQL's loop without padding, sentence-transformers, and JQL's loop padded, which is the most likely to fail."""
+    cases = [_loop(sample, "varlen", "padding removed")]
     if importlib.util.find_spec("sentence_transformers"):
         row = sample.row("reference", "sentence-transformers, sorted, from texts", f"bf16, {SORTED_BATCH}")
         cases.append(Case([row], lambda case: [_sentence_transformers(sample, case)]))
     else:
         print("sentence-transformers is not installed: its row is left out")
-    return cases
+    return [*cases, _loop(sample, "padded", "padded, sdpa")]
+
+
+def _loop(sample: Sample, layout: Layout, how: str) -> Case:
+    row = sample.row("reference", f"{LOOP}, {how}", f"bf16, {ARRIVALS}")
+    return Case([row], lambda case: [_jql(sample, case, layout)])
 
 
 def _oracle(sample: Sample) -> Run:
@@ -301,8 +329,8 @@ def _within_session(session: Session, sample: Sample) -> Run:
 # --- what the time goes to
 
 
-def profiles(sample: Sample, rows: list[GpuRow]) -> list[GpuRow]:
-    """A row for each variant of ONNX Runtime's, at its best budget."""
+def profiles(sample: Sample, rows: list[GpuRow], ends: float = math.inf) -> list[GpuRow]:
+    """A row for each variant of ONNX Runtime's, at its best budget; none begins past `ends`."""
     found = []
     for best in best_rows(rows):
         variant = best.variant.partition(" ")[0]
@@ -313,8 +341,11 @@ def profiles(sample: Sample, rows: list[GpuRow]) -> list[GpuRow]:
         row.documents, row.tokens = sum(len(b.rows) for b in batches), sum(b.n_tokens for b in batches)
         kernel = next(r for r in rows if (r.what, r.variant) == ("kernel", best.variant))
         try:
+            if time.monotonic() > ends:
+                raise TimeoutError(NO_TIME)
             record(row, profile(sample.bundle.path, variant, sample.device, batches), kernel.tokens_per_second)
         except Exception as error:  # the rest is measured already
+            traceback.print_exc()
             row.note = f"failed: {reason(error)}"
         found.append(row)
     return found

@@ -68,7 +68,7 @@ def main(
             print_rows(found)
             rows += found
     settings = {"corpus": corpus.name, "documents": documents, "rounds": rounds}
-    write_result(name, rows, settings, versions={"onnxruntime-gpu": provider_version()})
+    print(write_result(name, rows, settings, versions={"onnxruntime-gpu": provider_version()}))
 
 
 def measure(bundle: Path, corpus: Path, n_docs: int, rounds: int) -> list[GpuRow]:

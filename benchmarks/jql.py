@@ -148,7 +148,7 @@ def largest_that_fits(attempt: Callable[[int], object], n_docs: int) -> tuple[in
         try:
             attempt(n_docs)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if n_docs == 1:
+            if n_docs == 1 or "CUDA error" in str(error):  # after which nothing runs in this process any more
                 raise
             failures.append((n_docs, reason(error)))
         else:

@@ -100,5 +100,8 @@ def parse_query(line: str) -> dict[str, str]:
 def gpu_versions() -> dict[str, str]:
     """Versions of the installed packages that hold NVIDIA's libraries, and of what else runs on a GPU."""
     wanted = ("nvidia-", "cuda-", "tensorrt", "sentence-transformers", "triton")
-    found = {d.metadata["Name"].lower(): d.version for d in distributions() if d.metadata["Name"]}
-    return {name: found[name] for name in sorted(found) if name.startswith(wanted)}
+    found: dict[str, str] = {}
+    for package in distributions():
+        found.setdefault((package.metadata["Name"] or "").lower(), package.version)  # the first hides the others
+    # The package for the CPU may lie behind that for the GPU.
+    return {name: found[name] for name in sorted(found) if name.startswith(wanted)} | {"onnxruntime": ort.__version__}

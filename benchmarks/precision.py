@@ -72,7 +72,7 @@ def main(
             row.finish()
             rows.append(row)
     print_rows(rows)
-    write_result(name, rows, {"corpus": corpus.name, "documents": documents, "max_tokens": max_tokens})
+    print(write_result(name, rows, {"corpus": corpus.name, "documents": documents, "max_tokens": max_tokens}))
 
 
 def _run(bundle: Bundle, graph: ReferenceEvaluator, variant: str, budget: int) -> Run:

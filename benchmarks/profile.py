@@ -67,7 +67,9 @@ def profile(bundle: Path, variant: str, device: str, batches: list[Batch]) -> Pr
             command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace"
         )
         if done.returncode:
-            raise RuntimeError(f"benchmarks.profile ended with {done.returncode}: {done.stderr[-2000:]}")
+            print(done.stderr, file=sys.stderr)
+            said = done.stderr.split("\n")
+            raise RuntimeError(f"benchmarks.profile ended with {done.returncode}: {next(filter(None, said[::-1]), '')}")
         events = json.loads(Path(done.stdout.splitlines()[-1]).read_text(encoding="utf-8"))
     return Profile(*aggregate(events, len(batches)), attention_kernels(done.stdout.splitlines()))
 

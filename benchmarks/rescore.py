@@ -68,14 +68,14 @@ def main(
             f"{row.what:8} {row.name:75} {row.documents_per_minute / 60:12,.0f} documents/s {row.gflops:8,.1f} GFLOP/s"
         )
     coretype = os.environ.get("OPENBLAS_CORETYPE", "as detected")
-    write_result(
+    print(write_result(
         name,
         rows,
         {
             "documents": documents, "rounds": rounds, "embeddings": "fp16", "openblas_coretype": coretype,
             "gflops_for_1_000_000_documents_per_second": needed,
         },
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ class GpuRow(Row):
     """One line of a GPU's table; `what` may also be kernel and profile, see benchmarks.gpu."""
 
     budget_tokens: int = 0  # of a batch of ours
+    best_budget: bool = False  # of those that a variant was timed with
     mfu: float = 0.0  # of the model's FLOP, over the large fp16 product of the same run
     to_reference: float = 0.0  # tokens per second over those of the faster of JQL's loops in the same run
     gigabytes_per_second: float = 0.0  # of a copy
@@ -94,6 +95,8 @@ class GpuRow(Row):
             found.append("attention " + _counts(self.attention))
         if self.nodes:
             found.append("nodes " + _counts(self.nodes))
+        if self.best_budget:
+            found.append("best budget")
         return "   " + "; ".join(filter(None, [*found, self.note]))
 
 
@@ -124,8 +127,8 @@ def write_result(
     settings: dict[str, object],
     gpu: dict[str, object] | None = None,
     versions: dict[str, str] | None = None,
-) -> None:
-    """Write benchmarks/results/NAME.json and print its path; `gpu`, `versions`: what a GPU's run adds."""
+) -> Path:
+    """Write benchmarks/results/NAME.json; `gpu`, `versions`: what a GPU's run adds."""
     result = {
         "schema": 1,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -137,7 +140,7 @@ def write_result(
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(file)
+    return file
 
 
 def _machine() -> dict[str, object]:

@@ -24,8 +24,9 @@ The last line of stdout is the path of the JSON it wrote, benchmarks/results/NAM
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,13 +79,19 @@ def main(
     feed: Annotated[bool, typer.Option(help="Time the feed on the whole corpus.")] = True,
     budget: Annotated[list[int] | None, typer.Option(help="Tokens of a batch, on a GPU; repeat.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="Only these of ours; repeat.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="On a GPU: after so many, no case begins.")] = None,
 ) -> None:
     """Measure and write benchmarks/results/NAME.json."""
     opened = Bundle.open(bundle)
     device = _one_device(opened, device, encoder)
     documents = documents or DOCUMENTS[device.partition(":")[0]]
     texts, tokens = sample(corpus, documents, Tokenizer.of(opened), max_tokens)
+    settings = {"corpus": corpus.name, "documents": documents, "max_tokens": max_tokens, "rounds": rounds}
     gpu: dict[str, Any] = {}
+
+    def write(rows: Sequence[Row]) -> Path:
+        return write_result(name, rows, settings, **gpu)
+
     rows: list[Row]
     if device == "cpu":
         cases = [*(_references(encoder, opened, bf16) if encoder else []), *_engines(bundle, texts, variant or [])]
@@ -94,15 +101,13 @@ def main(
         from benchmarks.nvidia import gpu_machine, gpu_versions
 
         assert encoder is not None
-        gpu = {"gpu": gpu_machine(device), "versions": gpu_versions()}
+        gpu |= {"gpu": gpu_machine(device), "versions": gpu_versions()}
         whole = Sample(encoder, opened, texts, tokens, device)
-        rows = [*gpu_rows(whole, budget or list(BUDGETS), variant or [], rounds)]
+        rows = [*gpu_rows(whole, budget or list(BUDGETS), variant or [], rounds, seconds or math.inf, write)]
     if feed:
         rows.append(_feed(opened, corpus))
     print_rows(rows)
-    write_result(
-        name, rows, {"corpus": corpus.name, "documents": documents, "max_tokens": max_tokens, "rounds": rounds}, **gpu
-    )
+    print(write(rows))
 
 
 def _one_device(bundle: Bundle, device: str, encoder: Path | None) -> str:

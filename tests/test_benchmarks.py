@@ -89,7 +89,7 @@ def test_mfu_ratio_and_best_budget():
     rate(rows, flops=2e6, matrix_gflops=8.0)
     assert [row.to_reference for row in rows] == [0.25, 1.0, 7.5, 2.5, 5.0, 0.125, 0.0]
     assert rows[4].mfu == 0.5
-    assert [row.note for row in rows] == ["", "", "", "", "best budget", "best budget", ""]
+    assert [row.best_budget for row in rows] == [False, False, False, False, True, True, False]
     assert best_rows(rows) == [rows[4], rows[5]]
 
 
@@ -279,7 +279,7 @@ def test_a_real_profile_by_op_and_provider(bundle, capsys):
 
 
 def test_a_profile_that_fails_says_what_the_process_wrote(bundle):
-    with pytest.raises(RuntimeError, match="no-such-variant"):
+    with pytest.raises(RuntimeError, match="benchmarks.profile ended with 1: KeyError: 'no-such-variant'"):
         profile(bundle.path, "no-such-variant", "cpu", [batch_of([3])])
 
 
@@ -379,8 +379,11 @@ def sample_on_cpu(encoders, bundle):
 def test_a_run_from_the_first_case_to_the_table(sample_on_cpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "runnable", lambda *_: ["cpu-fp32"])
     monkeypatch.setattr(gpu, "gpu_ceilings", lambda device: gpu_ceilings(device, 128, (128, 64, 128), 1 << 20))
-    rows = gpu.gpu_rows(sample_on_cpu, [8192], [], rounds=2)
+    kept = []
+    rows = gpu.gpu_rows(sample_on_cpu, [8192], [], 2, keep=lambda rows: kept.append([row.what for row in rows]))
     print_rows(rows)
+    assert [row.what for row in rows] == kept[-1]
+    assert kept[0] == ["reference", *["ceiling"] * 4] and kept[1] == ["reference", "kernel", *["ceiling"] * 4]
     ours = {row.what: row for row in rows if row.variant == "cpu-fp32"}
     assert ours.keys() == {"kernel", "engine", "end_to_end"}
     for row in ours.values():
@@ -390,6 +393,39 @@ def test_a_run_from_the_first_case_to_the_table(sample_on_cpu, monkeypatch, caps
     assert [row.variant for row in loops] == ["bf16, 6", "bf16, 6"]
     assert max(row.to_reference for row in loops) == 1 and all(row.score_difference < 1 for row in loops)
     assert (rows[0].what, rows[0].name, rows[0].variant) == ORACLE and rows[0].score_difference is None
+
+
+def test_no_case_begins_when_the_time_is_up(sample_on_cpu, monkeypatch):
+    monkeypatch.setattr(gpu, "runnable", lambda *_: ["cpu-fp32"])
+    monkeypatch.setattr(gpu, "gpu_ceilings", lambda device: gpu_ceilings(device, 128, (128, 64, 128), 1 << 20))
+    rows = gpu.gpu_rows(sample_on_cpu, [8192], [], 1, seconds=0)
+    assert {row.note for row in rows if row.what != "ceiling"} == {"failed: TimeoutError: no time was left"}
+    assert not any(row.seconds for row in rows if row.what != "ceiling")
+
+
+def test_a_row_that_was_timed_does_not_fail_with_the_next_of_its_case(sample_on_cpu):
+    def broken(tokens):
+        raise ValueError("broken")
+
+    case = gpu.Case(
+        [sample_on_cpu.row(what, "jql-engine", "cuda-fp16") for what in ("engine", "end_to_end")],
+        lambda _: [lambda tokens: np.zeros((len(tokens.rows), 2)), broken],
+    )
+    gpu.time_case(case, sample_on_cpu.tokens)
+    engine, whole = case.rows
+    assert engine.seconds and not engine.note and whole.note == "failed: ValueError: broken"
+
+
+def test_after_an_error_that_ends_cuda_no_smaller_batch_is_tried():
+    tried = []
+
+    def attempt(n_docs):
+        tried.append(n_docs)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        largest_that_fits(attempt, 8)
+    assert tried == [8]
 
 
 def test_what_does_not_fit_and_what_fails_are_rows(sample_on_cpu, monkeypatch):
@@ -403,10 +439,11 @@ def test_what_does_not_fit_and_what_fails_are_rows(sample_on_cpu, monkeypatch):
         return scores(self, tokens, n_docs)
 
     monkeypatch.setattr(JqlPipeline, "scores", short_of_memory)
-    cases = gpu.references(sample_on_cpu)[:3]
+    loops = [case for case in gpu.references(sample_on_cpu) if case.rows[0].name.startswith("JQL's loop")]
+    cases = [gpu.oracle(sample_on_cpu), *loops]
     for case in cases:
         gpu.time_case(case, sample_on_cpu.tokens)
-    rows = [(row.variant, row.note) for row in gpu.finished(sample_on_cpu, cases, 1.0)][1:]
+    rows = [(row.variant, row.note) for row in gpu.finished(sample_on_cpu, cases, 1.0, 1.0)][1:]
     assert rows == [
         ("bf16, 1000", "failed: TypeError: varlen_attn() got an unexpected keyword"),
         ("bf16, 6", "out of memory"),
