@@ -165,7 +165,7 @@ def main(
     """Run the batches twice with the profiler on."""
     import onnxruntime as ort
 
-    from jql_engine.sessions.onnxruntime_cuda import check_active
+    from jql_engine.sessions.onnxruntime_cuda import check_active, prepare
 
     number = int(device.partition(":")[2] or 0)
     opened = Bundle.open(bundle)
@@ -175,7 +175,7 @@ def main(
     options.profile_file_prefix = str(out / "profile")
     providers: list[Any] = ["CPUExecutionProvider"]
     if device != "cpu":
-        ort.preload_dlls(cudnn=False)
+        prepare()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         settings = {"device_id": str(number), "use_tf32": "0"}
         providers = [("CUDAExecutionProvider", settings)]

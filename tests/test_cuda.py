@@ -269,6 +269,12 @@ def test_an_onnx_runtime_without_cuda_is_refused():
     onnxruntime_cuda.check_built([onnxruntime_cuda.PROVIDER, "CPUExecutionProvider"], 1)
 
 
+def test_a_release_whose_norms_are_wrong_is_refused(monkeypatch):
+    monkeypatch.setattr(ort, "__version__", "1.30.2")
+    with pytest.raises(DeviceError, match=r"cuda:0: ONNX Runtime 1\.30\.2 is too old, .* expected 1\.31 or newer"):
+        onnxruntime_cuda.check_built([onnxruntime_cuda.PROVIDER], 0)
+
+
 def test_a_session_that_went_to_the_cpu_is_refused():
     with pytest.raises(DeviceError, match="cuda:0: ONNX Runtime activated CPUExecutionProvider, expected CUDA"):
         onnxruntime_cuda.check_active(["CPUExecutionProvider"], 0)
@@ -282,6 +288,7 @@ def test_a_session_that_went_to_the_cpu_is_refused():
         ("Failed to allocate memory for requested buffer of size 4294967296", True),
         ("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);", True),
         ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0 ; expr=cublasCreate(&handle);", True),
+        ("CUBLAS failure 1: CUBLAS_STATUS_NOT_INITIALIZED ; GPU=0 ; expr=cublasCreate(&handle);", True),
         ("CUDA failure 700: an illegal memory access was encountered ; GPU=0", False),
         ("Invalid memory pattern", False),
     ],

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 RAGGED = [5, 9, 700, 1, 64]
 FP32, FP16, ACCUMULATE_IN_FP32 = "0", "2", "68"  # as cuBLAS numbers types of values and of sums
 TO_DEVICE, FROM_DEVICE = "1", "2"
+FUSED = {"fp16": "FLASH_ATTENTION", "bf16": "FLASH_ATTENTION", "fp32": "EFFICIENT_ATTENTION"}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_every_layer_of_snowflakes_shape_takes_flash_attention_and_the_fused_gel
 
 def test_fp32_takes_an_attention_that_needs_no_square_of_a_long_document(run, snowflake):
     run("launches", bundle=snowflake, variant="cuda-fp32", lengths=[8192])
-    assert attention_kernels(run.printed) == {("fp32", "EFFICIENT_ATTENTION")}
+    assert attention_kernels(run.printed) == {("fp32", FUSED["fp32"])}
 
 
 def test_the_products_are_those_of_the_model_and_the_last_layers_of_first_tokens_alone(run, snowflake):
@@ -121,7 +122,8 @@ def test_the_products_are_those_of_the_model_and_the_last_layers_of_first_tokens
     heads = [((1000, b, 768), fp32), ((2, b, 1000), fp32)]
     assert [(shape, types) for shape, types, _ in products(found["batch"])] == [*layer(False), *layer(True), *heads]
     assert {compute for *_, compute in products(found["batch"])} == {ACCUMULATE_IN_FP32}
-    assert not [line for line in found["opening"] + found["batch"] if line == "math mode 3"], "TF32 is for nobody"
+    modes = {line for line in found["opening"] + found["batch"] if line.startswith("math mode")}
+    assert modes == {"math mode 0", "math mode 16"}, "16: no sums in half; and not 3, TF32"
 
 
 @pytest.mark.parametrize("variant", CUDA)
@@ -130,12 +132,7 @@ def test_the_products_are_those_of_the_model_and_the_last_layers_of_first_tokens
 def test_a_batch_is_two_copies_and_one_wait_and_nothing_else_leaves_the_gpu(run, families, family, pooling, variant):
     found = run("launches", bundle=families[family, pooling], variant=variant, lengths=[5, 90, 33])
     lines, precision = found["batch"], variant.removeprefix("cuda-")
-    kernel = {"fp32": "MATH"}.get(precision, "FLASH_ATTENTION")  # MATH: of short documents
-    assert attention_kernels(run.printed) == {(precision, kernel)}
-    if kernel == "MATH":  # each operator asks the GPU whether token_offset is sound
-        n_attentions = 2 + (pooling == "mean")
-        assert copies(lines).count((FROM_DEVICE, "4")) == n_attentions
-        lines = [line for line in lines if not re.match(f"copy .*kind={FROM_DEVICE} bytes=4 |synchronize stream", line)]
+    assert attention_kernels(run.printed) == {(precision, FUSED[precision])}
     assert [kind for kind, _ in copies(lines) if kind in (TO_DEVICE, FROM_DEVICE)] == [TO_DEVICE, FROM_DEVICE]
     assert [line.split()[1] for line in lines if line.startswith("synchronize")] == ["event"]
     assert not [line for line in found["opening"] + lines if line.startswith("unexpected")]
@@ -151,7 +148,7 @@ def test_the_largest_batch_and_one_token_are_launched(run, snowflake):
 
 # Where blocks are cut otherwise than in the first batch one more is taken; without a first batch 200 take three times
 # as much, and each larger one goes on.
-@pytest.mark.parametrize(("variant", "growth"), [("cuda-fp16", 1), ("cuda-bf16", 1.25)])
+@pytest.mark.parametrize(("variant", "growth"), [("cuda-fp16", 1), ("cuda-bf16", 1.25), ("cuda-fp32", 1)])
 def test_memory_is_taken_once(run, snowflake, variant, growth):
     found = run("memory", bundle=snowflake, variant=variant, n_batches=200)
     assert found["budget"] == 65_536
@@ -284,7 +281,7 @@ def test_our_part_of_the_benchmark(run, exported):
         assert row["budget_tokens"] > 0
         if row["what"] == "profile":
             assert row["nodes"].keys() == {"CUDAExecutionProvider"} and row["ops"]["MatMul"]["nodes"] > 0
-            kernel = "MATH" if row["variant"] == "cuda-fp32" else "FLASH_ATTENTION"
+            kernel = FUSED[row["variant"].partition(" ")[0].removeprefix("cuda-")]
             assert row["attention"] == {kernel: 2}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,27 @@ import onnxruntime as ort
 from jql_engine.errors import DeviceError
 
 PROVIDER = "CUDAExecutionProvider"
-# How ONNX Runtime's allocators, CUDA and cuBLAS say it; their exceptions have no type of their own for it.
-SHORTAGES = ("Failed to allocate memory", "is smaller than requested bytes", "out of memory", "ALLOC_FAILED")
+# Before it, SkipLayerNormalization summed in half: where values were large it gave its bias, finite and wrong.
+SINCE = (1, 31)
+# What ONNX Runtime reads from the environment alone.
+ENVIRONMENT = {
+    # A product that cuBLAS divides among several blocks is summed in fp32 to its end, not in half.
+    "ORT_CUDA_GEMM_OPTIONS": "2",
+    # In fp32 the fused attention at every length: the other takes a square of memory for each batch of short documents.
+    "ORT_MIN_SEQ_LEN_EFFICIENT_ATTENTION_FP32": "0",
+}
+# How ONNX Runtime's allocators, CUDA and cuBLAS say it; their exceptions have no type of their own for it. cuBLAS is
+# not initialised where there is no room for its handle.
+SHORTAGES = (
+    "Failed to allocate memory", "is smaller than requested bytes", "out of memory", "ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)  # fmt: skip
 
 
 def load(file: Path, device: int, stream: int) -> Any:
     """The graph as a session on `stream` of GPU number `device`, and nowhere else; raises DeviceError otherwise."""
     ort.disable_telemetry_events()  # the text of other people passes through here: nothing is reported to anyone
-    ort.preload_dlls(cudnn=False)  # CUDA's libraries, where they were installed as Python packages
+    prepare()
     options = ort.SessionOptions()
     # Every batch has another shape: memory patterns are never met again.
     options.enable_mem_pattern = False
@@ -44,6 +58,13 @@ def load(file: Path, device: int, stream: int) -> Any:
     return session
 
 
+def prepare() -> None:
+    """Before the first session of a process: settings, and CUDA's libraries where pip brought them."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    ort.preload_dlls(cudnn=False)
+
+
 def missing_library() -> str | None:
     """Why the CUDA provider itself cannot be loaded, if it cannot: ONNX Runtime says it to its log alone."""
     folder = Path(ort.__file__).parent / "capi"
@@ -56,11 +77,16 @@ def missing_library() -> str | None:
 
 
 def check_built(available: list[str], device: int) -> None:
-    """Raise DeviceError where this ONNX Runtime knows no GPU."""
+    """Raise DeviceError where this ONNX Runtime knows no GPU, or is too old."""
     if PROVIDER not in available:
         raise DeviceError(
             f"device cuda:{device}: ONNX Runtime {ort.__version__} is built for {', '.join(available)}, expected "
             f"{PROVIDER}; install jql-engine[gpu], and not [cpu] beside it"
+        )
+    if tuple(map(int, ort.__version__.split(".")[:2])) < SINCE:
+        raise DeviceError(
+            f"device cuda:{device}: ONNX Runtime {ort.__version__} is too old: its norms in fp16 are wrong where "
+            f"values are large; expected {SINCE[0]}.{SINCE[1]} or newer: pip install 'jql-engine[gpu]'"
         )
 
 
