@@ -1,6 +1,7 @@
 """Operators of the CUDA graphs in plain NumPy, for onnx.reference.ReferenceEvaluator.
 
-Each computes in fp32 and rounds once, at its output, as the CUDA kernels do on the whole.
+Each computes in fp32 and rounds to the type of its input where the CUDA kernels of ONNX Runtime 1.31 do, as their
+machine code says: at the output, and at what a comment names.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ class Gelu(_Contrib):
 
 
 class BiasGelu(_Contrib):
+    """All of it in the type of x, but for erf itself."""
+
     def _run(self, x, bias):
-        return (gelu(x.astype(np.float32) + bias).astype(x.dtype),)
+        half, root = np.array([0.5, 0.5**0.5], x.dtype)
+        total = x + bias
+        weight = 1 + erf((total * root).astype(np.float32)).astype(x.dtype)
+        return (((total * half) * weight).astype(x.dtype),)
 
 
 class BiasSplitGelu(_Contrib):
@@ -34,7 +40,8 @@ class BiasSplitGelu(_Contrib):
     def _run(self, x, bias):
         assert x.ndim == 3 and bias.shape == x.shape[2:], (x.shape, bias.shape)
         assert x.shape[2] // 2 in self.WIDTHS, "no kernel of this width"
-        left, right = np.split(x.astype(np.float32) + bias, 2, axis=-1)
+        total = x + bias  # rounded
+        left, right = np.split(total.astype(np.float32), 2, axis=-1)
         return ((left * gelu(right)).astype(x.dtype),)
 
 
@@ -43,21 +50,26 @@ class SkipLayerNormalization(_Contrib):
 
     def _run(self, x, skip, gamma, beta, bias=None, epsilon=None):
         assert x.shape == skip.shape, (x.shape, skip.shape)
-        total = x.astype(np.float32) + skip + (0 if bias is None else bias.astype(np.float32))
+        total = ((x if bias is None else x + bias) + skip).astype(np.float32)  # rounded after each sum
         centred = total - total.mean(-1, keepdims=True)
         scaled = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + np.float32(epsilon))
         return ((scaled * gamma + beta).astype(x.dtype),)
 
 
 class RotaryEmbedding(_Contrib):
-    """The halves of each head of x [B, L, D] turned by the angle of its position; position_ids int64 [B, L]."""
+    """Each head of x [B, L, D] turned by the angle of its position; position_ids int64 [B, L].
 
-    def _run(self, x, position_ids, cos, sin, num_heads=None, is_packed_batching=0, **settings):
+    Turned together are its halves, or, `interleaved`, its neighbours.
+    """
+
+    def _run(self, x, position_ids, cos, sin, num_heads=None, is_packed_batching=0, interleaved=0, **settings):
         assert x.ndim == 3 and position_ids.shape == x.shape[:2], (x.shape, position_ids.shape)
         assert is_packed_batching or x.shape[1] <= len(cos), "more tokens than positions"
-        left, right = np.split(x.astype(np.float32).reshape(*x.shape[:2], num_heads, -1), 2, axis=-1)
-        c, s = (cache[position_ids][:, :, None].astype(np.float32) for cache in (cos, sin))
-        turned = np.concatenate([left * c - right * s, right * c + left * s], axis=-1)
+        heads = x.reshape(*x.shape[:2], num_heads, *((-1, 2) if interleaved else (2, x.shape[2] // num_heads // 2)))
+        left, right = np.moveaxis(heads, -1 if interleaved else -2, 0)
+        c, s = (cache[position_ids][:, :, None] for cache in (cos, sin))
+        # The product with the sine is rounded, the other goes into the sum as it is.
+        turned = np.stack([_times(left, c) - right * s, _times(right, c) + left * s], axis=-1 if interleaved else -2)
         return (turned.reshape(x.shape).astype(x.dtype),)
 
 
@@ -71,6 +83,15 @@ class PackedMultiHeadAttention(_Contrib):
         spans = pairwise(cu_seqlens)
         contexts = [attention(q[i:j], k[i:j], v[i:j], num_heads) for i, j in spans]
         return (np.concatenate(contexts).astype(q.dtype),)
+
+
+class RestorePadding(_Contrib):
+    """Rows [T, D] where token_offset [B, S] says that they lie in a rectangle [B, S, D]; zeros besides."""
+
+    def _run(self, x, token_offset):
+        rectangle = np.zeros((token_offset.size, x.shape[1]), x.dtype)
+        rectangle[token_offset.reshape(-1)[: len(x)]] = x
+        return (rectangle.reshape(*token_offset.shape, -1),)
 
 
 class Attention(OpRun):
@@ -97,6 +118,17 @@ class MatMul(OpRun):
         return ((a.astype(np.float32) @ b.astype(np.float32)).astype(a.dtype),)
 
 
+class Gemm(OpRun):
+    """The same with a bias, which the sum takes before it is rounded."""
+
+    op_domain = ""
+
+    def _run(self, a, b, c, alpha=None, beta=None, transA=None, transB=None):  # noqa: N803
+        assert alpha == beta == 1 and not transA
+        total = a.astype(np.float32) @ (b.T if transB else b).astype(np.float32) + c.astype(np.float32)
+        return (total.astype(a.dtype),)
+
+
 OPERATORS = [
     Gelu,
     BiasGelu,
@@ -104,9 +136,15 @@ OPERATORS = [
     SkipLayerNormalization,
     RotaryEmbedding,
     PackedMultiHeadAttention,
+    RestorePadding,
     Attention,
     MatMul,
+    Gemm,
 ]
+
+
+def _times(a, b):
+    return a.astype(np.float32) * b.astype(np.float32)
 
 
 def gelu(x):

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from jql_engine.data import Layout
 from jql_export.checkpoint import EncoderSpec, LayerWeights
 from jql_export.graph import FloatType, GraphInput, GraphWriter
-from jql_export.tensors import Array, Norm
+from jql_export.tensors import Array, Linear, Norm
 
 MICROSOFT = "com.microsoft"
 INPUT_IDS = GraphInput("input_ids", ("B", "L"))
@@ -19,6 +19,8 @@ ATTENTION_MASK = GraphInput("attention_mask", ("B", "L"))
 
 class FusedDialect:
     """What is the same wherever ONNX Runtime's fused operators run."""
+
+    dtype: FloatType
 
     def norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
         """See Dialect."""
@@ -34,7 +36,7 @@ class FusedDialect:
 
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
         """See Dialect."""
-        return expand(g, name, layer, x, fused_gelu)
+        return expand(g, name, layer, x, bias_gelu if self.dtype == np.float32 else gelu_of_sum)
 
     def first(self, g: GraphWriter, x: str) -> str:
         """See Dialect."""
@@ -158,8 +160,8 @@ class StandardDialect:
         """See Dialect."""
         return expand(g, name, layer, x, self._gelu)
 
-    def _gelu(self, g: GraphWriter, x: str, name: str, bias: Array | None) -> str:
-        return g.op("Gelu", x if bias is None else g.op("Add", x, g.parameter(f"{name}.bias", bias)))
+    def _gelu(self, g: GraphWriter, x: str, name: str, linear: Linear) -> str:
+        return g.op("Gelu", g.project_and_add(x, name, linear))
 
     def first(self, g: GraphWriter, x: str) -> str:
         """See Dialect."""
@@ -192,11 +194,17 @@ def project_and_rotate(
     return q, k, v
 
 
-def fused_gelu(g: GraphWriter, x: str, name: str, bias: Array | None) -> str:
-    """ONNX Runtime's gelu(x + bias)."""
-    if bias is None:
-        return g.op("Gelu", x, domain=MICROSOFT)
-    return g.op("BiasGelu", x, g.parameter(f"{name}.bias", bias), domain=MICROSOFT)
+def bias_gelu(g: GraphWriter, x: str, name: str, linear: Linear) -> str:
+    """ONNX Runtime's gelu of a projection; its bias goes into the operator."""
+    y = g.project(x, name, linear)
+    if linear.bias is None:
+        return g.op("Gelu", y, domain=MICROSOFT)
+    return g.op("BiasGelu", y, g.parameter(f"{name}.bias", linear.bias), domain=MICROSOFT)
+
+
+def gelu_of_sum(g: GraphWriter, x: str, name: str, linear: Linear) -> str:
+    """The same for types narrower than fp32: BiasGelu rounds each step of its arithmetic, Gelu the result alone."""
+    return g.op("Gelu", g.project_and_add(x, name, linear), domain=MICROSOFT)
 
 
 def _affine(g: GraphWriter, name: str, norm: Norm) -> tuple[str, str]:
@@ -216,18 +224,13 @@ def _first_token(g: GraphWriter, x: str) -> str:
 
 
 def expand(
-    g: GraphWriter,
-    name: str,
-    layer: LayerWeights,
-    x: str,
-    gelu: Callable[[GraphWriter, str, str, Array | None], str],
+    g: GraphWriter, name: str, layer: LayerWeights, x: str, gelu: Callable[[GraphWriter, str, str, Linear], str]
 ) -> str:
-    """gelu(gate) * up, or gelu(up), each of them a product; `gelu` adds the bias that it is given."""
+    """gelu(gate) * up, or gelu(up), each of them a product; `gelu` projects as well."""
     if layer.gate is None:
-        return gelu(g, g.project(x, f"{name}.up", layer.up), f"{name}.up", layer.up.bias)
+        return gelu(g, x, f"{name}.up", layer.up)
     up = g.project_and_add(x, f"{name}.up", layer.up)
-    gate = g.project(x, f"{name}.gate", layer.gate)
-    return g.op("Mul", gelu(g, gate, f"{name}.gate", layer.gate.bias), up)
+    return g.op("Mul", gelu(g, x, f"{name}.gate", layer.gate), up)
 
 
 def _position_rows(g: GraphWriter, spec: EncoderSpec) -> str:

@@ -50,6 +50,7 @@ class GraphWriter:
     """Collects nodes and weights. Weight names are stable: `layer.3.key.bias`, `heads.output.weight`, ..."""
 
     dtype: FloatType = np.float32  # of what the encoder computes in
+    flat: bool = False  # activations are [T, D]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     weights: dict[str, NDArray[Any]] = field(default_factory=dict)
 
@@ -90,9 +91,13 @@ class GraphWriter:
         return self.op("MatMul", x, self.parameter(f"{name}.weight", linear.weight.T))
 
     def project_and_add(self, x: str, name: str, linear: Linear) -> str:
-        """X weight^T + bias."""
-        y = self.project(x, name, linear)
-        return y if linear.bias is None else self.op("Add", y, self.parameter(f"{name}.bias", linear.bias))
+        """X weight^T + bias; where activations are flat one operator, which rounds once."""
+        if linear.bias is None:
+            return self.project(x, name, linear)
+        bias = self.parameter(f"{name}.bias", linear.bias)
+        if self.flat:
+            return self.op("Gemm", x, self.parameter(f"{name}.weight", linear.weight.T), bias)
+        return self.op("Add", self.project(x, name, linear), bias)
 
 
 class Dialect(Protocol):
@@ -135,7 +140,7 @@ class Dialect(Protocol):
 
 def write_graph(file: Path, weights: EncoderWeights, heads: StackedHeads, pooling: Pooling, dialect: Dialect) -> None:
     """Write `file` (.onnx) and its weights beside it (.onnx.data); see jql_engine.bundle for inputs and outputs."""
-    g = GraphWriter(dialect.dtype)
+    g = GraphWriter(dialect.dtype, flat=dialect.layout == "packed")
     dialect.prepare(g, weights.spec)
     x = _embed(g, dialect, weights)
     for i, layer in enumerate(weights.layers):

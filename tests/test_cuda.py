@@ -271,7 +271,7 @@ def test_an_onnx_runtime_without_cuda_is_refused():
 
 def test_a_release_whose_norms_are_wrong_is_refused(monkeypatch):
     monkeypatch.setattr(ort, "__version__", "1.30.2")
-    with pytest.raises(DeviceError, match=r"cuda:0: ONNX Runtime 1\.30\.2 is too old, .* expected 1\.31 or newer"):
+    with pytest.raises(DeviceError, match=r"cuda:0: ONNX Runtime 1\.30\.2 is too old: .* expected 1\.31 or newer"):
         onnxruntime_cuda.check_built([onnxruntime_cuda.PROVIDER], 0)
 
 

@@ -46,9 +46,11 @@ def normal(*shape):
 
 @pytest.mark.parametrize("positions", [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 0, 6]], ids=str)
 @pytest.mark.parametrize("packed", [0, 1])
-def test_rotary_embedding(positions, packed):
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_rotary_embedding(positions, packed, interleaved):
     inputs = [normal(1, 7, 12), np.array([positions]), normal(7, 2), normal(7, 2)]
-    assert_that_of_onnx_runtime("RotaryEmbedding", inputs, num_heads=3, is_packed_batching=packed)
+    settings = {"num_heads": 3, "is_packed_batching": packed, "interleaved": interleaved}
+    assert_that_of_onnx_runtime("RotaryEmbedding", inputs, **settings)
 
 
 def test_rotary_embedding_of_more_tokens_than_positions_where_they_are_packed():
@@ -77,6 +79,38 @@ def test_bias_split_gelu_is_the_left_half_times_gelu_of_the_right_one():
     left, right = (torch.from_numpy(x) + torch.from_numpy(bias)).chunk(2, dim=-1)
     expected = (left * functional.gelu(right)).numpy()
     np.testing.assert_allclose(compute("BiasSplitGelu", [x, bias]), expected, rtol=0, atol=1e-5)
+
+
+def half(*shape):
+    return normal(*shape).astype(np.float16)
+
+
+def test_in_half_sums_are_rounded_before_the_norm_and_before_gelu():
+    x, skip, bias, gamma, beta = half(5, 16) * 40, half(5, 16) * 9, half(16), half(16), half(16) + 1
+    settings = {"epsilon": 1e-5}
+    found = compute("SkipLayerNormalization", [x, skip, gamma, beta, bias], **settings)
+    rounded = ((x + bias) + skip).astype(np.float16)
+    expected = compute("SkipLayerNormalization", [rounded, np.zeros_like(x), gamma, beta], **settings)
+    np.testing.assert_array_equal(found, expected)
+    x, bias = half(1, 3, 2560) * 3, half(2560)
+    expected = compute("BiasSplitGelu", [(x + bias).astype(np.float16), np.zeros_like(bias)])
+    np.testing.assert_array_equal(compute("BiasSplitGelu", [x, bias]), expected)
+
+
+def test_in_half_every_step_of_bias_gelu_is_rounded_and_none_of_gelu():
+    x = half(200, 16) * 2
+    exact = functional.gelu(torch.from_numpy(x).double()).numpy()
+    error = np.abs(compute("Gelu", [x]) - exact).max(), np.abs(compute("BiasGelu", [x, half(16) * 0]) - exact).max()
+    assert error[0] <= 2**-11 * np.abs(exact).max() and error[1] > 1.5 * error[0]
+
+
+def test_in_half_the_product_with_the_sine_is_rounded():
+    x, cos, sin = half(1, 7, 4), half(7, 2), half(7, 2)
+    found = compute("RotaryEmbedding", [x, np.arange(7)[None], cos, sin], num_heads=1)
+    wide = lambda array: array.astype(np.float64)  # noqa: E731
+    left, right = x[0, :, :2], x[0, :, 2:]
+    expected = np.concatenate([wide(left) * cos - wide(right * sin), wide(right) * cos + wide(left * sin)], axis=-1)
+    np.testing.assert_array_equal(found[0], expected.astype(np.float16))
 
 
 def test_packed_attention_is_that_of_each_document_alone():
