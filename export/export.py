@@ -10,9 +10,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-from safetensors.numpy import save_file
 
 from jql_engine.bundle import (
     FORMAT,
@@ -37,7 +35,7 @@ from jql_export.foreign import VARIANT as FOREIGN
 from jql_export.foreign import explained
 from jql_export.graph import Pooling
 from jql_export.graphs import Encoder, read_sources, write_graphs
-from jql_export.heads import HeadWeights, StackedHeads, check_heads, stack
+from jql_export.heads import HeadWeights, check_heads, stack, write_heads
 from jql_export.hub import Checkpoint
 from jql_export.reference import Reference
 from jql_export.settings import KNOWN_POOLING, max_tokens_of, pooling_of
@@ -78,7 +76,7 @@ def export_bundle(
     with _written_aside(out, overwrite) as folder:
         (folder / "graphs").mkdir()
         stacked = stack(heads, encoder.shape.hidden_size)
-        _write_heads(folder, stacked)
+        write_heads(folder / "heads.safetensors", stacked)
         tokenizer = _write_tokenizer(folder, checkpoint, encoder.shape.pad_id, report)
         draft = _manifest(checkpoint, encoder, heads, chosen_pooling, limit, tokenizer)
         texts = probes.texts() if calibration is None else calibration
@@ -88,16 +86,6 @@ def export_bundle(
         build(Bundle(folder, final, ""))
         (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
     return Bundle.open(out)
-
-
-def _write_heads(folder: Path, heads: StackedHeads) -> None:
-    tensors = {
-        "hidden.weight": heads.hidden_weight,
-        "hidden.bias": heads.hidden_bias,
-        "output.weight": heads.output_weight,
-        "output.bias": heads.output_bias,
-    }
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / "heads.safetensors")
 
 
 def _write_tokenizer(folder: Path, checkpoint: Checkpoint, pad_id: int, report: Callable[[str], None]) -> TokenizerInfo:

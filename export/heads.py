@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file
 
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import HeadError
@@ -105,6 +106,17 @@ def stack(heads: Sequence[HeadWeights], hidden_size: int | None = None) -> Stack
         outputs,
         np.concatenate([_bias(head.output) for head in heads]),
     )
+
+
+def write_heads(file: Path, heads: StackedHeads) -> None:
+    """Write the heads of a bundle; see jql_engine.bundle."""
+    tensors = {
+        "hidden.weight": heads.hidden_weight,
+        "hidden.bias": heads.hidden_bias,
+        "output.weight": heads.output_weight,
+        "output.bias": heads.output_bias,
+    }
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, file)
 
 
 def _bias(linear: Linear) -> Array:

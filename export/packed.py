@@ -16,6 +16,7 @@ the graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto
@@ -34,8 +35,7 @@ class CudaDialect(FusedDialect):
     """ONNX Runtime's fused CUDA operators; activations are [T, D].
 
     RotaryEmbedding and BiasSplitGelu take three dimensions: a first one of 1 is put before the two and taken off again,
-    which moves no data. `merged_qkv` projects queries, keys and values by one product and splits it, where three
-    products are the default.
+    which moves no data. What could be faster is tried in benchmarks.alternatives.
     """
 
     layout: Layout = "packed"
@@ -46,12 +46,11 @@ class CudaDialect(FusedDialect):
         GraphInput("token_offset", ("B", "S"), TensorProto.INT32),
         GraphInput("cls_index", ("B",)),
     )
-    opsets = {"": 20, MICROSOFT: 1}  # noqa: RUF012
+    opsets: dict[str, int] = {"": 20, MICROSOFT: 1}  # noqa: RUF012
     ir_version = 10
 
-    def __init__(self, dtype: FloatType = np.float16, merged_qkv: bool = False) -> None:
+    def __init__(self, dtype: FloatType = np.float16) -> None:
         self.dtype = dtype
-        self._merged_qkv = merged_qkv
 
     def prepare(self, g: GraphWriter, spec: EncoderSpec) -> None:
         """RoPE caches, each [max_positions, head_size / 2]."""
@@ -71,28 +70,29 @@ class CudaDialect(FusedDialect):
         Queries are of as many tokens as keys in the packed operator: for first tokens alone it is the context that is
         cut. Their queries need no rotation, and nobody looks at the others.
         """
-        q, k, v = self._project(g, name, layer, x)
+        q, k, v = self.project(g, name, layer, x)
         if spec.positions == "rope":
-            k = _rotate(g, k, spec)
-            q = q if cls_only else _rotate(g, q, spec)
+            k = self.rotate(g, k, spec)
+            q = q if cls_only else self.rotate(g, q, spec)
         context = _attention(g, q, k, v, spec)
-        return (_first_rows(g, context), _first_rows(g, x)) if cls_only else (context, x)
+        return (first_rows(g, context), first_rows(g, x)) if cls_only else (context, x)
 
-    def _project(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> Sequence[str]:
-        if not self._merged_qkv:
-            q = g.project_and_add(x, f"{name}.query", layer.query)
-            k = g.project_and_add(x, f"{name}.key", layer.key)
-            return q, k, g.project(x, f"{name}.value", layer.value)
-        value = Linear(layer.value.weight, None)  # its bias is in the output projection
-        merged = g.project_and_add(x, f"{name}.qkv", _stacked(layer.query, layer.key, value))
-        return g.ops("Split", merged, outputs=("", "", ""), axis=1, num_outputs=3)
+    def project(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> Sequence[str]:
+        """Queries, keys and values; the bias of the last is in the output projection."""
+        q = g.project_and_add(x, f"{name}.query", layer.query)
+        k = g.project_and_add(x, f"{name}.key", layer.key)
+        return q, k, g.project(x, f"{name}.value", layer.value)
+
+    def rotate(self, g: GraphWriter, x: str, spec: EncoderSpec) -> str:
+        """RoPE of each head, of queries or keys."""
+        return rotated(g, x, spec.n_attention_heads)
 
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
         """See Dialect; up and gate are one product where one kernel takes both: a split would only move them."""
         width = len(layer.up.weight)
         if layer.gate is None or width not in SPLIT_GELU_WIDTHS:
             return super().expand(g, name, layer, x)
-        merged, name = _stacked(layer.up, layer.gate), f"{name}.up_gate"
+        merged, name = stacked(layer.up, layer.gate), f"{name}.up_gate"
         bias = np.zeros(2 * width, np.float32) if merged.bias is None else merged.bias
         both = g.op("Unsqueeze", g.project(x, name, merged), g.ints(0))
         y = g.op("BiasSplitGelu", both, g.parameter(f"{name}.bias", bias), domain=MICROSOFT)
@@ -109,7 +109,7 @@ class CudaDialect(FusedDialect):
         summed up in fp32 by the kernels.
         """
         zeros = g.op("Mul", x, g.parameter("no_query", np.zeros((), np.float32)))
-        return _first_rows(g, _attention(g, zeros, zeros, x, spec))
+        return first_rows(g, _attention(g, zeros, zeros, x, spec))
 
 
 def _attention(g: GraphWriter, q: str, k: str, v: str, spec: EncoderSpec) -> str:
@@ -117,19 +117,21 @@ def _attention(g: GraphWriter, q: str, k: str, v: str, spec: EncoderSpec) -> str
     return g.op("PackedMultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=spec.n_attention_heads)
 
 
-def _rotate(g: GraphWriter, x: str, spec: EncoderSpec) -> str:
-    # Without is_packed_batching the operator refuses more tokens than the caches have positions.
+def rotated(g: GraphWriter, x: str, n_heads: int, interleaved: bool = False) -> str:
+    """RotaryEmbedding of [T, D]: the halves of each head are turned, or, `interleaved`, neighbours."""
     row = g.op("Unsqueeze", x, g.ints(0))
-    inputs, n_heads = (row, "position_ids", "rope.cos", "rope.sin"), spec.n_attention_heads
-    rotated = g.op("RotaryEmbedding", *inputs, domain=MICROSOFT, num_heads=n_heads, is_packed_batching=1)
-    return g.op("Squeeze", rotated, g.ints(0))
+    # Without is_packed_batching the operator refuses more tokens than the caches have positions.
+    settings: dict[str, Any] = {"num_heads": n_heads, "interleaved": int(interleaved), "is_packed_batching": 1}
+    y = g.op("RotaryEmbedding", row, "position_ids", "rope.cos", "rope.sin", domain=MICROSOFT, **settings)
+    return g.op("Squeeze", y, g.ints(0))
 
 
-def _first_rows(g: GraphWriter, x: str) -> str:
+def first_rows(g: GraphWriter, x: str) -> str:
+    """Those of first tokens."""
     return g.op("Gather", x, "cls_index")
 
 
-def _stacked(*linears: Linear) -> Linear:
+def stacked(*linears: Linear) -> Linear:
     """One projection that gives what each of `linears` does, side by side."""
     weight = np.concatenate([linear.weight for linear in linears])
     if all(linear.bias is None for linear in linears):

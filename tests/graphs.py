@@ -12,7 +12,7 @@ import numpy as np
 from jql_engine.bundle import MANIFEST, Bundle, Manifest, Variant, describe_files
 from jql_export.checkpoint import EncoderWeights, read_encoder
 from jql_export.graph import Pooling, write_graph
-from jql_export.heads import StackedHeads
+from jql_export.heads import StackedHeads, write_heads
 from jql_export.variants import VARIANTS
 from tests.conftest import write_encoder
 
@@ -36,6 +36,7 @@ def write_bundle(
     kinds = {name: VARIANTS[name] for name in variants}
     for kind in kinds.values():
         write_graph(folder / "graphs" / kind.graph, weights, heads, pooling, kind.dialect())
+    write_heads(folder / "heads.safetensors", heads)
     described = {
         name: Variant(f"graphs/{k.graph}", k.layout, k.precision, k.provider, {}, {}) for name, k in kinds.items()
     }

@@ -105,14 +105,6 @@ def test_literal_pad_ids_have_position_row_0_and_are_not_counted(write, encoders
     check(write(encoders["xlm-roberta"], pooling, CudaDialect(np.float32), tokens), budget=100)
 
 
-@each_family
-def test_merged_projections_equal_the_oracle(write, encoders, family):
-    written = write(encoders[family], "cls", CudaDialect(np.float32, merged_qkv=True))
-    check(written)
-    model = onnx.load(written.file, load_external_data=False)
-    assert Counter(node.op_type for node in model.graph.node)["Split"] == 2
-
-
 @pytest.mark.parametrize("precision", DTYPES)
 def test_a_width_with_a_kernel_uses_the_fused_gelu(write, tmp_path, precision):
     checkpoint = write_encoder(tmp_path / "encoder", "gte", intermediate_size=1280, initializer_range=0.1)

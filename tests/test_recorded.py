@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes.util
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.alternatives import ALTERNATIVES
 from benchmarks.recorder import MISSING, Recorder
 from jql_export.checkpoint import read_encoder
 from jql_export.heads import read_head, stack
@@ -80,6 +83,12 @@ def kernels(lines):
     ]
 
 
+def blocks(lines, kernel):
+    """How many blocks of a kernel were launched."""
+    grids = [re.findall(r"grid=(\d+),(\d+),(\d+)", line)[0] for line in lines if kernel in line]
+    return sum(math.prod(map(int, grid)) for grid in grids)
+
+
 def products(lines):
     """(m, n, k), types and accumulation of the products, in order."""
     found = [dict(part.split("=") for part in line.split()[1:]) for line in lines if line.startswith("product")]
@@ -108,6 +117,21 @@ def test_every_layer_of_snowflakes_shape_takes_flash_attention_and_the_fused_gel
 def test_fp32_takes_an_attention_that_needs_no_square_of_a_long_document(run, snowflake):
     run("launches", bundle=snowflake, variant="cuda-fp32", lengths=[8192])
     assert attention_kernels(run.printed) == {("fp32", FUSED["fp32"])}
+
+
+def test_what_may_be_faster_is_taken_as_a_whole_and_launches_less(run, snowflake):
+    encoder = str(Path(snowflake).parent / "encoder")
+    found = run("alternatives", encoder=encoder, bundle=snowflake, lengths=RAGGED)
+    launched = {name: Counter(kernels(lines)) for name, lines in found["launched"].items()}
+    assert launched.keys() == ALTERNATIVES.keys() == {row["name"] for row in found["rows"]}
+    assert all(row["tokens_per_second"] > 0 for row in found["rows"])
+    bias, rope = "onnxruntime::cuda::BroadcastBiasKernel", "onnxruntime::contrib::cuda::RotaryEmbeddingBSNH"
+    before = launched["as exported"]
+    assert before[bias] - launched["without biases"][bias] == 4, "queries and keys of two layers"
+    assert blocks(found["launched"]["as exported"], rope) == 3 * 12 * sum(RAGGED)
+    assert blocks(found["launched"]["RoPE of 12 heads at once"], rope) == 3 * sum(RAGGED)
+    flash = "onnxruntime::flash::flash_fwd_kernel"
+    assert blocks(found["launched"]["first queries alone"], flash) < blocks(found["launched"]["as exported"], flash)
 
 
 def test_the_products_are_those_of_the_model_and_the_last_layers_of_first_tokens_alone(run, snowflake):

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +19,10 @@ from typing import Any
 
 import cuda.bindings.runtime as cudart
 import numpy as np
+import onnxruntime as ort
 import pyarrow as pa
 
+from benchmarks.kernel import Resident
 from benchmarks.recorder import Record
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, DocumentBatch, TokenBatch
@@ -194,6 +197,27 @@ def benchmark(bundle: str, texts: list[str]) -> list[dict[str, Any]]:
     return [asdict(row) for row in [*rows, *gpu.profiles(sample, rows)]]
 
 
+def alternatives(encoder: str, bundle: str, lengths: list[int]) -> dict[str, Any]:
+    """The kernels that each of benchmarks.alternatives launches for a batch, with their blocks; and its rows."""
+    from benchmarks import alternatives
+    from jql_export.checkpoint import read_encoder
+
+    record, opened, weights, launched = Record(), Bundle.open(bundle), read_encoder(Path(encoder)), {}
+    options = ort.RunOptions()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, file in alternatives.write_alternatives(Path(folder), weights, opened):
+            gpu = Gpu(0)
+            case = Resident(load(file, 0, gpu.stream), [batch_of(lengths)], "cuda", 0, options, gpu.synchronize)
+            case.run()
+            record.take()
+            case.run()
+            launched[name] = record.take()
+    docs = batch_of(lengths)
+    tokens = TokenBatch(docs.rows, docs.ids, docs.offsets.astype(np.int64), np.zeros(len(lengths), np.bool_))
+    rows = alternatives.measure(weights, opened, tokens, 0, [8192], 2)
+    return {"launched": launched, "rows": [asdict(row) for row in rows]}
+
+
 def host(bundle: str, corpus: str) -> list[dict[str, Any]]:
     """The rows of benchmarks.host."""
     from benchmarks.host import measure
@@ -233,6 +257,7 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         closed,
         chosen,
         benchmark,
+        alternatives,
         host,
         loading_error,
         opening_error,

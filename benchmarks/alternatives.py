@@ -1,0 +1,287 @@
+"""Packed graphs that may be faster than the one that is exported, beside it: the same scores, written otherwise.
+
+Method. Each graph is written from the checkpoint, loaded on the GPU, and computes the same batches, which lie there
+beforehand (benchmarks.kernel); `--rounds` repeats them all in turn, the median counts. A graph is worth its lines in
+jql_export.packed where it is faster at the best budget on the GPUs that matter; what is slower everywhere goes from
+here. `score_difference` is that to the exported graph.
+
+    python -m benchmarks.alternatives --encoder DIR --bundle BUNDLE --corpus CORPUS.parquet --name NAME
+
+The last line of stdout is the path of the JSON it wrote, benchmarks/results/NAME.json.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import onnxruntime as ort
+import typer
+
+from benchmarks.cases import compare, stacked_heads
+from benchmarks.corpus import sample
+from benchmarks.kernel import Resident, divided
+from benchmarks.table import GpuRow, print_rows, write_result
+from jql_engine.batching import plan
+from jql_engine.bundle import Bundle
+from jql_engine.data import Budget, TokenBatch
+from jql_engine.gpu import Gpu
+from jql_engine.sessions import onnxruntime_cuda
+from jql_engine.sessions.buffered import Capacity
+from jql_engine.tokens import Tokenizer
+from jql_export.checkpoint import EncoderSpec, EncoderWeights, LayerWeights, read_encoder
+from jql_export.dialects import MICROSOFT
+from jql_export.graph import Dialect, FloatType, GraphWriter, write_graph
+from jql_export.packed import CudaDialect, first_rows, rotated, stacked
+from jql_export.tensors import Linear, Norm
+
+BUDGETS = (16_384, 32_768, 65_536)
+SHIFT = 0.25  # of a norm's weights; on multilingual e5 0.1 and 1 double the error of scores in fp16
+
+
+class MergedProjections(CudaDialect):
+    """Queries, keys and values by one product, and a split of it: fewer products, and what they give is moved."""
+
+    def project(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> Sequence[str]:
+        """See CudaDialect."""
+        value = Linear(layer.value.weight, None)
+        merged = g.project_and_add(x, f"{name}.qkv", stacked(layer.query, layer.key, value))
+        return g.ops("Split", merged, outputs=("", "", ""), axis=1, num_outputs=3)
+
+
+class WideRotation(CudaDialect):
+    """RoPE of several heads at once, of weights that are `interleaved`.
+
+    The kernel has a block for each token and head, of a thread for each value. Where the two values that are turned
+    together lie side by side, it does not matter to it where a head ends.
+    """
+
+    def __init__(self, n_together: int, dtype: FloatType) -> None:
+        """`n_together`: heads that are turned as one."""
+        super().__init__(dtype)
+        self._n_together = n_together
+
+    def prepare(self, g: GraphWriter, spec: EncoderSpec) -> None:
+        """RoPE caches, each as wide as the heads that are turned together."""
+        super().prepare(g, spec)
+        for name in ("rope.cos", "rope.sin"):
+            g.weights[name] = np.tile(g.weights[name], (1, self._n_together))
+
+    def rotate(self, g: GraphWriter, x: str, spec: EncoderSpec) -> str:
+        """See CudaDialect."""
+        return rotated(g, x, spec.n_attention_heads // self._n_together, interleaved=True)
+
+
+class FirstQueries(CudaDialect):
+    """Attention of first tokens alone in the last layer: ONNX's, of opset 24, on keys and values in a rectangle."""
+
+    opsets = {"": 24, MICROSOFT: 1}  # noqa: RUF012
+    ir_version = 11
+
+    def attend(
+        self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str, cls_only: bool
+    ) -> tuple[str, str]:
+        """See Dialect."""
+        if not cls_only:
+            return super().attend(g, name, layer, spec, x, cls_only)
+        first = first_rows(g, x)
+        query = g.op("Unsqueeze", g.project_and_add(first, f"{name}.query", layer.query), g.ints(1))
+        key = g.project_and_add(x, f"{name}.key", layer.key)
+        key = self.rotate(g, key, spec) if spec.positions == "rope" else key
+        value = g.project(x, f"{name}.value", layer.value)
+        key, value = (g.op("RestorePadding", rows, "token_offset", domain=MICROSOFT) for rows in (key, value))
+        heads = spec.n_attention_heads
+        lengths = _lengths(g)
+        context = g.op("Attention", query, key, value, "", "", "", lengths, q_num_heads=heads, kv_num_heads=heads)
+        return g.op("Squeeze", context, g.ints(1)), first
+
+
+def _lengths(g: GraphWriter) -> str:
+    """Tokens of each document, int64 [B]."""
+    ends = g.op("Slice", "cu_seqlens", g.ints(1), g.ints(np.iinfo(np.int64).max), g.ints(0))
+    starts = g.op("Slice", "cu_seqlens", g.ints(0), g.ints(-1), g.ints(0))
+    return g.op("Cast", g.op("Sub", ends, starts), to=7)
+
+
+def interleaved(encoder: EncoderWeights) -> EncoderWeights:
+    """The same encoder with the two values of a head that RoPE turns together side by side.
+
+    Attention multiplies queries by keys: where both are in another order, it gives the same.
+    """
+    size = encoder.spec.head_size
+    pairs = np.arange(size).reshape(2, -1).T.reshape(-1)  # 0, half, 1, half + 1, ...
+    rows = np.arange(encoder.spec.hidden_size).reshape(-1, size)[:, pairs].reshape(-1)
+
+    def ordered(linear: Linear) -> Linear:
+        return Linear(linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+
+    layers = (replace(layer, query=ordered(layer.query), key=ordered(layer.key)) for layer in encoder.layers)
+    return replace(encoder, layers=tuple(layers))
+
+
+def without_biases(encoder: EncoderWeights, shift: float = SHIFT) -> EncoderWeights:
+    """The same encoder, whose projections from a norm's output have no bias: it is in their weights.
+
+    What a norm gives, out = n w + b, has one property, sum((out - b) / w) = 0. So a bias can be had as a multiple of
+    sum(out / w), which is the constant sum(b / w), by a row added to all of the weights. That needs a constant far from
+    0: `shift` times w is added to b, and taken off again from the biases of the residual sums.
+    """
+    layers: list[LayerWeights] = []
+    before = encoder.embedding_norm
+    for i, layer in enumerate(encoder.layers):
+        inner = layer.attention_norm
+        is_last = i == len(encoder.layers) - 1
+        layers.append(
+            replace(
+                layer,
+                query=_absorbed(layer.query, before, shift),
+                key=_absorbed(layer.key, before, shift),
+                value=_absorbed(layer.value, before, shift),
+                output=_taken_off(layer.output, before, shift),
+                attention_norm=_shifted(inner, shift),
+                up=_absorbed(layer.up, inner, shift),
+                gate=None if layer.gate is None else _absorbed(layer.gate, inner, shift),
+                down=_taken_off(layer.down, inner, shift),
+                mlp_norm=layer.mlp_norm if is_last else _shifted(layer.mlp_norm, shift),
+            )
+        )
+        before = layer.mlp_norm
+    return replace(encoder, embedding_norm=_shifted(encoder.embedding_norm, shift), layers=tuple(layers))
+
+
+def _shifted(norm: Norm, shift: float) -> Norm:
+    return Norm(norm.weight, (norm.bias + shift * norm.weight).astype(np.float32))
+
+
+def _absorbed(linear: Linear, norm: Norm, shift: float) -> Linear:
+    """What gives of `_shifted(norm)` what `linear` gives of `norm`, without a bias."""
+    weight, scale = linear.weight.astype(np.float64), norm.weight.astype(np.float64)
+    bias = _bias(linear) - weight @ (shift * scale)
+    constant = (norm.bias / scale + shift).sum()
+    return Linear((weight + np.outer(bias, 1 / scale) / constant).astype(np.float32), None)
+
+
+def _taken_off(linear: Linear, norm: Norm, shift: float) -> Linear:
+    return Linear(linear.weight, (_bias(linear) - shift * norm.weight).astype(np.float32))
+
+
+def _bias(linear: Linear) -> Any:
+    return np.zeros(len(linear.weight)) if linear.bias is None else linear.bias.astype(np.float64)
+
+
+class Together(WideRotation, FirstQueries):
+    """Both."""
+
+
+def same(encoder: EncoderWeights) -> EncoderWeights:
+    """As it is."""
+    return encoder
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """How the weights are changed and the graph is written."""
+
+    changed: Callable[[EncoderWeights], EncoderWeights]
+    dialect: Callable[[FloatType], Dialect]
+    n_together: int = 0  # heads that RoPE turns as one
+
+    def fits(self, spec: EncoderSpec) -> bool:
+        """Whether an encoder can be written so."""
+        return not self.n_together or (spec.positions == "rope" and spec.n_attention_heads % self.n_together == 0)
+
+
+ALTERNATIVES = {
+    "as exported": Alternative(same, CudaDialect),
+    "queries, keys and values merged": Alternative(same, MergedProjections),
+    "RoPE of 4 heads at once": Alternative(interleaved, partial(WideRotation, 4), 4),
+    "RoPE of 12 heads at once": Alternative(interleaved, partial(WideRotation, 12), 12),
+    "first queries alone": Alternative(same, FirstQueries),
+    "without biases": Alternative(without_biases, CudaDialect),
+    "all, RoPE of 4 heads": Alternative(lambda e: without_biases(interleaved(e)), partial(Together, 4), 4),
+}
+
+
+def main(
+    encoder: Annotated[Path, typer.Option()],
+    bundle: Annotated[Path, typer.Option(help="Of the same encoder; any variant.")],
+    corpus: Annotated[Path, typer.Option(help="Parquet with a column `text`.")],
+    name: Annotated[str, typer.Option(help="Of the result file.")],
+    device: Annotated[int, typer.Option(help="Number of the GPU.")] = 0,
+    documents: Annotated[int, typer.Option()] = 2_000,
+    max_tokens: Annotated[int, typer.Option(help="Longest document of the sample.")] = 8_192,
+    rounds: Annotated[int, typer.Option()] = 5,
+    budget: Annotated[list[int] | None, typer.Option(help="Tokens of a batch; repeat.")] = None,
+) -> None:
+    """Measure and write benchmarks/results/NAME.json."""
+    from benchmarks.nvidia import gpu_machine, gpu_versions
+
+    opened = Bundle.open(bundle)
+    _, tokens = sample(corpus, documents, Tokenizer.of(opened), max_tokens)
+    rows = measure(read_encoder(encoder), opened, tokens, device, budget or list(BUDGETS), rounds)
+    print_rows(rows)
+    settings = {"corpus": corpus.name, "documents": documents, "max_tokens": max_tokens, "rounds": rounds}
+    print(write_result(name, rows, settings, gpu_machine(f"cuda:{device}"), gpu_versions()))
+
+
+def measure(
+    encoder: EncoderWeights, bundle: Bundle, tokens: TokenBatch, device: int, budgets: list[int], rounds: int
+) -> list[GpuRow]:
+    """A row for each alternative and budget."""
+    gpu, rows = Gpu(device), []
+    options = ort.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = {
+            name: onnxruntime_cuda.load(file, device, gpu.stream)
+            for name, file in write_alternatives(Path(folder), encoder, bundle)
+        }
+        for budget in budgets:
+            capacity = Capacity.of(budget, bundle.manifest.max_tokens)
+            batches = [part for b in plan(tokens, Budget(budget, "packed")) for part in divided(b, capacity)]
+            cases = [
+                (
+                    GpuRow("kernel", name, f"cuda-fp16 {budget // 1024}k", len(tokens.rows), len(tokens.ids)),
+                    Resident(graph, batches, "cuda", device, options, gpu.synchronize),
+                )
+                for name, graph in graphs.items()
+            ]
+            rows += time_in_turn(cases, rounds, bundle.heads)
+    return rows
+
+
+def write_alternatives(
+    folder: Path, encoder: EncoderWeights, bundle: Bundle, dtype: FloatType = np.float16
+) -> Iterator[tuple[str, Path]]:
+    """Write the graphs that this encoder can have; the first is the exported one."""
+    for number, (name, alternative) in enumerate(ALTERNATIVES.items()):
+        if alternative.fits(encoder.spec):
+            file, weights = folder / f"{number}.onnx", alternative.changed(encoder)
+            write_graph(file, weights, stacked_heads(bundle), bundle.manifest.pooling, alternative.dialect(dtype))
+            yield name, file
+
+
+def time_in_turn(cases: list[tuple[GpuRow, Resident]], rounds: int, heads: tuple[str, ...]) -> list[GpuRow]:
+    """All cases once to warm up, then `rounds` times; each against the first."""
+    scores = [case.run() for _, case in cases]
+    for _ in range(rounds):
+        for row, case in cases:
+            start = time.perf_counter()
+            case.run()
+            row.seconds.append(round(time.perf_counter() - start, 6))
+    rows = [row for row, _ in cases]
+    for row, found in zip(rows, scores, strict=True):
+        row.finish()
+        compare(row, found, scores[0], heads)
+        row.note = f"{row.tokens_per_second / rows[0].tokens_per_second:.3f} x {rows[0].name}"
+    return rows
+
+
+if __name__ == "__main__":
+    typer.run(main)
