@@ -75,7 +75,7 @@ def export(
     from transformers.utils import logging as transformers_logging
 
     from jql_engine.bundle import Bundle
-    from jql_engine.engines import EngineOptions, build_ahead
+    from jql_engine.engine_files import EngineOptions, build_ahead
     from jql_export.export import export_bundle
     from jql_export.heads import read_head
     from jql_export.hub import edu_heads, find_checkpoint

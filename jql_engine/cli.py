@@ -76,7 +76,7 @@ def run(
 ) -> None:
     """Score the documents of files: one row out for each row in, in the same order."""
     from jql_engine.bundle import Bundle
-    from jql_engine.engines import EngineOptions
+    from jql_engine.engine_files import EngineOptions
     from jql_engine.interrupt import interruptible
     from jql_engine.launch import Machine, estimate, rescore_all, score
     from jql_engine.progress import RunLog

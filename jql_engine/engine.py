@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch, ScoreBatch, Scores, TokenBatch
-from jql_engine.engines import EngineOptions
+from jql_engine.engine_files import EngineOptions
 from jql_engine.errors import DeviceError, InputError
 from jql_engine.execution import execute
 from jql_engine.parity import open_certified

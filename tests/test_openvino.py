@@ -17,7 +17,7 @@ from jql_engine import parity
 from jql_engine.bundle import MANIFEST, PROBES, describe_files
 from jql_engine.data import Budget
 from jql_engine.engine import Engine
-from jql_engine.engines import EngineOptions
+from jql_engine.engine_files import EngineOptions
 from jql_engine.errors import BundleError, CheckpointError, DeviceError, InputError, ParityError
 from jql_engine.sessions import SessionOptions, open_variant
 from jql_engine.sessions import openvino as session_file

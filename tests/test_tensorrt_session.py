@@ -10,7 +10,7 @@ import pytest
 from jql_engine import parity
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
-from jql_engine.engines import EngineOptions
+from jql_engine.engine_files import EngineOptions
 from jql_engine.errors import DeviceError, InputError
 from jql_engine.gpu import Buffer, Gpu
 from jql_engine.profiles import Profile

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget
-from jql_engine.engines import EngineOptions
+from jql_engine.engine_files import EngineOptions
 from jql_engine.errors import DeviceError
 
 # Text of one chunk, the unit of commit: what a GPU scores in some seconds, two cores in about a minute.

@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput
-from jql_engine.engines import EngineOptions, writable
+from jql_engine.engine_files import EngineOptions, writable
 from jql_engine.errors import DeviceError
 from jql_engine.profiles import INPUTS, OUTPUTS, Profile, budget_for, profiles_of
 from jql_engine.sessions import Session

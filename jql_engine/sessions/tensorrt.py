@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget
-from jql_engine.engines import EngineOptions, engine_for, write_aside
+from jql_engine.engine_files import EngineOptions, engine_for, write_aside
 from jql_engine.errors import DeviceError
 from jql_engine.gpu import Buffer, Gpu
 from jql_engine.profiles import INPUTS, OUTPUTS, Interface, Profile

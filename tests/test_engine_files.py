@@ -12,9 +12,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from jql_engine import engines
+from jql_engine import engine_files
 from jql_engine.data import Budget
-from jql_engine.engines import EngineKey, EngineOptions, build_ahead, engine_for, key_of, provide
+from jql_engine.engine_files import EngineKey, EngineOptions, build_ahead, engine_for, key_of, provide
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.gpu import Gpu
 from jql_engine.tensorrt import Built, Library, Target
@@ -237,18 +237,18 @@ def test_a_signal_reaches_the_program_while_a_library_builds():
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(RangError):
-            engines._interruptible(lambda: time.sleep(2))
+            engine_files._interruptible(lambda: time.sleep(2))
     finally:
         signal.signal(signal.SIGALRM, before)
 
 
 def test_a_long_build_says_that_it_goes_on(monkeypatch):
-    monkeypatch.setattr(engines, "REPORT_SECONDS", 0.05)
+    monkeypatch.setattr(engine_files, "REPORT_SECONDS", 0.05)
     said = []
-    assert engines._interruptible(lambda: time.sleep(0.3) or "built", said.append) == "built"
+    assert engine_files._interruptible(lambda: time.sleep(0.3) or "built", said.append) == "built"
     assert said and all(line.startswith("still building, ") for line in said)
 
 
 def test_an_error_of_a_build_is_the_callers():
     with pytest.raises(ZeroDivisionError):
-        engines._interruptible(lambda: 1 / 0)
+        engine_files._interruptible(lambda: 1 / 0)
