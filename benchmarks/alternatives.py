@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,8 +25,10 @@ import numpy as np
 import onnxruntime as ort
 import typer
 
-from benchmarks.cases import compare, stacked_heads
+from benchmarks.cases import stacked_heads
 from benchmarks.corpus import sample
+from benchmarks.figures import compare_finite
+from benchmarks.jql import reason
 from benchmarks.kernel import Resident, divided
 from benchmarks.table import GpuRow, print_rows, write_result
 from jql_engine.batching import plan
@@ -37,11 +40,12 @@ from jql_engine.sessions.buffered import Capacity
 from jql_engine.tokens import Tokenizer
 from jql_export.checkpoint import EncoderSpec, EncoderWeights, LayerWeights, read_encoder
 from jql_export.dialects import MICROSOFT
-from jql_export.graph import Dialect, FloatType, GraphWriter, write_graph
+from jql_export.graph import Dialect, FloatType, GraphWriter, Pooling, write_graph
 from jql_export.packed import CudaDialect, first_rows, rotated, stacked
 from jql_export.tensors import Linear, Norm
 
 BUDGETS = (16_384, 32_768, 65_536)
+BLOCK = 1024  # threads at most
 SHIFT = 0.25  # of a norm's weights; on multilingual e5 0.1 and 1 double the error of scores in fp16
 
 
@@ -66,6 +70,11 @@ class WideRotation(CudaDialect):
         """`n_together`: heads that are turned as one."""
         super().__init__(dtype)
         self._n_together = n_together
+
+    def turns(self, spec: EncoderSpec) -> bool:
+        """Whether the heads of an encoder can be turned so."""
+        n_threads = self._n_together * spec.head_size
+        return spec.positions == "rope" and spec.n_attention_heads % self._n_together == 0 and n_threads <= BLOCK
 
     def prepare(self, g: GraphWriter, spec: EncoderSpec) -> None:
         """RoPE caches, each as wide as the heads that are turned together."""
@@ -164,6 +173,8 @@ def _absorbed(linear: Linear, norm: Norm, shift: float) -> Linear:
     weight, scale = linear.weight.astype(np.float64), norm.weight.astype(np.float64)
     bias = _bias(linear) - weight @ (shift * scale)
     constant = (norm.bias / scale + shift).sum()
+    if not scale.all() or abs(constant) < 1:
+        raise ValueError("a norm has a weight of 0, or its biases add up to the shift: its projections need a bias")
     return Linear((weight + np.outer(bias, 1 / scale) / constant).astype(np.float32), None)
 
 
@@ -176,35 +187,32 @@ def _bias(linear: Linear) -> Any:
 
 
 class Together(WideRotation, FirstQueries):
-    """Both."""
-
-
-def same(encoder: EncoderWeights) -> EncoderWeights:
-    """As it is."""
-    return encoder
+    """Fewer blocks in every layer, and in the last one fewer queries."""
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """How the weights are changed and the graph is written."""
+    """How a graph is written, and how the weights are changed before."""
 
-    changed: Callable[[EncoderWeights], EncoderWeights]
     dialect: Callable[[FloatType], Dialect]
-    n_together: int = 0  # heads that RoPE turns as one
+    changed: Callable[[EncoderWeights], EncoderWeights] = lambda encoder: encoder
 
-    def fits(self, spec: EncoderSpec) -> bool:
-        """Whether an encoder can be written so."""
-        return not self.n_together or (spec.positions == "rope" and spec.n_attention_heads % self.n_together == 0)
+    def fits(self, spec: EncoderSpec, pooling: Pooling) -> bool:
+        """Whether it makes a difference to an encoder, and can be had."""
+        dialect = self.dialect(np.float16)
+        if isinstance(dialect, WideRotation) and not dialect.turns(spec):
+            return False
+        return pooling == "cls" or not isinstance(dialect, FirstQueries)
 
 
 ALTERNATIVES = {
-    "as exported": Alternative(same, CudaDialect),
-    "queries, keys and values merged": Alternative(same, MergedProjections),
-    "RoPE of 4 heads at once": Alternative(interleaved, partial(WideRotation, 4), 4),
-    "RoPE of 12 heads at once": Alternative(interleaved, partial(WideRotation, 12), 12),
-    "first queries alone": Alternative(same, FirstQueries),
-    "without biases": Alternative(without_biases, CudaDialect),
-    "all, RoPE of 4 heads": Alternative(lambda e: without_biases(interleaved(e)), partial(Together, 4), 4),
+    "as exported": Alternative(CudaDialect),
+    "queries, keys and values merged": Alternative(MergedProjections),
+    "RoPE of 4 heads at once": Alternative(partial(WideRotation, 4), interleaved),
+    "RoPE of 12 heads at once": Alternative(partial(WideRotation, 12), interleaved),
+    "first queries alone": Alternative(FirstQueries),
+    "without biases": Alternative(CudaDialect, without_biases),
+    "all, RoPE of 4 heads": Alternative(partial(Together, 4), lambda encoder: without_biases(interleaved(encoder))),
 }
 
 
@@ -224,62 +232,88 @@ def main(
 
     opened = Bundle.open(bundle)
     _, tokens = sample(corpus, documents, Tokenizer.of(opened), max_tokens)
-    rows = measure(read_encoder(encoder), opened, tokens, device, budget or list(BUDGETS), rounds)
-    print_rows(rows)
     settings = {"corpus": corpus.name, "documents": documents, "max_tokens": max_tokens, "rounds": rounds}
-    print(write_result(name, rows, settings, gpu_machine(f"cuda:{device}"), gpu_versions()))
+    gpu, versions, rows = gpu_machine(f"cuda:{device}"), gpu_versions(), []
+    for found in measure(read_encoder(encoder), opened, tokens, device, budget or list(BUDGETS), rounds):
+        print_rows(found)
+        rows += found
+        file = write_result(name, rows, settings, gpu, versions)
+    print(file)
 
 
 def measure(
     encoder: EncoderWeights, bundle: Bundle, tokens: TokenBatch, device: int, budgets: list[int], rounds: int
-) -> list[GpuRow]:
-    """A row for each alternative and budget."""
-    gpu, rows = Gpu(device), []
+) -> Iterator[list[GpuRow]]:
+    """The rows of each budget, one for each alternative; what fails says why."""
+    gpu = Gpu(device)
     options = ort.RunOptions()
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     with tempfile.TemporaryDirectory() as folder:
         graphs = {
-            name: onnxruntime_cuda.load(file, device, gpu.stream)
+            name: _attempt(onnxruntime_cuda.load, file, device, gpu.stream)
             for name, file in write_alternatives(Path(folder), encoder, bundle)
         }
         for budget in budgets:
             capacity = Capacity.of(budget, bundle.manifest.max_tokens)
             batches = [part for b in plan(tokens, Budget(budget, "packed")) for part in divided(b, capacity)]
-            cases = [
-                (
-                    GpuRow("kernel", name, f"cuda-fp16 {budget // 1024}k", len(tokens.rows), len(tokens.ids)),
-                    Resident(graph, batches, "cuda", device, options, gpu.synchronize),
-                )
-                for name, graph in graphs.items()
-            ]
-            rows += time_in_turn(cases, rounds, bundle.heads)
-    return rows
+            cases = []
+            for name, graph in graphs.items():
+                row = GpuRow("kernel", name, f"cuda-fp16 {budget // 1024}k", len(tokens.rows), len(tokens.ids))
+                row.budget_tokens = budget
+                if not isinstance(graph, Exception):
+                    graph = _attempt(Resident, graph, batches, "cuda", device, options, gpu.synchronize)
+                cases.append((row, graph))
+            yield time_in_turn(cases, rounds, bundle.heads)
+
+
+def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` gives, or the exception that it raises: the other alternatives must not be lost."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        return error
 
 
 def write_alternatives(
     folder: Path, encoder: EncoderWeights, bundle: Bundle, dtype: FloatType = np.float16
 ) -> Iterator[tuple[str, Path]]:
     """Write the graphs that this encoder can have; the first is the exported one."""
+    pooling = bundle.manifest.pooling
     for number, (name, alternative) in enumerate(ALTERNATIVES.items()):
-        if alternative.fits(encoder.spec):
-            file, weights = folder / f"{number}.onnx", alternative.changed(encoder)
-            write_graph(file, weights, stacked_heads(bundle), bundle.manifest.pooling, alternative.dialect(dtype))
-            yield name, file
+        if not alternative.fits(encoder.spec, pooling):
+            continue
+        try:
+            weights = alternative.changed(encoder)
+        except ValueError as error:
+            print(f"{name}: {error}")
+            continue
+        file = folder / f"{number}.onnx"
+        write_graph(file, weights, stacked_heads(bundle), pooling, alternative.dialect(dtype))
+        yield name, file
 
 
-def time_in_turn(cases: list[tuple[GpuRow, Resident]], rounds: int, heads: tuple[str, ...]) -> list[GpuRow]:
-    """All cases once to warm up, then `rounds` times; each against the first."""
-    scores = [case.run() for _, case in cases]
-    for _ in range(rounds):
+def time_in_turn(cases: list[tuple[GpuRow, Any]], rounds: int, heads: tuple[str, ...]) -> list[GpuRow]:
+    """Each Resident, or why there is none, once to warm up and `rounds` times in turn; against the first."""
+    scores: dict[str, np.ndarray] = {}
+    for n in range(rounds + 1):
         for row, case in cases:
+            if row.note:
+                continue
             start = time.perf_counter()
-            case.run()
-            row.seconds.append(round(time.perf_counter() - start, 6))
+            found = case if isinstance(case, Exception) else _attempt(case.run)
+            if isinstance(found, Exception):
+                row.note = f"failed: {reason(found)}"
+            elif n:
+                row.seconds.append(round(time.perf_counter() - start, 6))
+            else:
+                scores[row.name] = found
     rows = [row for row, _ in cases]
-    for row, found in zip(rows, scores, strict=True):
+    for row in rows:
         row.finish()
-        compare(row, found, scores[0], heads)
-        row.note = f"{row.tokens_per_second / rows[0].tokens_per_second:.3f} x {rows[0].name}"
+        compare_finite(row, scores.get(row.name), scores.get(rows[0].name), heads)
+        if row.seconds and rows[0].seconds:
+            row.note = row.note or f"{row.tokens_per_second / rows[0].tokens_per_second:.3f} x {rows[0].name}"
     return rows
 
 

@@ -51,6 +51,7 @@ def compare_finite(row: GpuRow, found: np.ndarray | None, expected: np.ndarray |
         return
     finite = np.isfinite(found).all(axis=1)
     row.overflowed = max(row.overflowed, int((~finite).sum()))
+    finite &= np.isfinite(expected).all(axis=1)
     if found is not expected and finite.any():
         compare(row, found[finite], expected[finite], heads)
 

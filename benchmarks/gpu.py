@@ -8,7 +8,7 @@ is warmed up on the first documents and then timed on all of them. What is compa
                 JQL's loop: transformers, bf16, 1,000 documents in the order of arrival and its heads, without padding
                 (torch.nn.attention.varlen) and padded (sdpa). Where a batch does not fit, a row says so and the batch
                 is halved, as its users do. `to_reference` is the ratio to the faster of the two. cuDNN's attention
-                is off: it builds a plan for every new shape, half a second each, and every batch has another
+                is off: it builds a plan for every new shape, and every batch has another
                 sentence-transformers, bf16, sorted by length, from texts to scores; where it is installed
     kernel      ours: the graph alone, every batch on the GPU beforehand (TensorRT: within the session, copies included)
     engine      ours: ids to scores, jql_engine.execution.execute
@@ -30,7 +30,7 @@ import importlib.util
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,11 +105,10 @@ def gpu_rows(
     budgets: list[int],
     variants: list[str],
     rounds: int,
-    seconds: float = math.inf,
+    ends: float = math.inf,
     keep: Callable[[list[GpuRow]], object] = lambda _: None,
 ) -> list[GpuRow]:
-    """Measure everything; see the module. No case begins after `seconds`; `keep` is given what is there after each."""
-    ends = time.monotonic() + seconds
+    """Measure everything; see the module. No case begins past `ends`; `keep` is given what is there after each."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     limits = gpu_ceilings(sample.device)
     flops = flops_per_token(read_encoder(sample.encoder).spec, sample.tokens.lengths)
@@ -117,21 +116,31 @@ def gpu_rows(
     rows: list[GpuRow] = []
     for _ in range(rounds):
         for case in cases:
-            time_case(case, sample.tokens, ends)
+            if time.monotonic() < ends:
+                time_case(case, sample.tokens)
+            else:
+                skip(case)
             rows = finished(sample, cases, flops, limits[0].gflops)
             keep([*rows, *limits])
-    profiled = profiles(sample, rows, ends)
-    for row in profiled:
+    profiled: list[GpuRow] = []
+    for row in profiles(sample, rows, ends):
+        profiled.append(row)
         print_ops(row)
+        keep([*rows, *profiled, *limits])
     return [*rows, *profiled, *limits]
 
 
-def time_case(case: Case, tokens: TokenBatch, ends: float = math.inf) -> None:
-    """Load a case, time its rows, keep what they score; nothing of it where it is past `ends`."""
+def skip(case: Case) -> None:
+    """Say of the rows that have no time yet why that is."""
+    for row in case.rows:
+        if not row.seconds:
+            row.note = row.note or NO_TIME
+
+
+def time_case(case: Case, tokens: TokenBatch) -> None:
+    """Load a case, time its rows, keep what they score."""
     rounds = [len(row.seconds) for row in case.rows]
     try:
-        if time.monotonic() > ends:
-            raise TimeoutError(NO_TIME)
         _time_rows(case, tokens)
     except Exception as error:  # the rows of the other cases must not be lost
         traceback.print_exc()
@@ -329,9 +338,8 @@ def _within_session(session: Session, sample: Sample) -> Run:
 # --- what the time goes to
 
 
-def profiles(sample: Sample, rows: list[GpuRow], ends: float = math.inf) -> list[GpuRow]:
+def profiles(sample: Sample, rows: list[GpuRow], ends: float = math.inf) -> Iterator[GpuRow]:
     """A row for each variant of ONNX Runtime's, at its best budget; none begins past `ends`."""
-    found = []
     for best in best_rows(rows):
         variant = best.variant.partition(" ")[0]
         if sample.bundle.manifest.variants[variant].provider != "cuda":
@@ -340,12 +348,13 @@ def profiles(sample: Sample, rows: list[GpuRow], ends: float = math.inf) -> list
         row = GpuRow("profile", "jql-engine, op by op", best.variant, 0, 0, budget_tokens=best.budget_tokens)
         row.documents, row.tokens = sum(len(b.rows) for b in batches), sum(b.n_tokens for b in batches)
         kernel = next(r for r in rows if (r.what, r.variant) == ("kernel", best.variant))
+        if time.monotonic() > ends:
+            row.note = NO_TIME
+            yield row
+            continue
         try:
-            if time.monotonic() > ends:
-                raise TimeoutError(NO_TIME)
             record(row, profile(sample.bundle.path, variant, sample.device, batches), kernel.tokens_per_second)
         except Exception as error:  # the rest is measured already
             traceback.print_exc()
             row.note = f"failed: {reason(error)}"
-        found.append(row)
-    return found
+        yield row

@@ -24,6 +24,14 @@ from jql_engine.data import Batch, TokenBatch
 from jql_export.reference import load_encoder
 
 ATTENTION = "jql_varlen"
+# After these errors nothing runs on the GPU any more, in this process.
+ENDS_CUDA = (
+    "illegal memory access",
+    "misaligned address",
+    "illegal instruction",
+    "launch failure",
+    "device-side assert",
+)
 Layout = Literal["varlen", "padded"]
 
 
@@ -148,7 +156,7 @@ def largest_that_fits(attempt: Callable[[int], object], n_docs: int) -> tuple[in
         try:
             attempt(n_docs)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if n_docs == 1 or "CUDA error" in str(error):  # after which nothing runs in this process any more
+            if n_docs == 1 or any(phrase in str(error) for phrase in ENDS_CUDA):
                 raise
             failures.append((n_docs, reason(error)))
         else:

@@ -103,5 +103,5 @@ def gpu_versions() -> dict[str, str]:
     found: dict[str, str] = {}
     for package in distributions():
         found.setdefault((package.metadata["Name"] or "").lower(), package.version)  # the first hides the others
-    # The package for the CPU may lie behind that for the GPU.
+    # That of the CPU and that of the GPU install a module of one name: what was imported is said.
     return {name: found[name] for name in sorted(found) if name.startswith(wanted)} | {"onnxruntime": ort.__version__}

@@ -1,7 +1,7 @@
 """Operators of the CUDA graphs in plain NumPy, for onnx.reference.ReferenceEvaluator.
 
 Each computes in fp32 and rounds to the type of its input where the CUDA kernels of ONNX Runtime 1.31 do, as their
-machine code says: at the output, and at what a comment names.
+machine code says: at the output, and at what a comment names. What a graph needs besides is onnx's own.
 """
 
 from __future__ import annotations

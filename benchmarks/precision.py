@@ -1,7 +1,7 @@
 r"""What fp16 and bf16 do to scores: the CUDA graphs on real documents, in the ONNX reference evaluator.
 
 Method. The graphs that export writes run node by node with the NumPy operators of benchmarks.operators: products and
-sums in fp32, every result rounded to the graph's type, as the CUDA kernels do it; the order of their sums is another.
+sums in fp32, results rounded to the graph's type where the CUDA kernels do it; the order of their sums is another.
 Expected are transformers' embeddings, one document at a time in fp32, and the heads in fp32. Packed batches are ragged
 (4,096 tokens, as planned), single (each document alone) and of documents of equal length. Slow: 500 tokens a second.
 

@@ -165,7 +165,7 @@ def main(
     """Run the batches twice with the profiler on."""
     import onnxruntime as ort
 
-    from jql_engine.sessions.onnxruntime_cuda import check_active, prepare
+    from jql_engine.sessions.onnxruntime_cuda import DISABLED, check_active, prepare
 
     number = int(device.partition(":")[2] or 0)
     opened = Bundle.open(bundle)
@@ -179,7 +179,9 @@ def main(
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         settings = {"device_id": str(number), "use_tf32": "0"}
         providers = [("CUDAExecutionProvider", settings)]
-    session = ort.InferenceSession(str(opened.graph(variant)), options, providers=providers)
+    session = ort.InferenceSession(
+        str(opened.graph(variant)), options, providers=providers, disabled_optimizers=DISABLED
+    )
     if device != "cpu":
         check_active(session.get_providers(), number)
     feeds = [feeds_of(batch, padding_of(opened, variant)) for batch in read_batches(batches)]

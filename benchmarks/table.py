@@ -139,7 +139,9 @@ def write_result(
     }
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    aside = file.with_suffix(".writing")
+    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    aside.replace(file)
     return file
 
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,6 +87,7 @@ def main(
     device = _one_device(opened, device, encoder)
     documents = documents or DOCUMENTS[device.partition(":")[0]]
     texts, tokens = sample(corpus, documents, Tokenizer.of(opened), max_tokens)
+    ends = math.inf if seconds is None else time.monotonic() + seconds
     settings = {"corpus": corpus.name, "documents": documents, "max_tokens": max_tokens, "rounds": rounds}
     gpu: dict[str, Any] = {}
 
@@ -103,8 +105,8 @@ def main(
         assert encoder is not None
         gpu |= {"gpu": gpu_machine(device), "versions": gpu_versions()}
         whole = Sample(encoder, opened, texts, tokens, device)
-        rows = [*gpu_rows(whole, budget or list(BUDGETS), variant or [], rounds, seconds or math.inf, write)]
-    if feed:
+        rows = [*gpu_rows(whole, budget or list(BUDGETS), variant or [], rounds, ends, write)]
+    if feed and time.monotonic() < ends:
         rows.append(_feed(opened, corpus))
     print_rows(rows)
     print(write(rows))

@@ -196,10 +196,10 @@ def project_and_rotate(
 
 def bias_gelu(g: GraphWriter, x: str, name: str, linear: Linear) -> str:
     """ONNX Runtime's gelu of a projection; its bias goes into the operator."""
-    y = g.project(x, name, linear)
     if linear.bias is None:
-        return g.op("Gelu", y, domain=MICROSOFT)
-    return g.op("BiasGelu", y, g.parameter(f"{name}.bias", linear.bias), domain=MICROSOFT)
+        return gelu_of_sum(g, x, name, linear)
+    bias = g.parameter(f"{name}.bias", linear.bias)
+    return g.op("BiasGelu", g.project(x, name, linear), bias, domain=MICROSOFT)
 
 
 def gelu_of_sum(g: GraphWriter, x: str, name: str, linear: Linear) -> str:

@@ -187,6 +187,15 @@ def test_after_an_error_that_ends_cuda_no_smaller_batch_is_tried():
     assert tried == [8]
 
 
+@pytest.mark.parametrize("said", ["CUBLAS_STATUS_ALLOC_FAILED", "out of memory", "invalid configuration argument"])
+def test_after_other_errors_of_cuda_a_smaller_batch_is_tried(said):
+    def attempt(n_docs):
+        if n_docs > 2:
+            raise RuntimeError(f"CUDA error: {said}")
+
+    assert largest_that_fits(attempt, 8)[0] == 2
+
+
 def test_an_error_is_one_line():
     assert reason(ValueError("")) == "ValueError: "
     assert reason(ValueError("a\nb")) == "ValueError: a"

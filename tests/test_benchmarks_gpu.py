@@ -93,9 +93,16 @@ def test_a_run_from_the_first_case_to_the_table(sample_on_cpu, monkeypatch, caps
 def test_no_case_begins_when_the_time_is_up(sample_on_cpu, monkeypatch):
     monkeypatch.setattr(gpu, "runnable", lambda *_: ["cpu-fp32"])
     monkeypatch.setattr(gpu, "gpu_ceilings", lambda device: gpu_ceilings(device, 128, (128, 64, 128), 1 << 20))
-    rows = gpu.gpu_rows(sample_on_cpu, [8192], [], 1, seconds=0)
-    assert {row.note for row in rows if row.what != "ceiling"} == {"failed: TimeoutError: no time was left"}
+    rows = gpu.gpu_rows(sample_on_cpu, [8192], [], 1, ends=0.0)
+    assert {row.note for row in rows if row.what != "ceiling"} == {gpu.NO_TIME}
     assert not any(row.seconds for row in rows if row.what != "ceiling")
+
+
+def test_a_row_that_was_timed_once_is_a_row_where_there_was_no_time_for_more(sample_on_cpu):
+    case = gpu.Case([sample_on_cpu.row("engine", "jql-engine", "cuda-fp16")], lambda _: [])
+    case.rows[0].seconds = [1.0]
+    gpu.skip(case)
+    assert case.rows[0].note == ""
 
 
 def test_a_row_that_was_timed_does_not_fail_with_the_next_of_its_case(sample_on_cpu):

@@ -11,9 +11,9 @@ import pytest
 from jql_engine.bundle import PROBES, Bundle
 from jql_engine.data import BatchOutput
 from jql_engine.errors import BundleError, DeviceError, ParityError
-from jql_engine.parity import open_certified, read_probes, run_all, write_probes
+from jql_engine.parity import SHORT_TOKENS, open_certified, read_probes, run_all, write_probes
 from jql_engine.sessions import SessionOptions, cuda, open_variant
-from jql_engine.sessions.buffered import Capacity
+from jql_engine.sessions.buffered import Capacity, OutOfMemoryError
 from jql_engine.sessions.choice import Choice, choose, runnable
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, export, without_gpu
@@ -106,6 +106,28 @@ def test_the_graph_for_what_overflows_is_certified_once_it_is_needed(gpu_bundles
     else:
         with pytest.raises(ParityError, match=f"variant {FP32} is out of tolerance: score"):
             run_all(session, tokens, session.budget)
+
+
+def test_the_graph_for_what_overflows_is_certified_with_what_fits(gpu_bundles, evaluated, monkeypatch):
+    bundle, run = gpu_bundles["gte"], cuda.CudaExecutor.run
+    session, _ = opened(bundle, FP16)
+    tried = []
+
+    def short_of_memory(executor, batch):
+        output = run(executor, batch)
+        if executor.variant == FP16:
+            return BatchOutput(output.scores, output.embeddings * np.nan)
+        tried.append(batch.n_tokens)
+        if batch.n_tokens > SHORT_TOKENS:
+            raise OutOfMemoryError("no room")
+        return output
+
+    monkeypatch.setattr(cuda.CudaExecutor, "run", short_of_memory)
+    tokens, expected = read_probes(bundle)
+    first = tokens.slice(0)
+    found = run_all(session, first, session.budget)[1]
+    np.testing.assert_allclose(found, expected.scores[:1], atol=1e-5)
+    assert max(tried) > SHORT_TOKENS and len(set(tried)) > 5
 
 
 def test_without_probes_no_gpu_is_certified(gpu_bundles, tmp_path, evaluated):

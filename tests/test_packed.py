@@ -105,6 +105,12 @@ def test_literal_pad_ids_have_position_row_0_and_are_not_counted(write, encoders
     check(write(encoders["xlm-roberta"], pooling, CudaDialect(np.float32), tokens), budget=100)
 
 
+@pytest.mark.parametrize(("family", "n"), [("gte", 2 * 2), ("bert", 2 * 3)])  # queries, keys; up, which gte has none of
+def test_a_projection_with_a_bias_is_one_operator(write, encoders, family, n):
+    ops = operators(write(encoders[family], "cls", CudaDialect(np.float16)))
+    assert ops["Gemm"] == n + 2 and not ops["BiasGelu"]  # and those of the heads
+
+
 @pytest.mark.parametrize("precision", DTYPES)
 def test_a_width_with_a_kernel_uses_the_fused_gelu(write, tmp_path, precision):
     checkpoint = write_encoder(tmp_path / "encoder", "gte", intermediate_size=1280, initializer_range=0.1)

@@ -114,6 +114,13 @@ def test_every_layer_of_snowflakes_shape_takes_flash_attention_and_the_fused_gel
     assert found["shapes"] == [[5, 2], [5, 768]]
 
 
+@pytest.mark.parametrize("variant", ["cuda-fp16", "cuda-bf16"])
+def test_gelu_is_not_computed_in_narrow_types(run, families, variant):
+    found = run("launches", bundle=families["bert", "cls"], variant=variant, lengths=RAGGED[:2])
+    launched = [line for line in found["batch"] if "Gelu" in line]
+    assert len(launched) == 2 and not [line for line in launched if "BiasGelu" in line]
+
+
 def test_fp32_takes_an_attention_that_needs_no_square_of_a_long_document(run, snowflake):
     run("launches", bundle=snowflake, variant="cuda-fp32", lengths=[8192])
     assert attention_kernels(run.printed) == {("fp32", FUSED["fp32"])}

@@ -384,7 +384,8 @@ def test_a_part_that_comes_after_its_file_was_finished_goes(engine, tmp_path):
             engine.bundle, engine.session, Tokenizer.of(engine.bundle), {0: target}, None, threading.Event()
         )
         yield from worker.run(work.tasks)
-        while target.parts.exists():
+        ends = time.monotonic() + 30
+        while target.parts.exists() and time.monotonic() < ends:
             time.sleep(0.001)
         shutil.copytree(tmp_path / "parts", target.parts)  # a worker that outlives the run that was killed
 

@@ -101,7 +101,7 @@ class BufferedSession:
         return self._overflow.n_documents
 
     def run(self, batch: Batch) -> BatchOutput:
-        """Compute one batch; raises DeviceError where a document alone is too large for the device."""
+        """Compute one batch; raises OutOfMemoryError where a document alone is too large for the device."""
         output = self._compute(batch)
         return self._overflow.mend(batch, output) if self._mends else output
 
@@ -121,7 +121,7 @@ class BufferedSession:
         try:
             return self._executor.run(document)
         except OutOfMemoryError as error:
-            raise DeviceError(too_large(self.variant, document.n_tokens, error)) from error
+            raise OutOfMemoryError(too_large(self.variant, document.n_tokens, error)) from error
 
     def _halve_budget(self, batch: Batch) -> None:
         with self._lock:  # once, where several threads meet the same shortage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ ENVIRONMENT = {
     # In fp32 the fused attention at every length: the other takes a square of memory for each batch of short documents.
     "ORT_MIN_SEQ_LEN_EFFICIENT_ATTENTION_FP32": "0",
 }
+# It would make BiasGelu of a sum and Gelu again, which export has written apart on purpose.
+DISABLED = ["BiasGeluFusion"]
 # How ONNX Runtime's allocators, CUDA and cuBLAS say it; their exceptions have no type of their own for it. cuBLAS is
 # not initialised where there is no room for its handle.
 SHORTAGES = (
@@ -31,6 +34,7 @@ SHORTAGES = (
 
 def load(file: Path, device: int, stream: int) -> Any:
     """The graph as a session on `stream` of GPU number `device`, and nowhere else; raises DeviceError otherwise."""
+    check_built(ort.get_available_providers(), device)
     ort.disable_telemetry_events()  # the text of other people passes through here: nothing is reported to anyone
     prepare()
     options = ort.SessionOptions()
@@ -44,7 +48,9 @@ def load(file: Path, device: int, stream: int) -> Any:
         "use_tf32": "0",  # the heads are fp32
     }
     try:
-        session = ort.InferenceSession(str(file), options, providers=[(PROVIDER, settings)], enable_fallback=0)
+        session = ort.InferenceSession(
+            str(file), options, providers=[(PROVIDER, settings)], disabled_optimizers=DISABLED, enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no other base
         if is_shortage(message := one_line(error)):
             why = f"{file.name} does not fit into the GPU's memory ({message}); free memory there, or use another GPU"
@@ -59,9 +65,8 @@ def load(file: Path, device: int, stream: int) -> Any:
 
 
 def prepare() -> None:
-    """Before the first session of a process: settings, and CUDA's libraries where pip brought them."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    """What a session needs of its process: settings, and CUDA's libraries where pip brought them."""
+    os.environ.update(ENVIRONMENT)
     ort.preload_dlls(cudnn=False)
 
 
@@ -83,7 +88,7 @@ def check_built(available: list[str], device: int) -> None:
             f"device cuda:{device}: ONNX Runtime {ort.__version__} is built for {', '.join(available)}, expected "
             f"{PROVIDER}; install jql-engine[gpu], and not [cpu] beside it"
         )
-    if tuple(map(int, ort.__version__.split(".")[:2])) < SINCE:
+    if tuple(map(int, re.findall(r"\d+", ort.__version__)[:2])) < SINCE:
         raise DeviceError(
             f"device cuda:{device}: ONNX Runtime {ort.__version__} is too old: its norms in fp16 are wrong where "
             f"values are large; expected {SINCE[0]}.{SINCE[1]} or newer: pip install 'jql-engine[gpu]'"

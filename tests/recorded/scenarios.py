@@ -214,7 +214,7 @@ def alternatives(encoder: str, bundle: str, lengths: list[int]) -> dict[str, Any
             launched[name] = record.take()
     docs = batch_of(lengths)
     tokens = TokenBatch(docs.rows, docs.ids, docs.offsets.astype(np.int64), np.zeros(len(lengths), np.bool_))
-    rows = alternatives.measure(weights, opened, tokens, 0, [8192], 2)
+    (rows,) = alternatives.measure(weights, opened, tokens, 0, [8192], 2)
     return {"launched": launched, "rows": [asdict(row) for row in rows]}
 
 
