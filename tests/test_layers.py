@@ -24,7 +24,7 @@ LAYERS = [
     {"bundle", "truncation", "pipeline", "dataset"},
     {"gpu", "profiles"},
     {"tensorrt"},
-    {"engines"},
+    {"engine_files"},
     {"batching"},
     {"tokens", "sessions", "formats", "progress", "ranks"},
     {"execution", "reading"},
