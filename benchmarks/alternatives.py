@@ -22,21 +22,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import onnxruntime as ort
 import typer
+from onnx import TensorProto
 
 from benchmarks.cases import stacked_heads
 from benchmarks.corpus import sample
 from benchmarks.figures import compare_finite
 from benchmarks.jql import reason
-from benchmarks.kernel import Resident, divided
+from benchmarks.kernel import Resident, batches_of
 from benchmarks.table import GpuRow, print_rows, write_result
-from jql_engine.batching import plan
 from jql_engine.bundle import Bundle
-from jql_engine.data import Budget, TokenBatch
+from jql_engine.data import TokenBatch
 from jql_engine.gpu import Gpu
 from jql_engine.sessions import onnxruntime_cuda
-from jql_engine.sessions.buffered import Capacity
 from jql_engine.tokens import Tokenizer
 from jql_export.checkpoint import EncoderSpec, EncoderWeights, LayerWeights, read_encoder
 from jql_export.dialects import MICROSOFT
@@ -115,7 +113,7 @@ def _lengths(g: GraphWriter) -> str:
     """Tokens of each document, int64 [B]."""
     ends = g.op("Slice", "cu_seqlens", g.ints(1), g.ints(np.iinfo(np.int64).max), g.ints(0))
     starts = g.op("Slice", "cu_seqlens", g.ints(0), g.ints(-1), g.ints(0))
-    return g.op("Cast", g.op("Sub", ends, starts), to=7)
+    return g.op("Cast", g.op("Sub", ends, starts), to=TensorProto.INT64)
 
 
 def interleaved(encoder: EncoderWeights) -> EncoderWeights:
@@ -134,12 +132,12 @@ def interleaved(encoder: EncoderWeights) -> EncoderWeights:
     return replace(encoder, layers=tuple(layers))
 
 
-def without_biases(encoder: EncoderWeights, shift: float = SHIFT) -> EncoderWeights:
+def without_biases(encoder: EncoderWeights) -> EncoderWeights:
     """The same encoder, whose projections from a norm's output have no bias: it is in their weights.
 
     What a norm gives, out = n w + b, has one property, sum((out - b) / w) = 0. So a bias can be had as a multiple of
     sum(out / w), which is the constant sum(b / w), by a row added to all of the weights. That needs a constant far from
-    0: `shift` times w is added to b, and taken off again from the biases of the residual sums.
+    0: SHIFT times w is added to b, and taken off again from the biases of the residual sums.
     """
     layers: list[LayerWeights] = []
     before = encoder.embedding_norm
@@ -149,37 +147,37 @@ def without_biases(encoder: EncoderWeights, shift: float = SHIFT) -> EncoderWeig
         layers.append(
             replace(
                 layer,
-                query=_absorbed(layer.query, before, shift),
-                key=_absorbed(layer.key, before, shift),
-                value=_absorbed(layer.value, before, shift),
-                output=_taken_off(layer.output, before, shift),
-                attention_norm=_shifted(inner, shift),
-                up=_absorbed(layer.up, inner, shift),
-                gate=None if layer.gate is None else _absorbed(layer.gate, inner, shift),
-                down=_taken_off(layer.down, inner, shift),
-                mlp_norm=layer.mlp_norm if is_last else _shifted(layer.mlp_norm, shift),
+                query=_absorbed(layer.query, before),
+                key=_absorbed(layer.key, before),
+                value=_absorbed(layer.value, before),
+                output=_taken_off(layer.output, before),
+                attention_norm=_shifted(inner),
+                up=_absorbed(layer.up, inner),
+                gate=None if layer.gate is None else _absorbed(layer.gate, inner),
+                down=_taken_off(layer.down, inner),
+                mlp_norm=layer.mlp_norm if is_last else _shifted(layer.mlp_norm),
             )
         )
         before = layer.mlp_norm
-    return replace(encoder, embedding_norm=_shifted(encoder.embedding_norm, shift), layers=tuple(layers))
+    return replace(encoder, embedding_norm=_shifted(encoder.embedding_norm), layers=tuple(layers))
 
 
-def _shifted(norm: Norm, shift: float) -> Norm:
-    return Norm(norm.weight, (norm.bias + shift * norm.weight).astype(np.float32))
+def _shifted(norm: Norm) -> Norm:
+    return Norm(norm.weight, (norm.bias + SHIFT * norm.weight).astype(np.float32))
 
 
-def _absorbed(linear: Linear, norm: Norm, shift: float) -> Linear:
+def _absorbed(linear: Linear, norm: Norm) -> Linear:
     """What gives of `_shifted(norm)` what `linear` gives of `norm`, without a bias."""
     weight, scale = linear.weight.astype(np.float64), norm.weight.astype(np.float64)
-    bias = _bias(linear) - weight @ (shift * scale)
-    constant = (norm.bias / scale + shift).sum()
+    bias = _bias(linear) - weight @ (SHIFT * scale)
+    constant = (norm.bias / scale + SHIFT).sum()
     if not scale.all() or abs(constant) < 1:
         raise ValueError("a norm has a weight of 0, or its biases add up to the shift: its projections need a bias")
     return Linear((weight + np.outer(bias, 1 / scale) / constant).astype(np.float32), None)
 
 
-def _taken_off(linear: Linear, norm: Norm, shift: float) -> Linear:
-    return Linear(linear.weight, (_bias(linear) - shift * norm.weight).astype(np.float32))
+def _taken_off(linear: Linear, norm: Norm) -> Linear:
+    return Linear(linear.weight, (_bias(linear) - SHIFT * norm.weight).astype(np.float32))
 
 
 def _bias(linear: Linear) -> Any:
@@ -246,22 +244,18 @@ def measure(
 ) -> Iterator[list[GpuRow]]:
     """The rows of each budget, one for each alternative; what fails says why."""
     gpu = Gpu(device)
-    options = ort.RunOptions()
-    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     with tempfile.TemporaryDirectory() as folder:
         graphs = {
             name: _attempt(onnxruntime_cuda.load, file, device, gpu.stream)
             for name, file in write_alternatives(Path(folder), encoder, bundle)
         }
         for budget in budgets:
-            capacity = Capacity.of(budget, bundle.manifest.max_tokens)
-            batches = [part for b in plan(tokens, Budget(budget, "packed")) for part in divided(b, capacity)]
-            cases = []
+            batches, cases = batches_of(tokens, budget, bundle.manifest.max_tokens), []
             for name, graph in graphs.items():
                 row = GpuRow("kernel", name, f"cuda-fp16 {budget // 1024}k", len(tokens.rows), len(tokens.ids))
                 row.budget_tokens = budget
                 if not isinstance(graph, Exception):
-                    graph = _attempt(Resident, graph, batches, "cuda", device, options, gpu.synchronize)
+                    graph = _attempt(Resident, graph, batches, "cuda", device, gpu.synchronize)
                 cases.append((row, graph))
             yield time_in_turn(cases, rounds, bundle.heads)
 

@@ -35,24 +35,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
 
 from benchmarks.cases import ORACLE, EndToEnd, Run, scored, take, time_once
 from benchmarks.figures import LOOP, best_rows, compare_finite, flops_per_token, rate, record
 from benchmarks.jql import Heads, JqlPipeline, Layout, arrivals, free_memory, largest_that_fits, reason
-from benchmarks.kernel import Resident, divided, spread
+from benchmarks.kernel import Resident, batches_of, spread
 from benchmarks.nvidia import gpu_ceilings
 from benchmarks.profile import padding_of, profile
 from benchmarks.reference import SentenceEncoder, TransformersEncoder
 from benchmarks.table import GpuRow, print_ops
 from jql_engine.batching import plan
 from jql_engine.bundle import Bundle
-from jql_engine.data import Batch, Budget, ScoreBatch, TokenBatch
+from jql_engine.data import Batch, ScoreBatch, TokenBatch
 from jql_engine.execution import execute
 from jql_engine.gpu import Gpu
 from jql_engine.sessions import CHUNK_BYTES, Session, cuda, onnxruntime_cuda, open_variant
-from jql_engine.sessions.buffered import MAX_BATCH_TOKENS, Capacity, token_budget
+from jql_engine.sessions.buffered import MAX_BATCH_TOKENS, token_budget
 from jql_engine.sessions.choice import runnable
 from jql_engine.tokens import Tokenizer
 from jql_export.checkpoint import is_jina_v3, read_config, read_encoder
@@ -311,18 +310,14 @@ def _kernel(sample: Sample, case: Case, variant: str, budget: int) -> Run:
     fits = token_budget(gpu.free_bytes(), width, itemsize, budget or MAX_BATCH_TOKENS)
     batches = _batches(sample, variant, fits)
     case.rows[0].budget_tokens = fits
-    options = ort.RunOptions()
-    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     pad_id = padding_of(sample.bundle, variant)
-    resident = Resident(graph, batches, "cuda", sample.number, options, gpu.synchronize, pad_id)
+    resident = Resident(graph, batches, "cuda", sample.number, gpu.synchronize, pad_id)
     return lambda _: resident.run()  # to warm up as well: each batch that is larger than all before takes memory
 
 
 def _batches(sample: Sample, variant: str, budget: int) -> list[Batch]:
-    """What a session of `budget` tokens computes of the sample, from the longest documents on."""
-    layout = sample.bundle.manifest.variants[variant].layout
-    capacity = Capacity.of(budget, sample.bundle.manifest.max_tokens, layout)
-    return [part for batch in plan(sample.tokens, Budget(budget, layout)) for part in divided(batch, capacity)]
+    manifest = sample.bundle.manifest
+    return batches_of(sample.tokens, budget, manifest.max_tokens, manifest.variants[variant].layout)
 
 
 def _within_session(session: Session, sample: Sample) -> Run:
@@ -348,12 +343,11 @@ def profiles(sample: Sample, rows: list[GpuRow], ends: float = math.inf) -> Iter
         row = GpuRow("profile", "jql-engine, op by op", best.variant, 0, 0, budget_tokens=best.budget_tokens)
         row.documents, row.tokens = sum(len(b.rows) for b in batches), sum(b.n_tokens for b in batches)
         kernel = next(r for r in rows if (r.what, r.variant) == ("kernel", best.variant))
-        if time.monotonic() > ends:
-            row.note = NO_TIME
-            yield row
-            continue
         try:
-            record(row, profile(sample.bundle.path, variant, sample.device, batches), kernel.tokens_per_second)
+            if time.monotonic() < ends:
+                record(row, profile(sample.bundle.path, variant, sample.device, batches), kernel.tokens_per_second)
+            else:
+                row.note = NO_TIME
         except Exception as error:  # the rest is measured already
             traceback.print_exc()
             row.note = f"failed: {reason(error)}"

@@ -9,7 +9,8 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.profile import feeds_of
-from jql_engine.data import Batch
+from jql_engine.batching import plan
+from jql_engine.data import Batch, Budget, Layout, TokenBatch
 from jql_engine.sessions.buffered import Capacity, halves
 
 
@@ -22,15 +23,16 @@ class Resident:
         batches: list[Batch],
         device: str,
         number: int = 0,
-        options: Any = None,
         synchronize: Callable[[], None] = lambda: None,
         pad_id: int | None = None,
     ) -> None:
-        """Copy the inputs to the device, cpu or cuda; `synchronize` waits for what `options` leave under way.
+        """Copy the inputs to the device, cpu or cuda; there `synchronize` waits for what is under way.
 
         `pad_id`: of a padded graph.
         """
-        self._session, self._options, self._synchronize = session, options, synchronize
+        self._session, self._options, self._synchronize = session, ort.RunOptions(), synchronize
+        if device == "cuda":
+            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._rows = [batch.rows for batch in batches]
         self._inputs: list[Any] = []  # on the CPU a value is a view of its array, and lives as long as the value
         self._bindings = [self._bound(feeds_of(batch, pad_id), device, number) for batch in batches]
@@ -51,6 +53,12 @@ class Resident:
         self._synchronize()
         scores = np.concatenate([binding.get_outputs()[0].numpy() for binding in self._bindings])
         return scores[np.argsort(np.concatenate(self._rows))]
+
+
+def batches_of(tokens: TokenBatch, budget: int, max_tokens: int, layout: Layout = "packed") -> list[Batch]:
+    """What a session of `budget` tokens computes of the documents, from the longest on."""
+    capacity = Capacity.of(budget, max_tokens, layout)
+    return [part for batch in plan(tokens, Budget(budget, layout)) for part in divided(batch, capacity)]
 
 
 def divided(batch: Batch, capacity: Capacity) -> Iterator[Batch]:

@@ -30,10 +30,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import onnxruntime as ort
 import typer
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch
+from jql_engine.gpu import Gpu
+from jql_engine.sessions import onnxruntime_cuda
 from jql_engine.sessions.layouts import fields_of, pack, pad, used_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -163,27 +166,15 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the profiler's file.")],
 ) -> None:
     """Run the batches twice with the profiler on."""
-    import onnxruntime as ort
-
-    from jql_engine.sessions.onnxruntime_cuda import DISABLED, check_active, prepare
-
-    number = int(device.partition(":")[2] or 0)
-    opened = Bundle.open(bundle)
-    options = ort.SessionOptions()
-    options.enable_profiling = True
-    options.enable_mem_pattern = False  # as in jql_engine.sessions.cuda
-    options.profile_file_prefix = str(out / "profile")
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device != "cpu":
-        prepare()
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        settings = {"device_id": str(number), "use_tf32": "0"}
-        providers = [("CUDAExecutionProvider", settings)]
-    session = ort.InferenceSession(
-        str(opened.graph(variant)), options, providers=providers, disabled_optimizers=DISABLED
-    )
-    if device != "cpu":
-        check_active(session.get_providers(), number)
+    opened, prefix = Bundle.open(bundle), out / "profile"
+    graph = opened.graph(variant)
+    if device == "cpu":
+        options = ort.SessionOptions()
+        options.enable_profiling, options.profile_file_prefix = True, str(prefix)
+        session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    else:
+        gpu = Gpu(int(device.partition(":")[2] or 0))
+        session = onnxruntime_cuda.load(graph, gpu.number, gpu.stream, prefix)
     feeds = [feeds_of(batch, padding_of(opened, variant)) for batch in read_batches(batches)]
     for _ in range(2):  # the first time memory is taken and kernels are chosen
         for feed in feeds:

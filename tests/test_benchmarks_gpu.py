@@ -57,7 +57,7 @@ def test_batches_of_the_graph_alone_hold_the_budget_that_memory_allows(sample_on
     made = []
 
     class Recorded:
-        def __init__(self, session, batches, device, number, options, synchronize, pad_id):
+        def __init__(self, session, batches, device, number, synchronize, pad_id):
             made.append((batches, device, number))
 
     monkeypatch.setattr(gpu, "Resident", Recorded)

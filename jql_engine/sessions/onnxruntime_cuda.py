@@ -32,12 +32,17 @@ SHORTAGES = (
 )  # fmt: skip
 
 
-def load(file: Path, device: int, stream: int) -> Any:
-    """The graph as a session on `stream` of GPU number `device`, and nowhere else; raises DeviceError otherwise."""
-    check_built(ort.get_available_providers(), device)
+def load(file: Path, device: int, stream: int, profile: Path | None = None) -> Any:
+    """The graph as a session on `stream` of GPU number `device`, and nowhere else; raises DeviceError otherwise.
+
+    `profile`: what the name of ONNX Runtime's profile begins with, where one is wanted.
+    """
     ort.disable_telemetry_events()  # the text of other people passes through here: nothing is reported to anyone
-    prepare()
+    os.environ.update(ENVIRONMENT)
+    ort.preload_dlls(cudnn=False)  # CUDA's libraries, where they were installed as Python packages
     options = ort.SessionOptions()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     # Every batch has another shape: memory patterns are never met again.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -62,12 +67,6 @@ def load(file: Path, device: int, stream: int) -> Any:
         raise DeviceError(f"device cuda:{device}: {why}") from error
     check_active(session.get_providers(), device)
     return session
-
-
-def prepare() -> None:
-    """What a session needs of its process: settings, and CUDA's libraries where pip brought them."""
-    os.environ.update(ENVIRONMENT)
-    ort.preload_dlls(cudnn=False)
 
 
 def missing_library() -> str | None:

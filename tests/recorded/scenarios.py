@@ -19,7 +19,6 @@ from typing import Any
 
 import cuda.bindings.runtime as cudart
 import numpy as np
-import onnxruntime as ort
 import pyarrow as pa
 
 from benchmarks.kernel import Resident
@@ -203,11 +202,10 @@ def alternatives(encoder: str, bundle: str, lengths: list[int]) -> dict[str, Any
     from jql_export.checkpoint import read_encoder
 
     record, opened, weights, launched = Record(), Bundle.open(bundle), read_encoder(Path(encoder)), {}
-    options = ort.RunOptions()
     with tempfile.TemporaryDirectory() as folder:
         for name, file in alternatives.write_alternatives(Path(folder), weights, opened):
             gpu = Gpu(0)
-            case = Resident(load(file, 0, gpu.stream), [batch_of(lengths)], "cuda", 0, options, gpu.synchronize)
+            case = Resident(load(file, 0, gpu.stream), [batch_of(lengths)], "cuda", 0, gpu.synchronize)
             case.run()
             record.take()
             case.run()
