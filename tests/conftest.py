@@ -157,3 +157,9 @@ def bundle(bundles) -> Bundle:
 def engine(bundle) -> Engine:
     """An engine on the GTE bundle, on the CPU."""
     return Engine(bundle.path, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def padded(bundle) -> Engine:
+    """The same with a graph that takes padded batches."""
+    return Engine(bundle.path, device="cpu", variant="standard-fp32")
