@@ -13,6 +13,7 @@ from upath import UPath
 
 from jql_engine.data import Chunk, Segment
 from jql_engine.errors import InputError
+from jql_engine.names import RelativeName
 from jql_engine.storage import Location, locate, retry, version_from, version_of
 
 Format: TypeAlias = Literal["parquet", "jsonl"]
@@ -35,7 +36,7 @@ class SourceFile:
     """An input file that was found and not opened yet."""
 
     location: Location
-    relative: Path  # of the output file, below the output folder
+    relative: RelativeName  # of the output file, below the output folder
     size: int  # bytes
     version: str  # changes when the content does
 
@@ -97,7 +98,7 @@ def find_files(inputs: Sequence[str]) -> list[SourceFile]:
     matches, at the paths below its fixed part; a file gives its name. Raises InputError: nothing there, nothing
     matched, or two inputs that would write one output.
     """
-    found: dict[Path, SourceFile] = {}
+    found: dict[RelativeName, SourceFile] = {}
     for given in inputs:
         for file in _expand(given):
             other = found.setdefault(file.relative, file)
@@ -179,7 +180,7 @@ def _expand_remote(given: str, location: UPath) -> Iterator[SourceFile]:
         _some(given, [])
     for name in sorted(found):
         inside = _inside(name, root)
-        relative = Path(inside.partition("?")[0] if _is_http(location) else inside)
+        relative = RelativeName(inside.partition("?")[0] if _is_http(location) else inside)
         yield SourceFile(locate(location.fs.unstrip_protocol(name)), _output_name(relative), *version_from(found[name]))
 
 
@@ -220,10 +221,10 @@ def _some(given: str | Path, files: list[Path]) -> list[Path]:
 
 
 def _source(file: Path, relative: Path) -> SourceFile:
-    return SourceFile(file, _output_name(relative), *version_of(file))
+    return SourceFile(file, _output_name(RelativeName(relative.as_posix())), *version_of(file))
 
 
-def _output_name(relative: Path) -> Path:
+def _output_name(relative: RelativeName) -> RelativeName:
     """Scores are parquet: a.jsonl.gz gives a.parquet."""
     suffix = _suffix_of(relative.name)
     if not suffix or suffix == ".parquet":

@@ -37,6 +37,10 @@ class UnreadableError(InputError):
     """An input file is damaged or cannot be fetched; others may be sound."""
 
 
+class UnsafeNameError(EngineError):
+    """A relative name would lead out of its folder, or is none."""
+
+
 class OutputError(EngineError):
     """The output cannot be written, or belongs to another job."""
 

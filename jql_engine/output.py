@@ -190,12 +190,12 @@ def settings_of(shared: Settings, source: SourceFile, limit: int | None = None) 
 
 def final_of(out: Location, source: SourceFile) -> Location:
     """The finished file of an input."""
-    return out / source.relative.as_posix()
+    return source.relative.below(out)
 
 
 def parts_of(out: Location, source: SourceFile) -> Location:
     """The folder of an input's parts."""
-    return out / PARTS / source.relative.as_posix()
+    return source.relative.below(out / PARTS)
 
 
 def aside_of(out: Location, source: SourceFile) -> Location:
@@ -230,7 +230,7 @@ def _is_left(file: Location) -> bool:
 
 
 def _digest(source: SourceFile) -> str:
-    return hashlib.sha256(source.relative.as_posix().encode()).hexdigest()[:16]
+    return hashlib.sha256(source.relative.text.encode()).hexdigest()[:16]
 
 
 def part_name(start: int, stop: int) -> str:

@@ -62,7 +62,7 @@ def share(files: Sequence[SourceFile], rank: Rank) -> list[SourceFile]:
     """The files of `rank`, in the order of `files`: the largest goes first, to whoever has the fewest bytes so far."""
     loads = [(0, number) for number in range(rank.world_size)]
     mine: set[int] = set()
-    for index in sorted(range(len(files)), key=lambda i: (-files[i].size, files[i].relative.as_posix())):
+    for index in sorted(range(len(files)), key=lambda i: (-files[i].size, files[i].relative)):
         load, number = heapq.heappop(loads)
         heapq.heappush(loads, (load + max(1, files[index].size), number))
         if number == rank.rank:

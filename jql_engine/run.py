@@ -292,7 +292,7 @@ def _tidy(out: Location, sources: Sequence[SourceFile], done: set[SourceFile], p
         for file in parts.left_by(sources):
             remove_file(file)
         for source in done:
-            if source.relative.as_posix() in parts.rows:
+            if source.relative.text in parts.rows:
                 remove_folder(parts_of(out, source), out / PARTS)
         remove_empty_folders(out / PARTS)
 
@@ -303,7 +303,7 @@ def _tasks(
     """Chunks that are not done; raises OutputError for parts of another job."""
     done: dict[int, set[tuple[int, int]]] = {}
     for number, target in enumerate(targets):
-        if found := parts.get(target.file.source.relative.as_posix()):
+        if found := parts.get(target.file.source.relative.text):
             usable = _in_threads(partial(_is_usable, target), sorted(found))
             done[number] = {rows for rows, fine in zip(sorted(found), usable, strict=True) if fine}
     chunks = split([target.file for target in targets], job.chunk_rows, chunk_bytes)

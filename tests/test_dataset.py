@@ -17,6 +17,7 @@ from jql_engine.data import Chunk, Segment
 from jql_engine.dataset import InputFile, SourceFile, find_files, split
 from jql_engine.errors import EngineError, InputError
 from jql_engine.formats import open_file
+from jql_engine.names import RelativeName
 from jql_engine.storage import version_of
 from tests.files import damage, not_utf8
 
@@ -45,7 +46,7 @@ def footer(*groups: tuple[int, int]) -> InputFile:
     schema = pa.schema([("text", pa.string())])
     rows, sizes = zip(*groups, strict=True) if groups else ((), ())
     path = Path("x.parquet")
-    return InputFile(SourceFile(path, path, 0, ""), "text", None, schema, rows, sizes)
+    return InputFile(SourceFile(path, RelativeName(path.name), 0, ""), "text", None, schema, rows, sizes)
 
 
 def chunks_of(*files: InputFile) -> list[Chunk]:
@@ -53,7 +54,7 @@ def chunks_of(*files: InputFile) -> list[Chunk]:
 
 
 def places(found: list[SourceFile]) -> list[tuple[Path, Path]]:
-    return [(file.location, file.relative) for file in found]
+    return [(file.location, Path(file.relative.text)) for file in found]
 
 
 def test_a_file_gives_its_name(tmp_path):
@@ -147,7 +148,7 @@ def test_a_folder_gives_json_lines_too_and_each_becomes_parquet(tmp_path):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).touch()
     found = find_files([str(tmp_path / "in")])
-    assert [file.relative.as_posix() for file in found] == [f"{name}.parquet" for name in "abcdez"]
+    assert [file.relative.text for file in found] == [f"{name}.parquet" for name in "abcdez"]
     assert [file.location.name for file in found] == [*JSON_LINES, "z.parquet"]
     assert [file.format for file in found] == ["jsonl"] * 5 + ["parquet"]
 
@@ -157,7 +158,7 @@ def test_only_the_suffix_of_a_name_changes(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = find_files([str(tmp_path), str(tmp_path / "part-0")])
-    assert [file.relative.as_posix() for file in found] == ["v1.2.parquet", "x.jsonl.d/y.parquet", "part-0"]
+    assert [file.relative.text for file in found] == ["v1.2.parquet", "x.jsonl.d/y.parquet", "part-0"]
     assert found[2].format == "parquet"
 
 
@@ -196,7 +197,7 @@ def remote():
 )
 def test_a_url_gives_files_folders_and_globs(remote, given, expected):
     found = find_files([remote + given])
-    assert [file.relative.as_posix() for file in found] == expected
+    assert [file.relative.text for file in found] == expected
     for file in found:
         assert file.location.read_bytes().decode().endswith(file.location.name)
         assert file.size == version_of(file.location)[0] and file.version != "unknown"

@@ -21,6 +21,7 @@ EXPORT_ONLY = {"torch", "transformers", "jql_export"}
 LAYERS = [
     {"errors"},
     {"data", "storage", "interrupt"},
+    {"names"},
     {"bundle", "truncation", "pipeline", "dataset"},
     {"gpu", "profiles"},
     {"tensorrt"},

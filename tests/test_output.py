@@ -16,6 +16,7 @@ from jql_engine.data import Segment, embedding_type, score_schema
 from jql_engine.dataset import InputFile, SourceFile
 from jql_engine.errors import InputError, OutputError
 from jql_engine.formats import open_file
+from jql_engine.names import RelativeName
 from jql_engine.output import (
     METADATA_KEY,
     Target,
@@ -34,7 +35,7 @@ SETTINGS = {"bundle": "abc", "variant": "cpu-fp32", "id_column": None}
 
 
 def described(path: Path, relative: str | None = None, id_column: str | None = None) -> InputFile:
-    found = SourceFile(path, Path(relative or path.name), *version_of(path))
+    found = SourceFile(path, RelativeName(relative or path.name), *version_of(path))
     return open_file(found, "text", id_column)
 
 
@@ -63,7 +64,7 @@ def visible(folder: Path) -> list[str]:
 
 def write_all(out: Path, file: InputFile, ids: pa.ChunkedArray | None = None) -> pa.Table:
     target_of(out, file).commit(Segment(0, 0, file.n_rows), scores(0, file.n_rows), ids)
-    return pq.read_table(out / file.source.relative)
+    return pq.read_table(file.source.relative.below(out))
 
 
 def commit_parts(target: Target, *borders: int) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from jql_engine.dataset import SourceFile
 from jql_engine.errors import EngineError
+from jql_engine.names import RelativeName
 from jql_engine.ranks import Rank, rank_of, share
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
@@ -93,7 +94,7 @@ def test_an_environment_that_contradicts_itself_is_named():
 
 def sources(sizes: list[int]) -> list[SourceFile]:
     names = [Path(f"{number:03}.parquet") for number in range(len(sizes))]
-    return [SourceFile(name, name, size, "") for name, size in zip(names, sizes, strict=True)]
+    return [SourceFile(name, RelativeName(str(name)), size, "") for name, size in zip(names, sizes, strict=True)]
 
 
 SIZES = st.lists(st.integers(-1, 1_000), max_size=40)  # -1: a file system that does not say

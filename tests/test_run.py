@@ -19,6 +19,7 @@ from jql_engine.data import Chunk, ChunkDone, Segment, StageSeconds, Task
 from jql_engine.errors import OutputError
 from jql_engine.launch import Machine
 from jql_engine.launch import score as launch
+from jql_engine.names import RelativeName
 from jql_engine.progress import Meter, RunLog
 from jql_engine.ranks import Rank
 from jql_engine.run import CHUNK_ROWS, Job, prepare
@@ -237,7 +238,7 @@ def test_work_is_planned_without_computing(engine, tmp_path):
         return prepare(replace(job, **changes), engine.bundle, "cpu-fp32", CHUNK_BYTES["cpu"])
 
     work = prepared()
-    assert ([t.file.source.relative for t in work.targets], work.n_finished) == ([Path("a.parquet")], 0)
+    assert ([t.file.source.relative for t in work.targets], work.n_finished) == ([RelativeName("a.parquet")], 0)
     assert work.n_docs == len(TEXTS) and list((tmp_path / "out").iterdir()) == []
     score(engine, tmp_path / "out", tmp_path / "in")
     assert prepared().n_finished == 1
