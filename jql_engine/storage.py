@@ -1,11 +1,13 @@
 """Files here and elsewhere: pathlib.Path for the local disk, universal_pathlib's UPath for any URL that fsspec knows.
 
-A file appears under its name complete or not at all. Locally it is written aside, synced and renamed; elsewhere it is
-uploaded in one request whose completion makes it visible, which is how object stores rename.
+A file appears under its name complete or not at all. Locally it is written aside, synced and renamed; to an object
+store it is uploaded in one request whose completion makes it visible; elsewhere it is uploaded aside and moved.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import random
 import sys
@@ -30,8 +32,8 @@ BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Waiting changes none of these. A ValueError is not among them: what network libraries raise where half an answer came,
 # JSONDecodeError for one, is one too.
 FINAL = (
-    FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError,
-    TypeError, AttributeError, AssertionError, pa.ArrowInvalid, EngineError,
+    FileExistsError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError,
+    ImportError, TypeError, AttributeError, AssertionError, pa.ArrowInvalid, EngineError,
 )  # fmt: skip
 # Nor these, of libraries that are not imported for a local job. FileExpired is s3fs's: the object is another one now;
 # opened again it would give rows of that.
@@ -40,6 +42,12 @@ FINAL_NAMES = {
     "RevisionNotFoundError",
 }  # fmt: skip
 DENIED = (401, 403)  # statuses of http
+# Protocols of stores where an upload becomes visible when it is complete. Moving means copying there, so that uploading
+# aside would only double the work.
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf"})
+# What a store answers where a file that must not exist does; fsspec makes a FileExistsError of most of these.
+CONDITION_FAILED = {"PreconditionFailed", "412"}
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # of a file system without them
 MKDIR_ATTEMPTS = 8
 # fsspec reads ahead by this much; parquet column chunks of one text column are read front to back.
 REMOTE_BLOCK = 8 << 20
@@ -150,55 +158,142 @@ def exists(location: Location) -> bool:
     return bool(retry(location, location.exists))
 
 
-def write(target: Location, data: pa.Buffer, aside: Location) -> None:
+def write(target: Location, data: pa.Buffer, aside: Location, *, replace: bool = True) -> None:
     """Let `target` appear with the content `data`; see `writing`."""
     if isinstance(target, Path):
-        with writing(target, aside) as stream:
+        with writing(target, aside, replace=replace) as stream:
             stream.write(data)
     else:
-        retry(target, lambda: target.fs.pipe_file(target.path, data.to_pybytes()))
+        assert isinstance(aside, UPath)
+        content = data.to_pybytes()
+        put = lambda path, **mode: target.fs.pipe_file(path, content, **mode)  # noqa: E731
+        _upload(target, aside, put, io.BytesIO(content), replace)
 
 
 @contextmanager
-def writing(target: Location, aside: Location) -> Iterator[BinaryIO]:
+def writing(target: Location, aside: Location, *, replace: bool = True) -> Iterator[BinaryIO]:
     """A stream whose content appears as `target` once the block ends well, and never if it does not.
 
     Until then it is the file `aside`, on the file system of `target`; where that is remote, a temporary file here,
     without a name, so that nothing is left of it if this process is killed.
+
+    Without `replace` a file that is there stays, and FileExistsError is raised: of several writers one succeeds. That
+    is certain on a local disk or NFS with hard links, and on S3, Google Cloud Storage and Azure; elsewhere two that
+    write at once may both succeed, and the last one's file stays. On an object store a file of the very same content
+    counts as written: it may be this writer's own, of a request whose answer was lost.
     """
     if isinstance(target, Path):
         assert isinstance(aside, Path)
-        with _writing_aside(target, aside) as stream:
+        with _writing_aside(target, aside, replace) as stream:
             yield stream
     else:
+        assert isinstance(aside, UPath)
         with tempfile.TemporaryFile() as stream:
             yield stream
             stream.flush()
-            retry(target, lambda: target.fs.put_file(f"/proc/self/fd/{stream.fileno()}", target.path))
+            put = lambda path, **mode: target.fs.put_file(f"/proc/self/fd/{stream.fileno()}", path, **mode)  # noqa: E731
+            _upload(target, aside, put, stream, replace)
 
 
 @contextmanager
-def _writing_aside(target: Path, unfinished: Path) -> Iterator[BinaryIO]:
+def _writing_aside(target: Path, unfinished: Path, replace: bool) -> Iterator[BinaryIO]:
     try:
         with _made(unfinished, lambda: unfinished.open("wb")) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        _made(target, lambda: unfinished.rename(target))
+        _made(target, lambda: unfinished.rename(target) if replace else _rename_to_free(unfinished, target))
     except BaseException:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
 
 
-def _made(file: Path, function: Callable[[], T]) -> T:
+def _rename_to_free(file: Path, target: Path) -> None:
+    """Rename `file` to a name that nobody else has; raises FileExistsError."""
+    try:
+        os.link(file, target)
+    except OSError as error:
+        if error.errno in NO_LINKS:  # not atomic, and all there is
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+            file.rename(target)
+            return
+        if file.stat().st_nlink != 2:  # else it was made: NFS asks again where an answer is lost; see open(2), O_EXCL
+            raise
+    with suppress(OSError):  # the target is there; what is left aside is removed by the next run
+        file.unlink()
+
+
+def _upload(target: UPath, aside: UPath, put: Callable[..., object], content: BinaryIO, replace: bool) -> None:
+    """Let `put(path)` upload what `content` holds as well; `put(path, mode="create")` only to a free name."""
+
+    def attempt() -> None:
+        if target.protocol not in OBJECT_STORES:
+            _upload_aside(target, aside, put, replace)
+        elif replace:
+            put(target.path)
+        else:
+            with _condition(target):
+                put(target.path, mode="create")
+
+    try:
+        retry(target, attempt)
+    except (FileExistsError, FileNotFoundError):
+        # The answer to a request may be lost. Sent again, it finds the file there that it made, or no longer the
+        # upload that it completed or the file that it moved.
+        if not _holds(target, content):
+            raise
+
+
+def _upload_aside(target: UPath, aside: UPath, put: Callable[..., object], replace: bool) -> None:
+    if not replace and target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    _made(aside, lambda: put(aside.path))
+    if target.exists():  # not every file system moves onto a file, and HDFS does not even say so
+        target.unlink()
+    _made(target, lambda: target.fs.mv(aside.path, target.path))
+
+
+@contextmanager
+def _condition(target: UPath) -> Iterator[None]:
+    """A failed condition of the store as a FileExistsError."""
+    try:
+        yield
+    except OSError as error:
+        response = getattr(error.__cause__, "response", None) or {}
+        if response.get("Error", {}).get("Code") in CONDITION_FAILED:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+        raise
+
+
+def _holds(target: UPath, content: BinaryIO) -> bool:
+    """Whether `target` is a file with just this content."""
+
+    def same() -> bool:
+        content.seek(0)
+        with open_read(target) as found:
+            while block := found.read(REMOTE_BLOCK):
+                if block != content.read(len(block)):
+                    return False
+        return not content.read(1)
+
+    target.fs.invalidate_cache(target.path)
+    try:
+        return retry(target, same)
+    except FileNotFoundError:
+        return False
+
+
+def _made(file: Location, function: Callable[[], T]) -> T:
     """`function()`; where a folder of `file` is missing, or is removed by others as empty meanwhile, made and again."""
     for _ in range(MKDIR_ATTEMPTS):
-        try:
-            return function()
-        except FileNotFoundError:
-            with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
+            if is_remote(file):  # where the error for a missing folder can be any
                 file.parent.mkdir(parents=True, exist_ok=True)
+            return function()
+        with suppress(FileNotFoundError):
+            file.parent.mkdir(parents=True, exist_ok=True)
     return function()
 
 
@@ -223,13 +318,21 @@ def remove_folder(folder: Location, root: Location) -> None:
         with suppress(FileNotFoundError):
             retry(folder, lambda: folder.fs.rm(folder.path, recursive=True))
         folder.fs.invalidate_cache(folder.path)
+        for empty in (folder, *folder.parents):
+            remove_if_empty(empty)
+            if empty == root:
+                break
 
 
 def remove_empty_folders(root: Location) -> None:
-    """Remove `root` and the folders in it as far as nothing is in them; object stores have no folders."""
+    """Remove `root` and the folders in it as far as nothing is in them."""
     if isinstance(root, Path):
         for folder, _, _ in os.walk(root, topdown=False):
             remove_if_empty(Path(folder))
+    elif root.protocol not in OBJECT_STORES:
+        for path, _, _ in list(root.fs.walk(root.path, topdown=False)):
+            with suppress(Exception):  # as below
+                root.fs.rmdir(path)
 
 
 def remove_if_empty(folder: Location) -> None:
@@ -237,6 +340,9 @@ def remove_if_empty(folder: Location) -> None:
     if isinstance(folder, Path):
         with suppress(OSError):
             folder.rmdir()
+    elif folder.protocol not in OBJECT_STORES:
+        with suppress(Exception):  # it is not empty; every file system has errors of its own
+            folder.fs.rmdir(folder.path)
 
 
 def list_files(folder: Location) -> list[tuple[Location, str]]:

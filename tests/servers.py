@@ -20,8 +20,9 @@ from urllib.parse import unquote, urlsplit
 
 from moto.server import ThreadedMotoServer
 
-# drop: hang up without an answer; cut: half of the body; flip: another last byte; busy: 503; forbidden: 403.
-Fault = Literal["drop", "cut", "flip", "busy", "forbidden"]
+# drop: hang up without an answer; lose: the same, once the request was carried out; cut: half of the body; flip:
+# another last byte; busy: 503; conflict: S3's 409; forbidden: 403.
+Fault = Literal["drop", "lose", "cut", "flip", "busy", "conflict", "forbidden"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,13 @@ class Answer:
     status: int
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
+
+
+REFUSALS = {
+    "busy": Answer(503),
+    "conflict": Answer(409, b"<Error><Code>ConditionalRequestConflict</Code><Message>at once</Message></Error>"),
+    "forbidden": Answer(403),
+}
 
 
 @dataclass(slots=True)
@@ -87,11 +95,11 @@ def serving(answer: Callable[[Request], Answer]) -> Iterator[Server]:
                 return
             request = Request(self.command, unquote(urlsplit(self.path).path), self.path, self.headers, body)
             fault = server.meet(request)
-            if fault == "drop":
+            result = None if fault == "drop" else REFUSALS.get(fault or "") or answer(request)
+            if result is None or fault == "lose":
                 self.connection.shutdown(socket.SHUT_RDWR)
                 self.close_connection = True
                 return
-            result = {"busy": Answer(503), "forbidden": Answer(403)}.get(fault or "") or answer(request)
             self.send_response(result.status)
             for name, value in {"Content-Length": str(len(result.body)), **result.headers}.items():
                 self.send_header(name, value)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from s3fs import S3FileSystem
+from upath import UPath
 
 from jql_engine import Bundle, EngineError, storage
 from jql_engine.errors import InputError, OutputError
@@ -243,6 +246,67 @@ def test_source_columns_and_scores_together_in_a_bucket(s3, bundle, corpus, loca
         assert found.column_names == [*source.column_names, *scores.column_names[1:]]
         assert found.select(source.column_names).equals(source)
         assert_same(found.select(scores.column_names).replace_schema_metadata(scores.schema.metadata), scores)
+
+
+def put(target: UPath, data: bytes) -> None:
+    storage.write(target, pa.py_buffer(data), target.parent / ".writing", replace=False)
+
+
+def put_stream(target: UPath, data: bytes) -> None:
+    with storage.writing(target, target.parent / ".writing", replace=False) as stream:
+        stream.write(data)
+
+
+def put_in_parts(target: UPath, data: bytes) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: 5 << 20)
+        put_stream(target, data * (1 + (10 << 20) // len(data)))
+
+
+UPLOADS = pytest.mark.parametrize("upload_new", [put, put_stream, put_in_parts])
+
+
+@UPLOADS
+def test_an_object_that_must_not_be_there_is_created_and_never_replaced(s3, upload_new):
+    target = UPath("s3://bucket/out/a.bin")
+    upload_new(target, b"first")
+    before = target.read_bytes()
+    with pytest.raises(FileExistsError, match=r"a\.bin"):
+        upload_new(target, b"second")
+    assert target.read_bytes() == before and before.startswith(b"first")
+    assert not boto3.client("s3").list_multipart_uploads(Bucket="bucket").get("Uploads")
+
+
+@UPLOADS
+@pytest.mark.parametrize("fault", ["lose", "conflict", "busy", "drop"])
+def test_an_object_whose_creation_was_not_answered_is_ours(s3, upload_new, fault):
+    target, seen = UPath("s3://bucket/out/a.bin"), []
+
+    def once(request: Request) -> Fault | None:
+        if request.headers.get("If-None-Match") is None:
+            return None
+        seen.append(request.method)
+        return fault if len(seen) == 1 else None
+
+    s3.fault = once
+    upload_new(target, b"first")
+    assert target.read_bytes().startswith(b"first") and len(s3.faults) == 1
+    with pytest.raises(FileExistsError):
+        upload_new(target, b"second")
+
+
+def test_of_many_that_create_one_object_one_succeeds(s3):
+    def create(number: int) -> bool:
+        try:
+            put(UPath("s3://bucket/out/a.bin"), b"%d" % number)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        created = list(pool.map(create, range(8)))
+    assert created.count(True) == 1
+    assert UPath("s3://bucket/out/a.bin").read_bytes() == b"%d" % created.index(True)
 
 
 def test_a_changed_object_is_an_error(s3, bundle, tmp_path):

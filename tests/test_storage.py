@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from upath import UPath
 
 from jql_engine import storage
@@ -39,9 +42,28 @@ def remote():
         folder.fs.rm(folder.path, recursive=True)
 
 
-@pytest.fixture(params=["local", "remote"])
+class Disk(LocalFileSystem):
+    """A remote file system with real folders and files that are seen while they are written, as FTP and HDFS are."""
+
+    protocol = "disk"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(str(path).removeprefix("disk://"))
+
+    def unstrip_protocol(self, name: str) -> str:
+        return f"disk://{self._strip_protocol(name)}"
+
+
+@pytest.fixture
+def disk(tmp_path):
+    fsspec.register_implementation("disk", Disk, clobber=True)
+    return UPath(f"disk://{tmp_path}")
+
+
+@pytest.fixture(params=["local", "remote", "disk"])
 def folder(request, tmp_path):
-    return tmp_path if request.param == "local" else request.getfixturevalue("remote")
+    return tmp_path if request.param == "local" else request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -52,8 +74,13 @@ def waits(monkeypatch) -> list[float]:
     return found
 
 
-def put(target, data: bytes | pa.Buffer) -> None:
-    write(target, pa.py_buffer(data), target.parent / ".aside.writing")
+def put(target, data: bytes | pa.Buffer, **options) -> None:
+    write(target, pa.py_buffer(data), target.parent / ".aside.writing", **options)
+
+
+def put_stream(target, data: bytes, **options) -> None:
+    with writing(target, target.parent / ".aside.writing", **options) as stream:
+        stream.write(data)
 
 
 def names(folder) -> list[str]:
@@ -114,6 +141,94 @@ def test_a_file_that_was_there_is_replaced_only_when_the_new_one_is_complete(fol
         stream.flush()
         raise ZeroDivisionError
     assert target.read_bytes() == b"old" and names(folder) == ["a.bin"]
+
+
+@pytest.mark.parametrize("writes", [put, put_stream])
+def test_a_file_that_must_not_be_there_is_created_and_never_replaced(folder, writes):
+    target = folder / "out" / "a.bin"
+    writes(target, b"first", replace=False)
+    with pytest.raises(FileExistsError, match=r"a\.bin"):
+        writes(target, b"second", replace=False)
+    assert target.read_bytes() == b"first" and names(folder) == ["out/a.bin"]
+
+
+def test_of_many_that_create_one_file_one_succeeds(tmp_path):
+    def create(number: int) -> bool:
+        start.wait()
+        try:
+            with writing(tmp_path / "a.bin", tmp_path / f".{number}.writing", replace=False) as stream:
+                stream.write(b"%d" % number)
+        except FileExistsError:
+            return False
+        return True
+
+    start = threading.Barrier(16)
+    with ThreadPoolExecutor(16) as pool:
+        created = list(pool.map(create, range(16)))
+    assert created.count(True) == 1
+    assert (tmp_path / "a.bin").read_bytes() == b"%d" % created.index(True)
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_a_link_that_was_made_although_it_failed_is_ours(tmp_path, monkeypatch):
+    """NFS sends a request again whose answer was lost, and finds that the name is taken."""
+    real = os.link
+
+    def answered_twice(source: Path, target: Path) -> None:
+        real(source, target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", answered_twice)
+    put(tmp_path / "a", b"ours", replace=False)
+    assert (tmp_path / "a").read_bytes() == b"ours" and names(tmp_path) == ["a"]
+    with pytest.raises(FileExistsError):
+        put(tmp_path / "a", b"late", replace=False)
+    assert (tmp_path / "a").read_bytes() == b"ours" and names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("code", sorted(storage.NO_LINKS), ids=errno.errorcode.get)
+def test_a_file_system_without_links_has_files_created_too(tmp_path, monkeypatch, code):
+    def unsupported(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", unsupported)
+    put(tmp_path / "new" / "a", b"ours", replace=False)
+    with pytest.raises(FileExistsError):
+        put(tmp_path / "new" / "a", b"late", replace=False)
+    assert (tmp_path / "new" / "a").read_bytes() == b"ours" and names(tmp_path) == ["new/a"]
+
+
+@pytest.mark.parametrize("writes", [put, put_stream])
+def test_no_remote_file_is_seen_half_written(disk, monkeypatch, writes):
+    """Whatever is uploaded directly is seen as it grows; a target must not be."""
+    seen, real_put, real_pipe = [], Disk.put_file, Disk.pipe_file
+
+    def uploads(real):
+        def upload(self, first, second, **options):
+            seen.append(Path(first if real is real_pipe else second).name)
+            return real(self, first, second, **options)
+
+        return upload
+
+    monkeypatch.setattr(Disk, "put_file", uploads(real_put))
+    monkeypatch.setattr(Disk, "pipe_file", uploads(real_pipe))
+    for content in (b"one", b"two"):
+        writes(disk / "out" / "a.bin", content)
+        assert (disk / "out" / "a.bin").read_bytes() == content
+    assert seen == [".aside.writing"] * 2 and names(disk) == ["out/a.bin"]
+
+
+def test_a_move_whose_answer_was_lost_is_not_made_twice(disk, monkeypatch, waits):
+    real = Disk.mv
+
+    def loses_its_answer(self, *arguments, **options):
+        real(self, *arguments, **options)
+        monkeypatch.setattr(Disk, "mv", real)
+        raise OSError("reset")
+
+    monkeypatch.setattr(Disk, "mv", loses_its_answer)
+    put(disk / "a", b"ours", replace=False)
+    assert (disk / "a").read_bytes() == b"ours" and len(waits) == 1
 
 
 def test_nothing_is_left_in_the_temporary_folder(remote, tmp_path, monkeypatch):
