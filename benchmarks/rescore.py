@@ -38,7 +38,9 @@ from benchmarks.ceilings import onnx_product
 from benchmarks.table import Row, write_result
 from jql_engine.bundle import Bundle
 from jql_engine.data import Scores
-from jql_engine.rescore import PRODUCT_ROWS, Heads, rescore_files
+from jql_engine.launch import rescore
+from jql_engine.progress import RunLog
+from jql_engine.rescore import PRODUCT_ROWS, Heads
 from jql_engine.run import Job, prepare
 from jql_engine.sessions import CHUNK_BYTES
 
@@ -132,7 +134,7 @@ def _rescore(bundle: Bundle, folder: Path) -> float:
     with tempfile.TemporaryDirectory(dir=folder) as out:
         job = Job((str(folder / "vectors"),), out)
         start = time.perf_counter()
-        rescore_files(job, bundle, threading.Event())
+        rescore(job, bundle, 1, RunLog(None), threading.Event())
         return time.perf_counter() - start
 
 
@@ -161,6 +163,7 @@ def _write_vectors(bundle: Bundle, folder: Path, n_docs: int) -> None:
             work.targets[segment.file].commit(segment, scores.to_table(), ids)
     for target in work.targets:
         target.assemble()
+    work.claim.release()
 
 
 def _unit_vectors(rng: np.random.Generator, n: int, width: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from jql_engine.errors import EngineError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-RESCORE_TAKES = {"rescore", "bundle", "out", "overwrite", "rank", "world_size"}
+RESCORE_TAKES = {"rescore", "bundle", "out", "overwrite", "rank", "world_size", "workers", "metrics"}
 
 
 @app.command()
@@ -78,7 +78,8 @@ def run(
     from jql_engine.bundle import Bundle
     from jql_engine.engine_files import EngineOptions
     from jql_engine.interrupt import interruptible
-    from jql_engine.launch import Machine, estimate, rescore_all, score
+    from jql_engine.launch import Machine, estimate, score
+    from jql_engine.launch import rescore as apply_heads
     from jql_engine.progress import RunLog
     from jql_engine.ranks import rank_of
     from jql_engine.run import Job
@@ -97,7 +98,7 @@ def run(
         if plan:
             summary = estimate(job, opened, machine, price_per_hour)
         elif rescore is not None:
-            summary = rescore_all(job, opened, stop)
+            summary = apply_heads(job, opened, workers or 1, RunLog(metrics), stop)
         else:
             summary = score(job, opened, machine, RunLog(metrics), stop)
     print(json.dumps(summary, ensure_ascii=False), flush=True)  # noqa: T201

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -126,15 +126,15 @@ class ChunkDone:
     """What was done for one chunk; its scores are committed."""
 
     task: Task
-    failures: tuple[Failure, ...]
-    documents: int  # rows read, scored or not
-    null_documents: int  # rows without a text, invalid UTF-8 included
-    invalid_utf8: int
-    truncated: int
-    tokens: int
-    padding: int
-    memory_bytes: int  # the most that the worker's process has held so far
-    stages: dict[str, StageSeconds]  # since the chunk before
+    failures: tuple[Failure, ...] = ()
+    documents: int = 0  # rows read, scored or not
+    null_documents: int = 0  # rows without a text, invalid UTF-8 included
+    invalid_utf8: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    padding: int = 0
+    memory_bytes: int = 0  # the most that the worker's process has held so far
+    stages: dict[str, StageSeconds] = field(default_factory=dict)  # since the chunk before
     overflowed: int = 0  # documents that left fp16 and were computed again in fp32
 
 

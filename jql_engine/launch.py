@@ -5,24 +5,22 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jql_engine.bundle import Bundle
-from jql_engine.data import Batch, ChunkDone
 from jql_engine.errors import DeviceError
 from jql_engine.estimate import estimate_work
 from jql_engine.parity import open_certified
 from jql_engine.pool import Executed, Pool, Spec
 from jql_engine.progress import Meter, RunLog
-from jql_engine.rescore import rescore_files
+from jql_engine.rescore import Rescoring, prepare_rescoring
 from jql_engine.run import Job, Outcome, Work, prepare, run
 from jql_engine.sessions import DEFAULTS, SessionOptions, check_options
 from jql_engine.sessions.choice import Choice, choose
-from jql_engine.tokens import Tokenizer
-from jql_engine.worker import Worker
+from jql_engine.worker import Scoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +63,18 @@ def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threadi
     choice = machine.choose(bundle)
     devices = machine.devices(choice)
     work = prepare(job, bundle, choice.variant, choice.chunk_bytes)
-    meter = Meter(work.n_docs, max(1, min(len(devices), len(work.tasks))), started=began)
-    meter.say(_beginning(job, bundle, choice, work))
-    for file in work.unreadable:
-        meter.say(f"jql-run: {file.reason}; going on with the other files")
-    if len(devices) == 1:
-        chunks = _in_this_process(job, bundle, choice, machine.options, work, meter, stop)
-    else:
-        chunks = _in_processes(job, bundle, choice, devices, machine.shared(devices), work, meter, stop)
-    with closing(chunks):
-        outcome = run(work, chunks, meter, log)
-    meter.close()
-    return _summary(job, outcome, work, meter, choice, bundle)
+    options = machine.shared(devices)
+    specs = [Scoring(bundle, device, choice, options, job.embedding_dtype, work.claim) for device in devices]
+    on = f"variant {choice.variant} on {','.join(choice.devices)}"
+    return _run(job, bundle, work, specs, on, began, log, stop) | {"variant": choice.variant}
+
+
+def rescore(job: Job, bundle: Bundle, workers: int, log: RunLog, stop: threading.Event) -> dict[str, Any]:
+    """Apply the heads of `bundle` to the vectors that a job has stored, and return the summary."""
+    began = time.monotonic()
+    log.check()
+    work = prepare_rescoring(job, bundle)
+    return _run(job, bundle, work, [Rescoring(bundle, work.claim)] * workers, "stored vectors", began, log, stop)
 
 
 def estimate(job: Job, bundle: Bundle, machine: Machine, price_per_hour: float | None) -> dict[str, Any]:
@@ -87,52 +85,50 @@ def estimate(job: Job, bundle: Bundle, machine: Machine, price_per_hour: float |
     return estimate_work(job, bundle, session, len(devices), price_per_hour)
 
 
-def rescore_all(job: Job, bundle: Bundle, stop: threading.Event) -> dict[str, Any]:
-    """Apply the heads of `bundle` to stored vectors."""
-    return rescore_files(job, bundle, stop)
-
-
-def _beginning(job: Job, bundle: Bundle, choice: Choice, work: Work) -> str:
-    finished = f", {work.n_finished:,} files are finished already" if work.n_finished else ""
-    rank = f"; rank {job.rank.rank} of {job.rank.world_size} ({job.rank.said_by})" if job.rank.world_size > 1 else ""
-    return (
-        f"{work.n_docs:,} documents in {len(work.targets):,} files{finished}; variant {choice.variant} on "
-        f"{','.join(choice.devices)}, heads {', '.join(bundle.heads)}{rank}"
-    )
-
-
-def _in_this_process(
-    job: Job, bundle: Bundle, choice: Choice, options: SessionOptions, work: Work, meter: Meter, stop: threading.Event
-) -> Generator[ChunkDone]:
-    def executed(batch: Batch) -> None:
-        meter.executed(len(batch.rows), batch.n_tokens, batch.n_padding)
-
-    say = lambda line: meter.say(f"jql-run: {line}")  # noqa: E731
-    session = open_certified(bundle, choice, choice.devices[0], options, say)
-    worker = Worker(
-        bundle, session, Tokenizer.of(bundle), dict(enumerate(work.targets)), job.embedding_dtype, stop, executed
-    )
-    return worker.run(work.tasks)
-
-
-def _in_processes(
+def _run(
     job: Job,
     bundle: Bundle,
-    choice: Choice,
-    devices: tuple[str, ...],
-    options: SessionOptions,
     work: Work,
-    meter: Meter,
+    specs: Sequence[Spec],
+    on: str,
+    began: float,
+    log: RunLog,
     stop: threading.Event,
-) -> Generator[ChunkDone]:
+) -> dict[str, Any]:
+    meter = Meter(work.n_docs, max(1, min(len(specs), len(work.tasks))), started=began)
+    meter.say(_beginning(job, bundle, on, work))
+    for file in work.unreadable:
+        meter.say(f"jql-run: {file.reason}; going on with the other files")
+
     def executed(done: Executed) -> None:
         meter.executed(done.documents, done.tokens, done.padding)
 
-    specs = [Spec(bundle, device, choice, options, job.embedding_dtype) for device in devices]
-    return Pool(specs, work.targets, stop, executed, lambda line: meter.say(f"jql-run: {line}")).run(work.tasks)
+    pool = Pool(specs, work.targets, stop, executed, lambda line: meter.say(f"jql-run: {line}"))
+    try:
+        with closing(pool.run(work.tasks)) as chunks:
+            outcome = run(work, chunks, meter, log)
+    finally:
+        work.claim.release()
+    meter.close()
+    return _summary(job, outcome, work, meter, bundle)
 
 
-def _summary(job: Job, outcome: Outcome, work: Work, meter: Meter, choice: Choice, bundle: Bundle) -> dict[str, Any]:
+def _beginning(job: Job, bundle: Bundle, on: str, work: Work) -> str:
+    finished = f", {work.n_finished:,} files are finished already" if work.n_finished else ""
+    rank = f"; rank {job.rank.rank} of {job.rank.world_size} ({job.rank.said_by})" if job.rank.world_size > 1 else ""
+    new = ""
+    if work.listing is not None and work.listing.n_new:
+        new = (
+            f"; {work.listing.n_new:,} files have appeared since the ranks began: start all ranks again for those once "
+            "they are through"
+        )
+    return (
+        f"{work.n_docs:,} documents in {len(work.targets):,} files{finished}; {on}, heads "
+        f"{', '.join(bundle.heads)}{rank}{new}"
+    )
+
+
+def _summary(job: Job, outcome: Outcome, work: Work, meter: Meter, bundle: Bundle) -> dict[str, Any]:
     return meter.figures() | {
         "files": outcome.n_files,
         "skipped_files": work.n_finished,
@@ -140,6 +136,5 @@ def _summary(job: Job, outcome: Outcome, work: Work, meter: Meter, choice: Choic
         "workers": meter.n_workers,
         "rank": job.rank.rank,
         "world_size": job.rank.world_size,
-        "variant": choice.variant,
         "bundle": bundle.hash,
     }

@@ -1,4 +1,4 @@
-"""Several workers on one machine, each in a process of its own with its own device or cores.
+"""Workers, each in a process of its own with its own device or cores, so that the job outlives whatever they die of.
 
 A worker keeps to one file while that has chunks left, then takes a file that nobody has, then helps with the file that
 has the most left. A worker that dies is replaced, and what it had in hand is done again, one chunk at a time, so that
@@ -15,40 +15,45 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, TypeAlias
+from typing import Protocol, TypeAlias
 
-import numpy as np
-
-from jql_engine.bundle import Bundle
-from jql_engine.data import Batch, ChunkDone, Failure, Task
+from jql_engine.data import Chunk, ChunkDone, Failure, Task
 from jql_engine.errors import EngineError
 from jql_engine.output import Target
-from jql_engine.parity import open_certified
-from jql_engine.sessions import SessionOptions
-from jql_engine.sessions.choice import Choice
-from jql_engine.tokens import Tokenizer
-from jql_engine.worker import STAGES, Worker
 
-IN_FLIGHT = len(STAGES)  # tasks a worker holds, so that each of its stages has one
+IN_FLIGHT = 4  # tasks a worker holds, so that each of its stages has one
 DEATHS = 2  # of workers on one chunk, after which it is given up
 PROGRESS_SECONDS = 0.5
 POLL_SECONDS = 0.2  # between looks at `stop` while no worker says anything
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """What a worker process needs to begin."""
+class Spec(Protocol):
+    """What a worker process needs to begin; picklable."""
 
-    bundle: Bundle
-    device: str
-    choice: Choice
-    options: SessionOptions
-    embeddings: np.dtype[Any] | None
+    @property
+    def device(self) -> str:
+        """The device, cpu or cuda:N, for messages."""
+        ...
+
+    def open(
+        self,
+        targets: Mapping[int, Target],
+        stop: threading.Event,
+        executed: Callable[[int, int, int], None],
+        say: Callable[[str], None],
+    ) -> Callable[[Iterable[Task]], Generator[ChunkDone]]:
+        """Get ready; returns what turns tasks into committed chunks.
+
+        `targets` are those of the tasks in hand; once `stop` is set no other chunk is begun; `executed` is told of
+        documents, tokens and padding as they are computed, `say` of what takes minutes, a sentence each.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What takes a worker minutes before it is ready."""
+    """Start-up status message from a worker."""
 
     line: str
 
@@ -154,11 +159,13 @@ class Pool:
         """One process for each of `specs`; `report` is told of deaths, one sentence each."""
         self._specs, self._targets, self._stop, self._executed, self._report = specs, targets, stop, executed, report
         self._deaths: Counter[int] = Counter()
+        self._numbers = count()  # of chunks to come
         self._stillborn = 0  # deaths in a row of workers that were not ready
 
     def run(self, tasks: Sequence[Task]) -> Generator[ChunkDone]:
         """Yield each task once it is done or given up; raises an EngineError that a worker could not go on after."""
         handout = Handout(tasks)
+        self._numbers = count(max((task.number for task in tasks), default=0) + 1)
         workers = [_start(spec) for spec in self._specs[: len(tasks)]]
         told_to_stop = False
         try:
@@ -198,7 +205,7 @@ class Pool:
         except (EOFError, OSError):
             workers.remove(worker)
             if not told_to_stop:
-                yield from self._bury(worker, handout)
+                yield from self._requeue_or_fail(worker, handout)
                 workers.append(_start(worker.spec))
             return
         if isinstance(message, EngineError):
@@ -217,8 +224,8 @@ class Pool:
             handout.drop(failure.segment.file)
         yield message
 
-    def _bury(self, worker: _Process, handout: Handout) -> Iterator[ChunkDone]:
-        """Report a death, put back what the worker had in hand, give up what has killed twice."""
+    def _requeue_or_fail(self, worker: _Process, handout: Handout) -> Iterator[ChunkDone]:
+        """Report a death, put back what the worker had in hand, fail a chunk that crashed two workers."""
         worker.process.join()
         how = f"{worker.name} died with exit code {worker.process.exitcode}"
         self._stillborn += not worker.ready
@@ -231,8 +238,18 @@ class Pool:
         self._report(f"{how} with {where} in hand; another takes its place")
         handout.put_back(task for task in worker.in_hand.values() if task not in lost)
         for task in lost:
+            if len(task.chunk.segments) > 1:
+                handout.put_back(self._one_by_one(task))
+                continue
             reason = f"{DEATHS} workers died on {self._describe(task)}; it is left out and its file unfinished"
-            yield ChunkDone(task, tuple(Failure(s, reason) for s in task.chunk.segments), 0, 0, 0, 0, 0, 0, 0, {})
+            yield ChunkDone(task, tuple(Failure(segment, reason) for segment in task.chunk.segments))
+
+    def _one_by_one(self, task: Task) -> Iterator[Task]:
+        """A chunk of several files as one of each, to be failed by one more death: a single file is to blame."""
+        for segment in task.chunk.segments:
+            number = next(self._numbers)
+            self._deaths[number] = DEATHS - 1
+            yield Task(number, Chunk((segment,)))
 
     def _describe(self, task: Task) -> str:
         first, *others = task.chunk.segments
@@ -280,13 +297,10 @@ def work(connection: Connection, spec: Spec) -> None:
             connection.send(message)
 
     try:
-        bundle = spec.bundle
-        bundle.check_still_there()
-        session = open_certified(bundle, spec.choice, spec.device, spec.options, lambda line: send(Said(line)))
         progress = _Progress(send)
-        worker = Worker(bundle, session, Tokenizer.of(bundle), targets, spec.embeddings, stop, progress.executed)
+        run = spec.open(targets, stop, progress.executed, lambda line: send(Said(line)))
         send(Ready())
-        for done in worker.run(iter(tasks.get, None)):
+        for done in run(iter(tasks.get, None)):
             progress.flush()
             targets.release(done.task)
             send(done)
@@ -344,9 +358,9 @@ class _Progress:
         self._send, self._sent = send, time.monotonic()
         self._sum = Executed(0, 0, 0)
 
-    def executed(self, batch: Batch) -> None:
+    def executed(self, documents: int, tokens: int, padding: int) -> None:
         s = self._sum
-        self._sum = Executed(s.documents + len(batch.rows), s.tokens + batch.n_tokens, s.padding + batch.n_padding)
+        self._sum = Executed(s.documents + documents, s.tokens + tokens, s.padding + padding)
         if time.monotonic() - self._sent >= PROGRESS_SECONDS:
             self.flush()
 

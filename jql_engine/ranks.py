@@ -5,9 +5,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from jql_engine.dataset import SourceFile
 from jql_engine.errors import EngineError
+from jql_engine.names import RelativeName
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,24 @@ def _place_in_array(number: Mapping[str, int]) -> tuple[int, int]:
     return task, count
 
 
-def share(files: Sequence[SourceFile], rank: Rank) -> list[SourceFile]:
+class Sized(Protocol):
+    """A file of an input."""
+
+    @property
+    def relative(self) -> RelativeName:
+        """Where its scores go, below the output folder."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        ...
+
+
+F = TypeVar("F", bound=Sized)
+
+
+def share(files: Sequence[F], rank: Rank) -> list[F]:
     """The files of `rank`, in the order of `files`: the largest goes first, to whoever has the fewest bytes so far."""
     loads = [(0, number) for number in range(rank.world_size)]
     mine: set[int] = set()

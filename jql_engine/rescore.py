@@ -1,42 +1,44 @@
-"""New heads on stored vectors: scores without the encoder."""
+"""New heads on stored vectors: scores without the encoder, by the same machinery as a job that has one."""
 
 from __future__ import annotations
 
 import json
-import sys
+import resource
 import threading
-import time
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from jql_engine.apart import Child
 from jql_engine.bundle import Bundle
-from jql_engine.data import EMBEDDING, score_column
-from jql_engine.dataset import SourceFile, find_files
-from jql_engine.errors import BundleError, InputError
-from jql_engine.interrupt import StopError
-from jql_engine.output import METADATA_KEY, PARTS, aside_of, check_output, explained, final_of, find_parts, is_finished
-from jql_engine.progress import LOG_SECONDS
-from jql_engine.ranks import share
-from jql_engine.run import OPENERS, Job
-from jql_engine.storage import Location, locate, open_parquet, read_schema, remove_file, remove_if_empty, writing
+from jql_engine.claim import Claim
+from jql_engine.data import EMBEDDING, ChunkDone, ChunkEnd, Failure, Segment, StageSeconds, Task, score_column
+from jql_engine.dataset import InputFile, SourceFile
+from jql_engine.errors import BundleError, EngineError, InputError, UnreadableError
+from jql_engine.output import METADATA_KEY, Target, is_finished
+from jql_engine.pipeline import StageTime, pipeline
+from jql_engine.reading import Cursor
+from jql_engine.run import Job, Unfinished, Work, crashed, find_sources, plan, with_shared_schemas
+from jql_engine.storage import Location, is_remote, locate, open_parquet, retry
 
-ROWS = 16_384  # vectors read and written at a time
+STAGES = ("read", "execute", "write")
 PRODUCT_ROWS = 4_096  # vectors in one product: what lies between its two halves is [PRODUCT_ROWS, K]
+# Of one chunk. All columns count: those of an appended output are copied.
+CHUNK_ROWS = 100_000
+CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
     """All heads of a bundle, stacked: relu(e hidden_weight^T + hidden_bias) output_weight + output_bias."""
 
+    names: tuple[str, ...]  # [H]
     hidden_weight: NDArray[np.float32]  # [D, K]
     hidden_bias: NDArray[np.float32]  # [K]
     output_weight: NDArray[np.float32]  # [K, H]
@@ -47,7 +49,7 @@ class Heads:
         """The heads of heads.safetensors."""
         tensors = load_file(bundle.path / "heads.safetensors")
         hidden = np.ascontiguousarray(tensors["hidden.weight"].T)
-        return cls(hidden, tensors["hidden.bias"], tensors["output.weight"], tensors["output.bias"])
+        return cls(bundle.heads, hidden, tensors["hidden.bias"], tensors["output.weight"], tensors["output.bias"])
 
     def score(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores [n, H] of `embeddings` [n, D]."""
@@ -63,135 +65,193 @@ class Heads:
         return scores
 
 
-@dataclass(slots=True)
-class Progress:
-    """Counts what is done, and says so now and then on stderr."""
+def prepare_rescoring(job: Job, bundle: Bundle) -> Work:
+    """Find and check the files of vectors and the output folder, and claim it, before anything is computed.
 
-    total: int  # files
-    documents: int = 0
-    files: int = 0  # finished by this run or before it
-    started: float = field(default_factory=time.monotonic)
-    shown: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        """Since the run began."""
-        return max(1e-9, time.monotonic() - self.started)
-
-    def add(self, n_docs: int) -> None:
-        """So many more documents have new scores."""
-        self.documents += n_docs
-        if time.monotonic() - self.shown >= LOG_SECONDS:
-            self.shown = time.monotonic()
-            rate = self.documents / self.seconds
-            line = f"{self.documents:,} documents, {self.files:,} of {self.total:,} files, {rate:,.0f} documents/s"
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
-
-
-def rescore_files(job: Job, bundle: Bundle, stop: threading.Event) -> dict[str, Any]:
-    """Write, for every output with embeddings that `job` names, the same rows with the scores of `bundle`'s heads.
-
-    Vectors are not copied. Returns the summary; raises InputError where a file holds no vectors or another encoder's,
-    BundleError where the bundle has no heads.
+    Vectors are not copied. Raises InputError where no file holds vectors of the bundle's encoder, or a new head has the
+    name of a column; BundleError where the bundle has no heads; OutputError.
     """
     if not bundle.heads:
         raise BundleError(f"{bundle.path} has no heads to apply; give a bundle of the same encoder with heads")
-    heads, out = Heads.of(bundle), locate(job.out)
-    sources = share(find_files(job.inputs), job.rank)
-    progress = Progress(len(sources))
-    with ThreadPoolExecutor(OPENERS) as pool:
-        plans = list(pool.map(lambda source: _look(source, bundle), sources))
-        check_output(out, job.inputs, sources)
-        done = list(
-            pool.map(lambda plan: not job.overwrite and is_finished(final_of(out, plan.source), plan.settings), plans)
-        )
-    for file in find_parts(out).left_by(sources):  # by a run that was killed
-        remove_file(file)
-    progress.files = n_finished = sum(done)
-    for plan in (plan for plan, finished in zip(plans, done, strict=True) if not finished):
-        with closing(_tables(plan, heads)) as tables:
-            _write(out, plan, tables, progress, stop)
-        progress.files += 1
-    remove_if_empty(out / PARTS)
-    return {
-        "documents": progress.documents,
-        "seconds": round(progress.seconds, 3),
-        "documents_per_second": round(progress.documents / progress.seconds, 1),
-        "files": progress.files - n_finished,
-        "skipped_files": n_finished,
-        "bundle": bundle.hash,
-    }
+    job = replace(job, chunk_rows=CHUNK_ROWS)
+    claim = Claim(locate(job.out), {"rescored": True, "bundle": bundle.hash, "heads": list(bundle.heads)})
+    sources, shared = find_sources(job, claim.out)
+    files: list[InputFile] = []
+    errors: list[tuple[SourceFile, UnreadableError]] = []
+    with Child() as child:
+        for source, found in zip(sources, child.each(partial(_look, bundle), sources, crashed), strict=True):
+            if isinstance(found, UnreadableError):
+                errors.append((source, found))
+            else:
+                files.append(found)
+        if errors and not files:
+            raise InputError(str(errors[0][1]))
+        targets = [_target(file, claim, bundle, job.overwrite) for file in with_shared_schemas(files)]
+        finished = [] if job.overwrite else list(_finished(targets, child))
+        unreadable = [Unfinished(str(source.location), str(error)) for source, error in errors]
+        return plan(job, claim, targets, finished, unreadable, CHUNK_BYTES, child, shared)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A file of vectors, and what its new output will be."""
-
-    source: SourceFile
-    schema: pa.Schema
-    settings: dict[str, Any]
+def _finished(targets: list[Target], child: Child) -> Iterator[SourceFile]:
+    places = [(target.final, target.settings) for target in targets]
+    for target, done in zip(targets, child.each(_is_finished, places, lambda *_: False), strict=True):
+        if done:
+            yield target.file.source
 
 
-def _look(source: SourceFile, bundle: Bundle) -> Plan:
+def _is_finished(place: tuple[Location, dict[str, Any]]) -> bool:
+    return is_finished(*place)
+
+
+def _look(bundle: Bundle, source: SourceFile) -> InputFile | UnreadableError:
     try:
-        schema = read_schema(source.location)
-        before = dict(json.loads((schema.metadata or {})[METADATA_KEY]))
-        encoder = str(before["encoder"])
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{source.location} was not written by jql-run ({error!r})") from error
+        return retry(source.location, lambda: _describe(bundle, source))
+    except UnreadableError as error:
+        return error
+    except (pa.ArrowException, OSError, EOFError) as error:
+        return UnreadableError(f"{source.location} is not a complete parquet file: {error}")
+    except EngineError:
+        raise
+    except Exception as error:
+        if not is_remote(source.location):
+            raise
+        return UnreadableError(f"{source.location} cannot be read: {type(error).__name__}: {error}")
+
+
+def _describe(bundle: Bundle, source: SourceFile) -> InputFile:
+    """What is in a file of vectors; raises UnreadableError where they are none, or another encoder's."""
+    with open_parquet(source.location) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+    try:
+        encoder = str(_stored_settings(schema)["encoder"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnreadableError(f"{source.location} was not written by jql-run ({error!r})") from error
     if EMBEDDING not in schema.names:
-        raise InputError(f"{source.location} has no column {EMBEDDING!r}; score it again with --embeddings fp16")
+        raise UnreadableError(f"{source.location} has no column {EMBEDDING!r}; score it again with --embeddings fp16")
     if encoder != bundle.encoder_hash:
-        raise InputError(
+        raise UnreadableError(
             f"{source.location} holds vectors of encoder {encoder[:12]}..., the heads of {bundle.path} read "
             f"those of {bundle.encoder_hash[:12]}...; use a bundle of the same encoder, pooling and length"
         )
-    settings = {**before, "bundle": bundle.hash, "heads": list(bundle.heads), "rescored_from": source.version}
-    return Plan(source, _schema(source, schema, bundle, settings), settings)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    sizes = tuple(sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)) for group in groups)
+    return InputFile(source, EMBEDDING, None, schema, tuple(group.num_rows for group in groups), sizes)
 
 
-def _schema(source: SourceFile, stored: pa.Schema, bundle: Bundle, settings: dict[str, Any]) -> pa.Schema:
+def _stored_settings(schema: pa.Schema) -> dict[str, Any]:
+    return dict(json.loads((schema.metadata or {})[METADATA_KEY]))
+
+
+def _target(file: InputFile, claim: Claim, bundle: Bundle, overwrite: bool) -> Target:
     """The stored columns with the new heads' in the place of the old ones', and without the vectors."""
-    old = {score_column(head) for head in json.loads(stored.metadata[METADATA_KEY])["heads"]}
-    kept = [field for field in stored if field.name not in old and field.name != EMBEDDING]
+    source, before = file.source, _stored_settings(file.schema)
+    old = {score_column(head) for head in before["heads"]}
+    kept = [field for field in file.schema if field.name not in old and field.name != EMBEDDING]
     at = next(i for i, field in enumerate(kept) if field.name == "n_tokens")
     new = [pa.field(score_column(head), pa.float32()) for head in bundle.heads]
     if clash := {field.name for field in kept} & {field.name for field in new}:
         raise InputError(
             f"{source.location}: a column {min(clash)!r} has the name of a score column; choose other head names"
         )
-    metadata = {**stored.metadata, METADATA_KEY: json.dumps(settings)}
-    return pa.schema([*kept[:at], *new, *kept[at:]], metadata=metadata)
+    settings = {**before, "bundle": bundle.hash, "heads": list(bundle.heads), "rescored_from": source.version}
+    columns = pa.schema([*kept[:at], *new, *kept[at:]])
+    return Target(claim.out, file, columns, "rescored", {}, overwrite, own=settings)
 
 
-def _write(out: Location, plan: Plan, tables: Iterable[pa.Table], progress: Progress, stop: threading.Event) -> None:
-    target = final_of(out, plan.source)
-    with (
-        explained(target),
-        writing(target, aside_of(out, plan.source)) as stream,
-        pq.ParquetWriter(stream, plan.schema, compression="zstd") as writer,
-    ):
-        for table in tables:
-            if stop.is_set():
-                raise StopError("interrupted; start the same command again to continue")
-            writer.write_table(table)
-            progress.add(table.num_rows)
+@dataclass(frozen=True, slots=True)
+class Rescoring:
+    """What a process needs to apply heads; see jql_engine.pool.Spec."""
+
+    bundle: Bundle
+    claim: Claim
+    device: str = "cpu"
+
+    def open(
+        self,
+        targets: Mapping[int, Target],
+        stop: threading.Event,
+        executed: Callable[[int, int, int], None],
+        say: Callable[[str], None],  # noqa: ARG002
+    ) -> Callable[[Iterable[Task]], Generator[ChunkDone]]:
+        """Load the heads; see jql_engine.pool.Spec."""
+        self.bundle.check_still_there()
+        return Rescorer(Heads.of(self.bundle), targets, self.claim, stop, executed).run
 
 
-def _tables(plan: Plan, heads: Heads) -> Generator[pa.Table]:
-    new = [score_column(head) for head in plan.settings["heads"]]
-    with open_parquet(plan.source.location, 1 << 20) as file:
-        stored = file.schema_arrow.names
-        columns = [name for name in stored if name in plan.schema.names or name == EMBEDDING]
-        with closing(_ahead(_batches(plan.source, file, columns))) as batches:
-            for batch in batches:
-                vectors = batch.column(EMBEDDING)
-                null = vectors.is_null().to_numpy(zero_copy_only=False)
-                scores = heads.score(_matrix(vectors, null))
-                by_name = {name: batch.column(name) for name in batch.schema.names}
-                by_name |= {name: pa.array(np.ascontiguousarray(scores[:, i]), mask=null) for i, name in enumerate(new)}
-                yield pa.table([by_name[name] for name in plan.schema.names], schema=plan.schema)
+@dataclass(frozen=True, slots=True)
+class Rescorer:
+    """Tasks in, committed chunks out: read | execute | write, each in its thread."""
+
+    heads: Heads
+    targets: Mapping[int, Target]  # by the number of the file; may change while tasks come
+    claim: Claim
+    stop: threading.Event
+    executed: Callable[[int, int, int], None]
+
+    def run(self, tasks: Iterable[Task]) -> Generator[ChunkDone]:
+        """Apply the heads to the chunks of `tasks` and commit them; see Worker.run."""
+        clocks = [StageTime(name) for name in STAGES]
+        steps = (self._read, self._execute, self._write)
+        lap = dict.fromkeys(STAGES, StageSeconds(0, 0, 0))
+        for end, n_docs in pipeline(tasks, list(zip(clocks, steps, strict=True))):
+            now = {clock.name: clock.seconds() for clock in clocks}
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            stages = {name: now[name] - lap[name] for name in STAGES}
+            yield ChunkDone(end.task, end.failures, documents=n_docs, memory_bytes=memory, stages=stages)
+            lap = now
+
+    def _read(self, tasks: Iterator[Task]) -> Iterator[tuple[Segment, pa.RecordBatch] | ChunkEnd]:
+        for task in tasks:
+            if self.stop.is_set():
+                return
+            failures = []
+            for segment in task.chunk.segments:
+                target = self.targets[segment.file]
+                columns = [name for name in target.file.schema.names if name in (EMBEDDING, *target.scores.names)]
+                try:
+                    cursor = Cursor(target.file, segment.start, columns)
+                    for batch in cursor.take(segment.stop - segment.start):
+                        yield segment, batch
+                except InputError as error:
+                    failures.append(Failure(segment, str(error)))
+            yield ChunkEnd(task, tuple(failures))
+
+    def _execute(
+        self, items: Iterator[tuple[Segment, pa.RecordBatch] | ChunkEnd]
+    ) -> Iterator[tuple[Segment, pa.Table] | ChunkEnd]:
+        for item in items:
+            if isinstance(item, ChunkEnd):
+                yield item
+                continue
+            segment, batch = item
+            yield segment, self._rescored(self.targets[segment.file].scores, batch)
+            self.executed(batch.num_rows, 0, 0)
+
+    def _rescored(self, columns: pa.Schema, batch: pa.RecordBatch) -> pa.Table:
+        vectors = batch.column(EMBEDDING)
+        null = vectors.is_null().to_numpy(zero_copy_only=False)
+        scores = self.heads.score(_matrix(vectors, null))
+        by_name = {name: batch.column(name) for name in batch.schema.names}
+        for i, head in enumerate(self.heads.names):
+            by_name[score_column(head)] = pa.array(np.ascontiguousarray(scores[:, i]), mask=null)
+        return pa.table([by_name[name] for name in columns.names], schema=columns)
+
+    def _write(self, items: Iterator[tuple[Segment, pa.Table] | ChunkEnd]) -> Iterator[tuple[ChunkEnd, int]]:
+        tables: dict[Segment, list[pa.Table]] = {}
+        for item in items:
+            if not isinstance(item, ChunkEnd):
+                tables.setdefault(item[0], []).append(item[1])
+                continue
+            self.claim.check()
+            failed, n_docs = {failure.segment for failure in item.failures}, 0
+            for segment in item.task.chunk.segments:
+                if segment in failed:
+                    continue
+                target, n_docs = self.targets[segment.file], n_docs + segment.stop - segment.start
+                found = tables.get(segment) or [target.scores.empty_table()]
+                target.commit(segment, pa.concat_tables(found), None)
+            tables = {}
+            yield item, n_docs
 
 
 def _matrix(vectors: pa.FixedSizeListArray, null: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -202,19 +262,3 @@ def _matrix(vectors: pa.FixedSizeListArray, null: NDArray[np.bool_]) -> NDArray[
     if null.any():
         matrix[null] = 0
     return matrix
-
-
-def _ahead(batches: Iterator[pa.RecordBatch]) -> Generator[pa.RecordBatch]:
-    """The same; the next one is read while this one is in use."""
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-        following = pool.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = pool.submit(next, batches, None)
-            yield batch
-
-
-def _batches(source: SourceFile, file: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from file.iter_batches(ROWS, columns=columns)
-    except Exception as error:  # a remote file system has errors of its own
-        raise InputError(f"{source.location} cannot be read to its end: {error}; start again") from error

@@ -3,47 +3,43 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, TypeVar
+from queue import SimpleQueue
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from jql_engine.apart import Child, CrashError
 from jql_engine.bundle import Bundle
+from jql_engine.check import check_names, check_output
+from jql_engine.claim import Claim
 from jql_engine.data import Chunk, ChunkDone, Task, embedding_type, score_schema
 from jql_engine.dataset import InputFile, SourceFile, find_files, split
 from jql_engine.errors import BundleError, InputError, PartsError, UnreadableError
 from jql_engine.formats import open_file
+from jql_engine.frozen import FrozenListing, freeze
 from jql_engine.output import (
-    PARTS,
     Kind,
-    Parts,
     Target,
-    check_names,
-    check_output,
     check_settings,
     explained,
-    final_of,
-    find_parts,
     is_finished,
     is_written_by_us,
-    part_name,
-    parts_of,
     settings_of,
 )
+from jql_engine.parts import JOB, PARTS, Leftovers, Part, Settings, find_leftovers, parts_folder
 from jql_engine.progress import Meter, RunLog
 from jql_engine.ranks import Rank, share
-from jql_engine.storage import Location, locate, remove_empty_folders, remove_file, remove_folder
+from jql_engine.storage import Location, list_files, locate, remove_empty_folders, remove_file, remove_folder
 
-S = TypeVar("S")
-T = TypeVar("T")
 CHUNK_ROWS = 20_000
-ASSEMBLERS = 4  # files finished at once
-OPENERS = 16  # files looked into at once: on a remote file system each waits for the network
+ASSEMBLERS = 2  # processes that finish files, each one file at a time
+FIRST = 16  # files looked into at a time where only the first documents are to be scored
 LIBRARIES = ("jql-engine", "tokenizers", "tokie")
 COMPUTE = {  # by the provider of the variant
     "openvino": ("openvino",),
@@ -82,7 +78,7 @@ class Unfinished:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of it."""
+    """Result: finished and unfinished files."""
 
     n_files: int  # finished by this run
     unfinished: list[Unfinished]
@@ -92,10 +88,12 @@ class Outcome:
 class Work:
     """What is left to do of a job."""
 
+    claim: Claim
     targets: list[Target]
     tasks: list[Task]
     n_finished: int  # files
     unreadable: list[Unfinished]
+    listing: Shared | None = None  # where several ranks share the files
 
     @property
     def n_docs(self) -> int:
@@ -103,39 +101,82 @@ class Work:
         return sum(task.chunk.n_docs for task in self.tasks)
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """The share of one rank."""
+
+    listing: FrozenListing
+    rank: Rank
+    gone: list[Unfinished]  # files of the share that are no longer there
+    n_new: int  # files that have appeared since the ranks began
+    overwrite: bool
+
+    def finish(self) -> None:
+        """Say that the share is finished."""
+        self.listing.finish(self.rank)
+        if not self.overwrite:  # else what is there may be of an earlier job
+            with explained(self.listing.out, "listed"):
+                self.listing.close_if_all({name for _, name in list_files(self.listing.out)})
+
+
 def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
-    """Find and check all inputs and the output folder before anything is computed.
+    """Find and check all inputs and the output folder, and claim it, before anything is computed.
 
     Raises InputError, OutputError, and BundleError where the bundle has nothing to compute for this job.
     """
     if not bundle.heads and job.embeddings is None:
         raise BundleError(f"{bundle.path} has no heads, only embeddings; give --embeddings fp16 or fp32 to keep those")
-    out, settings = locate(job.out), _settings(job, bundle, variant, chunk_bytes)
-    sources, finished = find_files(job.inputs), set()
-    if job.limit is None:
-        sources = share(sources, job.rank)
-        finished = set() if job.overwrite else _finished(out, sources, settings)
-    files, unreadable = _open(job, sources, finished)
-    sources = sources if job.limit is None else [file.source for file in files]
-    targets = [Target(out, file, _score_schema(job, bundle), job.output, settings) for file in files]
-    for target in targets:
-        check_names(target.file, target.scores, job.output)
-    check_output(out, job.inputs, sources)
-    if job.limit is not None and not job.overwrite:
-        targets = [target for target in targets if not is_finished(target.final, target.settings)]
-    parts = find_parts(out)
-    _tidy(out, sources, finished if not job.overwrite else set(sources), parts)
-    tasks = list(_tasks(job, targets, chunk_bytes, {} if job.overwrite else parts.rows))
-    return Work(targets, tasks, len(sources) - len(targets) - len(unreadable), unreadable)
+    settings, scores = _settings(job, bundle, variant, chunk_bytes), _score_schema(job, bundle)
+    claim = Claim(locate(job.out), {**settings, "limit": job.limit})
+    sources, shared = find_sources(job, claim.out)
+    with Child() as child:
+        seen = _look_into(job, child, sources, None if job.overwrite or job.limit else settings, claim.out)
+        targets = [Target(claim.out, file, scores, job.output, settings, job.overwrite) for file in seen.files]
+        for target in targets:
+            check_names(target.file, target.scores, job.output)
+        finished = seen.finished
+        if job.limit is not None and not job.overwrite:
+            finished = [target.file.source for target in targets if is_finished(target.final, target.settings)]
+        return plan(job, claim, targets, finished, seen.unreadable, chunk_bytes, child, shared)
+
+
+def plan(
+    job: Job,
+    claim: Claim,
+    targets: list[Target],
+    finished: Sequence[SourceFile],
+    unreadable: list[Unfinished],
+    chunk_bytes: int,
+    child: Child,
+    shared: Shared | None,
+) -> Work:
+    """Claim the output folder and find the chunks of `targets`, less those `finished`, that are not done.
+
+    Raises OutputError where another job has the folder, or has left parts there.
+    """
+    through = set(finished)
+    targets = [target for target in targets if target.file.source not in through]
+    mine = [target.file.source for target in targets]
+    check_output(claim.out, job.inputs, [*mine, *finished])
+    claim.take(job.overwrite)
+    try:
+        with explained(claim.out / PARTS, "listed"):
+            leftovers = find_leftovers(claim.out)
+        _tidy(claim.out, [*mine, *finished], through.union(mine) if job.overwrite else through, leftovers)
+        tasks = list(_tasks(job, targets, chunk_bytes, {} if job.overwrite else leftovers.parts, child))
+    except BaseException:
+        claim.release()
+        raise
+    return Work(claim, targets, tasks, len(finished), unreadable, shared)
 
 
 def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog) -> Outcome:
     """Follow the tasks of `work` as `chunks_done` says, and finish every file whose chunks are all done.
 
-    Raises OutputError where nothing can be written.
+    Raises OutputError where nothing can be written, or another job has taken the output folder.
     """
     ledger = _Ledger(work.targets, work.tasks, meter)
-    with _Assembly() as assembly:
+    with _Assembly(work.claim) as assembly:
         for number in ledger.all_there():
             assembly.begin(number, work.targets[number])
         for done in chunks_done:
@@ -147,11 +188,16 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
                 ledger.fail(number, reason)
         for number, reason in assembly.failures(wait=True):
             ledger.fail(number, reason)
-    # Again: the workers of a killed run live on for a moment, in which this run had begun already.
-    done_with = {target.file.source for target in ledger.done()}
-    for out in {target.out for target in work.targets}:
-        _tidy(out, [target.file.source for target in work.targets], done_with, find_parts(out))
-    return Outcome(len(done_with), [*work.unreadable, *ledger.failed.values()])
+    if work.targets:
+        work.claim.check()
+        # Again: the workers of a killed run live on for a moment, in which this run had begun already.
+        done_with = {target.file.source for target in ledger.done()}
+        sources = [target.file.source for target in work.targets]
+        _tidy(work.claim.out, sources, done_with, find_leftovers(work.claim.out))
+    unfinished = [*work.unreadable, *ledger.failed.values()]
+    if work.listing is not None and not unfinished:
+        work.listing.finish()
+    return Outcome(len(ledger.done()), [*unfinished, *(work.listing.gone if work.listing else [])])
 
 
 class _Ledger:
@@ -191,14 +237,19 @@ class _Ledger:
 
 
 class _Assembly:
-    """Finishes files beside the work on others, a few at a time."""
+    """Finishes files beside the work on others, in processes of their own: reading a damaged file may crash one."""
 
-    def __init__(self) -> None:
+    def __init__(self, claim: Claim) -> None:
+        self._claim = claim
+        self._free: SimpleQueue[Child] = SimpleQueue()
+        self._children = [Child() for _ in range(ASSEMBLERS)]
+        for child in self._children:
+            self._free.put(child)
         self._pool = ThreadPoolExecutor(ASSEMBLERS, thread_name_prefix="assemble")
         self._running: list[tuple[int, Future[None]]] = []
 
     def begin(self, number: int, target: Target) -> None:
-        self._running.append((number, self._pool.submit(target.assemble)))
+        self._running.append((number, self._pool.submit(self._assemble, target)))
 
     def failures(self, wait: bool) -> Iterator[tuple[int, str]]:
         """Files that could not be finished, of those that are through, or, with `wait`, of all; raises OutputError."""
@@ -210,72 +261,122 @@ class _Assembly:
             except (InputError, PartsError) as error:
                 yield number, str(error)
 
+    def _assemble(self, target: Target) -> None:
+        child = self._free.get()
+        try:
+            self._claim.check()
+            child.call(target.assemble)
+        except CrashError as error:
+            raise UnreadableError(f"{target.file.source.location} or its scores cannot be read: {error}") from error
+        finally:
+            self._free.put(child)
+
     def __enter__(self) -> _Assembly:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:
+            for child in self._children:
+                child.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for child in self._children:
+            child.close()
+
+
+def find_sources(job: Job, out: Location) -> tuple[list[SourceFile], Shared | None]:
+    """The input files of this rank; raises InputError, OutputError.
+
+    Several ranks share the files of one listing, see jql_engine.frozen.
+    """
+    sources = find_files(job.inputs)
+    if job.rank.world_size == 1:
+        return sources, None
+    check_output(out, job.inputs, sources)
+    listing = freeze(out, job.inputs, sources)
+    if job.limit is not None:  # the first of all files, before they are shared
+        found = listing.share_of(Rank(), sources)
+        return found.sources, Shared(listing, job.rank, [], found.n_new, job.overwrite)
+    found = listing.share_of(job.rank, sources)
+    reason = "was there when the ranks of this job began, and is gone"
+    gone = [Unfinished(str(file.relative), f"{file.relative} {reason}") for file in found.gone]
+    return found.sources, Shared(listing, job.rank, gone, found.n_new, job.overwrite)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What was found in input files."""
+
+    files: list[InputFile]  # to be scored
+    finished: list[SourceFile]
+    unreadable: list[Unfinished]
 
 
 def open_inputs(job: Job) -> tuple[list[InputFile], list[Unfinished]]:
     """The files of `job` that can be read, and those that cannot; raises InputError."""
     sources = find_files(job.inputs)
-    return _open(job, sources if job.limit else share(sources, job.rank), set())
+    with Child() as child:
+        seen = _look_into(job, child, sources if job.limit else share(sources, job.rank), None, None)
+    return seen.files, seen.unreadable
 
 
-def _finished(out: Location, sources: Sequence[SourceFile], settings: dict[str, Any]) -> set[SourceFile]:
-    def check(source: SourceFile) -> bool:
-        return is_finished(final_of(out, source), settings_of(settings, source))
-
-    return {source for source, done in zip(sources, _in_threads(check, sources), strict=True) if done}
-
-
-def _open(
-    job: Job, sources: Sequence[SourceFile], finished: set[SourceFile]
-) -> tuple[list[InputFile], list[Unfinished]]:
-    """Open `sources` but those `finished`; with a limit this rank's of the first that hold so many documents.
+def _look_into(
+    job: Job, child: Child, sources: Sequence[SourceFile], settings: Settings | None, out: Location | None
+) -> _Seen:
+    """Open `sources` but those finished with `settings`; with a limit this rank's of the first with so many documents.
 
     Raises InputError where a file has not the columns, or none can be read.
     """
+    look = partial(_look, job.text_column, job.id_column, settings, out)
     files: list[InputFile] = []
+    finished: list[SourceFile] = []
     errors: list[tuple[SourceFile, UnreadableError]] = []
-    wanted = [source for source in sources if source not in finished]
-    step = len(wanted) if job.limit is None else OPENERS
-    for start in range(0, len(wanted), max(1, step)):
-        group = wanted[start : start + step]
-        for source, found in zip(group, _in_threads(partial(_look, job), group), strict=True):
-            files += [found] if isinstance(found, InputFile) else []
-            errors += [(source, found)] if isinstance(found, UnreadableError) else []
+    step = max(1, len(sources)) if job.limit is None else FIRST
+    for start in range(0, len(sources), step):
+        group = sources[start : start + step]
+        for source, found in zip(group, child.each(look, group, crashed), strict=True):
+            if found is None:
+                finished.append(source)
+            elif isinstance(found, UnreadableError):
+                errors.append((source, found))
+            else:
+                files.append(found)
         if job.limit is not None and sum(file.n_rows for file in files) >= job.limit:
             break
-    if errors and not files:
+    if errors and len(errors) == len(sources):
         raise errors[0][1]
     if job.limit is not None:
         files = list(_first(files, job.limit))
         mine = set(share([file.source for file in files], job.rank))
         files = [file for file in files if file.source in mine]
-    return _with_shared_schemas(files), [Unfinished(str(source.location), str(error)) for source, error in errors]
+    unreadable = [Unfinished(str(source.location), str(error)) for source, error in errors]
+    return _Seen(with_shared_schemas(files), finished, unreadable)
 
 
-def _look(job: Job, source: SourceFile) -> InputFile | UnreadableError:
+def _look(
+    text_column: str, id_column: str | None, settings: Settings | None, out: Location | None, source: SourceFile
+) -> InputFile | UnreadableError | None:
+    """What is in a file; None where its scores are finished."""
+    if settings is not None and out is not None and _is_done(out, settings, source):
+        return None
     try:
-        return open_file(source, job.text_column, job.id_column)
+        return open_file(source, text_column, id_column)
     except UnreadableError as error:
         return error
 
 
-def _with_shared_schemas(files: Sequence[InputFile]) -> list[InputFile]:
+def _is_done(out: Location, settings: Settings, source: SourceFile) -> bool:
+    return is_finished(source.relative.below(out), settings_of(settings, source))
+
+
+def crashed(source: SourceFile, error: CrashError) -> UnreadableError:
+    """What to say of a file that a process died of."""
+    return UnreadableError(f"{source.location} cannot be looked into: {error}; it is damaged")
+
+
+def with_shared_schemas(files: Sequence[InputFile]) -> list[InputFile]:
     """One object for equal schemas: of a hundred thousand files each would keep half a gigabyte."""
     known: dict[bytes, pa.Schema] = {}
     return [replace(file, schema=known.setdefault(file.schema.serialize().to_pybytes(), file.schema)) for file in files]
-
-
-def _in_threads(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
-    pool = ThreadPoolExecutor(OPENERS)
-    try:
-        return list(pool.map(function, items))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # one may sleep between two attempts
 
 
 def _first(files: Iterable[InputFile], n_docs: int) -> Iterator[InputFile]:
@@ -286,26 +387,26 @@ def _first(files: Iterable[InputFile], n_docs: int) -> Iterator[InputFile]:
         n_docs -= file.n_rows
 
 
-def _tidy(out: Location, sources: Sequence[SourceFile], done: set[SourceFile], parts: Parts) -> None:
+def _tidy(out: Location, sources: Sequence[SourceFile], done: set[SourceFile], leftovers: Leftovers) -> None:
     """Remove what killed runs left of `sources`: files they were writing, parts of those `done`, empty folders."""
     with explained(out / PARTS, "tidied up"):
-        for file in parts.left_by(sources):
+        for file in leftovers.left_by([JOB, *(source.relative.text for source in sources)]):
             remove_file(file)
         for source in done:
-            if source.relative.text in parts.rows:
-                remove_folder(parts_of(out, source), out / PARTS)
+            if source.relative.text in leftovers.parts:
+                remove_folder(parts_folder(out, source.relative), out / PARTS)
         remove_empty_folders(out / PARTS)
 
 
 def _tasks(
-    job: Job, targets: Sequence[Target], chunk_bytes: int, parts: Mapping[str, set[tuple[int, int]]]
+    job: Job, targets: Sequence[Target], chunk_bytes: int, parts: Mapping[str, set[Part]], child: Child
 ) -> Iterator[Task]:
     """Chunks that are not done; raises OutputError for parts of another job."""
     done: dict[int, set[tuple[int, int]]] = {}
     for number, target in enumerate(targets):
-        if found := parts.get(target.file.source.relative.text):
-            usable = _in_threads(partial(_is_usable, target), sorted(found))
-            done[number] = {rows for rows, fine in zip(sorted(found), usable, strict=True) if fine}
+        if found := sorted(parts.get(target.file.source.relative.text, ())):
+            usable = child.each(partial(_is_usable, target), found, partial(_remove_part, target))
+            done[number] = {part.rows for part, fine in zip(found, usable, strict=True) if fine}
     chunks = split([target.file for target in targets], job.chunk_rows, chunk_bytes)
     for number, chunk in enumerate(chunks):
         left = tuple(s for s in chunk.segments if (s.start, s.stop) not in done.get(s.file, ()))
@@ -313,13 +414,18 @@ def _tasks(
             yield Task(number, Chunk(left))
 
 
-def _is_usable(target: Target, rows: tuple[int, int]) -> bool:
+def _remove_part(target: Target, part: Part, _: CrashError) -> bool:
+    remove_file(target.parts / part.name)
+    return False
+
+
+def _is_usable(target: Target, part: Part) -> bool:
     """Whether a part can be read; removes one that cannot. Raises OutputError where it is another job's."""
-    part = target.parts / part_name(*rows)
-    if not is_written_by_us(part):
-        remove_file(part)
+    place = target.parts / part.name
+    if not is_written_by_us(place):
+        remove_file(place)
         return False
-    check_settings(part, target.settings)
+    check_settings(place, target.settings)
     return True
 
 

@@ -153,6 +153,16 @@ def read_schema(location: Location) -> pa.Schema:
     return retry(location, read)
 
 
+def read_file(location: Location) -> bytes | None:
+    """The content of a small file; None where there is none."""
+    try:
+        if isinstance(location, Path):
+            return location.read_bytes()
+        return retry(location, lambda: bytes(location.fs.cat_file(location.path)))
+    except FileNotFoundError:
+        return None
+
+
 def exists(location: Location) -> bool:
     """Whether there is a file or folder."""
     return bool(retry(location, location.exists))
@@ -318,9 +328,9 @@ def remove_folder(folder: Location, root: Location) -> None:
         with suppress(FileNotFoundError):
             retry(folder, lambda: folder.fs.rm(folder.path, recursive=True))
         folder.fs.invalidate_cache(folder.path)
-        for empty in (folder, *folder.parents):
-            remove_if_empty(empty)
-            if empty == root:
+        for above in (folder, *folder.parents):
+            remove_if_empty(above)
+            if above == root:
                 break
 
 

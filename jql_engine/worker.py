@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from jql_engine.bundle import Bundle
+from jql_engine.claim import Claim
 from jql_engine.data import (
     Batch,
     ChunkDone,
@@ -30,15 +31,46 @@ from jql_engine.data import (
 from jql_engine.dataset import InputFile
 from jql_engine.execution import execute
 from jql_engine.output import Target
+from jql_engine.parity import open_certified
 from jql_engine.pipeline import StageTime, pipeline
 from jql_engine.reading import read
-from jql_engine.sessions import Session
+from jql_engine.sessions import Session, SessionOptions
+from jql_engine.sessions.choice import Choice
 from jql_engine.tokens import Tokenizer
 
 T = TypeVar("T")
 TOGETHER_BYTES = 4 << 20  # text in one call of the tokenizer
 WRITERS = 8  # small files written at once: creating one waits for the disk, or for the network
 STAGES = ("read", "tokenise", "execute", "write")
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What a process needs to score chunks; see jql_engine.pool.Spec."""
+
+    bundle: Bundle
+    device: str
+    choice: Choice
+    options: SessionOptions
+    embeddings: np.dtype[Any] | None
+    claim: Claim
+
+    def open(
+        self,
+        targets: Mapping[int, Target],
+        stop: threading.Event,
+        executed: Callable[[int, int, int], None],
+        say: Callable[[str], None],
+    ) -> Callable[[Iterable[Task]], Generator[ChunkDone]]:
+        """Load the graph; see jql_engine.pool.Spec."""
+        self.bundle.check_still_there()
+        session = open_certified(self.bundle, self.choice, self.device, self.options, say)
+        tokenizer = Tokenizer.of(self.bundle)
+
+        def count(batch: Batch) -> None:
+            executed(len(batch.rows), batch.n_tokens, batch.n_padding)
+
+        return Worker(self.bundle, session, tokenizer, targets, self.claim, self.embeddings, stop, count).run
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +81,7 @@ class Worker:
     session: Session
     tokenizer: Tokenizer
     targets: Mapping[int, Target]  # by the number of the file; may change while tasks come
+    claim: Claim
     embeddings: np.dtype[Any] | None = None  # the type in which embeddings are kept
     stop: threading.Event = field(default_factory=threading.Event)  # set: finish the chunk in hand and no other
     executed: Callable[[Batch], None] = lambda _: None  # told of every batch
@@ -108,6 +141,7 @@ class Worker:
                     rows = table.slice(first, segment.stop - segment.start)
                     self.targets[segment.file].commit(segment, rows, chunk.ids.get(segment))
 
+                self.claim.check()
                 list(pool.map(commit, chunk.segments()))
                 yield chunk
 

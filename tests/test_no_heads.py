@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from jql_engine import Engine
 from jql_engine.bundle import Bundle
 from jql_engine.errors import BundleError, ParityError
-from jql_engine.launch import Machine, rescore_all, score
+from jql_engine.launch import Machine, rescore, score
 from jql_engine.progress import RunLog
 from jql_engine.run import Job
 from jql_export import cli, probes
@@ -91,7 +91,7 @@ def test_a_run_keeps_the_vectors_for_heads_to_come(bare, bundle, tmp_path):
     run(bare["gte"], file, tmp_path / "vectors", embeddings="fp32")
     table = pq.read_table(tmp_path / "vectors" / "a.parquet")
     assert table.column_names == ["n_tokens", "truncated", "embedding"]
-    rescore_all(Job((str(tmp_path / "vectors"),), str(tmp_path / "out")), bundle, threading.Event())
+    rescore(Job((str(tmp_path / "vectors"),), str(tmp_path / "out")), bundle, 1, RunLog(None), threading.Event())
     run(bundle, file, tmp_path / "direct")
     later, direct = (pq.read_table(tmp_path / folder / "a.parquet") for folder in ("out", "direct"))
     assert later.column_names == direct.column_names
@@ -110,7 +110,7 @@ def test_a_run_without_vectors_has_nothing_to_compute(bare, tmp_path):
 def test_there_is_nothing_to_rescore_with(bare, tmp_path):
     job = Job((str(tmp_path),), str(tmp_path / "out"))
     with pytest.raises(BundleError, match="gte has no heads to apply"):
-        rescore_all(job, bare["gte"], threading.Event())
+        rescore(job, bare["gte"], 1, RunLog(None), threading.Event())
 
 
 def test_the_command_writes_one(encoders, tmp_path, monkeypatch, capsys):

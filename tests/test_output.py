@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jql_engine.check import check_names, check_output
 from jql_engine.data import Segment, embedding_type, score_schema
 from jql_engine.dataset import InputFile, SourceFile
 from jql_engine.errors import InputError, OutputError
@@ -20,13 +21,10 @@ from jql_engine.names import RelativeName
 from jql_engine.output import (
     METADATA_KEY,
     Target,
-    check_names,
-    check_output,
     check_settings,
-    find_parts,
     is_finished,
-    part_name,
 )
+from jql_engine.parts import Part, find_leftovers
 from jql_engine.storage import version_of
 from tests.files import damage
 
@@ -67,6 +65,10 @@ def write_all(out: Path, file: InputFile, ids: pa.ChunkedArray | None = None) ->
     return pq.read_table(file.source.relative.below(out))
 
 
+def rows(out: Path) -> dict[str, set[tuple[int, int]]]:
+    return {name: {part.rows for part in parts} for name, parts in find_leftovers(out).parts.items()}
+
+
 def commit_parts(target: Target, *borders: int) -> None:
     for start, stop in pairwise(borders):
         target.commit(Segment(0, start, stop), scores(start, stop), None)
@@ -82,9 +84,9 @@ def test_parts_lie_apart_until_the_file_is_whole(tmp_path):
     commit_parts(target, 0, 10, 20)
     assert visible(tmp_path / "out") == [
         ".parts", ".parts/sub", ".parts/sub/a.parquet",
-        f".parts/sub/a.parquet/{part_name(0, 10)}", f".parts/sub/a.parquet/{part_name(10, 20)}",
+        *(f".parts/sub/a.parquet/{Part(target.key, start, start + 10).name}" for start in (0, 10)),
     ]  # fmt: skip
-    assert find_parts(tmp_path / "out").rows == {"sub/a.parquet": {(0, 10), (10, 20)}}
+    assert rows(tmp_path / "out") == {"sub/a.parquet": {(0, 10), (10, 20)}}
     with pytest.raises(OutputError, match="lacks rows 20 to 30"):
         target.assemble()
     commit_parts(target, 20, 30)
@@ -100,7 +102,7 @@ def test_a_gap_between_parts_is_an_error_and_nothing_is_lost(tmp_path):
     commit_parts(target, 20, 30)
     with pytest.raises(OutputError, match="lacks rows 10 to 20; start the same command again"):
         target.assemble()
-    assert len(find_parts(tmp_path / "out").rows["a.parquet"]) == 2 and not (tmp_path / "out/a.parquet").exists()
+    assert len(rows(tmp_path / "out")["a.parquet"]) == 2 and not (tmp_path / "out/a.parquet").exists()
 
 
 def test_the_unfinished_files_of_a_killed_run_are_found_by_their_input(tmp_path):
@@ -116,9 +118,9 @@ def test_the_unfinished_files_of_a_killed_run_are_found_by_their_input(tmp_path)
     for file in [*left, reused, one.aside, another_host, old]:
         file.write_bytes(b"half a file " * 1000)
     os.utime(old, (0, 0))
-    parts = find_parts(tmp_path / "out")
-    assert sorted(parts.left_by([one.file.source])) == sorted([left[0], left[2], reused, old])
-    assert parts.rows == {"a.parquet": {(0, 15)}}
+    found = find_leftovers(tmp_path / "out")
+    assert sorted(found.left_by([one.file.source.relative.text])) == sorted([left[0], left[2], reused, old])
+    assert rows(tmp_path / "out") == {"a.parquet": {(0, 15)}}
 
 
 def test_parts_of_other_files_stay(tmp_path):
@@ -126,7 +128,7 @@ def test_parts_of_other_files_stay(tmp_path):
     commit_parts(other, 0, 10)
     commit_parts(one, 0, 10, 30)
     one.assemble()
-    assert find_parts(tmp_path / "out").rows == {"b.parquet": {(0, 10)}}
+    assert rows(tmp_path / "out") == {"b.parquet": {(0, 10)}}
 
 
 NESTED = {
@@ -181,7 +183,7 @@ def test_a_source_that_can_not_be_read_again_leaves_the_parts(tmp_path):
     os.utime(path, ns=(modified, modified))
     with pytest.raises(InputError, match=r"a\.parquet cannot be read to its end"):
         target.assemble()
-    assert find_parts(tmp_path / "out").rows == {"a.parquet": {(0, 20), (20, 40)}}
+    assert rows(tmp_path / "out") == {"a.parquet": {(0, 20), (20, 40)}}
     assert not (tmp_path / "out/a.parquet").exists()
 
 

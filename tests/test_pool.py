@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from jql_engine import pool
 from jql_engine.data import Chunk, ChunkDone, Segment, Task
 from jql_engine.errors import EngineError, OutputError
-from jql_engine.output import Target, find_parts
-from jql_engine.pool import Executed, Handout, Order, Pool, Spec
+from jql_engine.output import Target
+from jql_engine.parts import find_leftovers
+from jql_engine.pool import Executed, Handout, Order, Pool
 from jql_engine.run import Job, Work, prepare
 from jql_engine.sessions import SessionOptions
 from jql_engine.sessions.choice import Choice
+from jql_engine.worker import Scoring
 
 ROWS = 100
 
@@ -85,12 +87,17 @@ def prepared(bundle, tmp_path: Path, kind: type[Target]) -> Work:
     job = Job((str(tmp_path / "a.parquet"),), tmp_path / "out", chunk_rows=ROWS)
     work = prepare(job, bundle, "cpu-fp32", 1 << 20)
     targets = [kind(t.out, t.file, t.scores, t.kind, t.shared) for t in work.targets]
-    return Work(targets, work.tasks, 0, [])
+    return replace(work, targets=targets)
 
 
 def run(bundle, work: Work, said: list[str], n_workers: int = 2) -> Iterator[ChunkDone]:
-    spec = Spec(bundle, "cpu", Choice(("cpu",), "cpu-fp32"), SessionOptions(threads=1), None)
-    return Pool([spec] * n_workers, work.targets, threading.Event(), report=said.append).run(work.tasks)
+    return Pool([scoring(bundle, work)] * n_workers, work.targets, threading.Event(), report=said.append).run(
+        work.tasks
+    )
+
+
+def scoring(bundle, work: Work) -> Scoring:
+    return Scoring(bundle, "cpu", Choice(("cpu",), "cpu-fp32"), SessionOptions(threads=1), None, work.claim)
 
 
 def test_a_chunk_on_which_two_workers_died_is_given_up_and_the_others_are_done(bundle, tmp_path):
@@ -101,7 +108,7 @@ def test_a_chunk_on_which_two_workers_died_is_given_up_and_the_others_are_done(b
     assert lost.task.chunk.segments[0].start == 3 * ROWS and lost.documents == 0
     assert f"2 workers died on {tmp_path / 'a.parquet'} rows 300 to 400" in lost.failures[0].message
     assert len(said) == 2 and all("died with exit code -9" in line and "a.parquet" in line for line in said)
-    assert find_parts(tmp_path / "out").rows["a.parquet"] == {
+    assert {part.rows for part in find_leftovers(tmp_path / "out").parts["a.parquet"]} == {
         (i * ROWS, (i + 1) * ROWS) for i in range(10) if i != 3
     }  # fmt: skip
 
@@ -118,21 +125,16 @@ def test_what_no_worker_can_go_on_after_ends_the_job(bundle, tmp_path):
 
 def test_workers_that_die_before_they_begin_end_the_job(bundle, tmp_path):
     work = prepared(bundle, tmp_path, Target)
-    spec = Spec(
-        replace(bundle, path=tmp_path / "no-bundle"),
-        "cpu",
-        Choice(("cpu",), "cpu-fp32"),
-        SessionOptions(threads=1),
-        None,
-    )
+    spec = scoring(replace(bundle, path=tmp_path / "no-bundle"), work)
     with pytest.raises(EngineError, match="no-bundle is no bundle"):
         list(Pool([spec], work.targets, threading.Event()).run(work.tasks))
 
 
 def test_progress_adds_up_to_what_is_done(bundle, tmp_path):
     work, seen = prepared(bundle, tmp_path, Target), []
-    spec = Spec(bundle, "cpu", Choice(("cpu",), "cpu-fp32"), SessionOptions(threads=1), None)
-    done = list(Pool([spec] * 2, work.targets, threading.Event(), executed=seen.append).run(work.tasks))
+    done = list(
+        Pool([scoring(bundle, work)] * 2, work.targets, threading.Event(), executed=seen.append).run(work.tasks)
+    )
     assert all(isinstance(message, Executed) for message in seen)
     assert sum(m.documents for m in seen) == sum(d.documents for d in done) == 10 * ROWS
     assert sum(m.tokens for m in seen) == sum(d.tokens for d in done)
@@ -140,7 +142,7 @@ def test_progress_adds_up_to_what_is_done(bundle, tmp_path):
 
 def test_a_job_without_tasks_starts_no_worker(bundle, tmp_path):
     work = prepared(bundle, tmp_path, Target)
-    assert list(run(bundle, Work(work.targets, [], 0, []), [])) == []
+    assert list(run(bundle, replace(work, tasks=[]), [])) == []
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ class DeadliestTarget(Target):
 def test_a_file_that_kills_on_every_chunk_does_not_end_the_job(bundle, tmp_path):
     deadly, sound = (prepared(bundle, tmp_path / name, kind) for name, kind in (("a", DeadliestTarget), ("b", Target)))
     tasks = [Task(t.number + 10, Chunk(tuple(replace(s, file=1) for s in t.chunk.segments))) for t in sound.tasks]
-    work = Work([*deadly.targets, *sound.targets], [*deadly.tasks, *tasks], 0, [])
+    work = replace(deadly, targets=[*deadly.targets, *sound.targets], tasks=[*deadly.tasks, *tasks])
     done = list(run(bundle, work, []))
     assert Counter(d.task.number for d in done) == Counter(range(20))
     assert [d.task.number for d in done if not d.failures] == sorted(t.number for t in tasks)
@@ -167,7 +169,7 @@ def test_a_worker_that_dies_while_it_starts_is_replaced_however_many_files_there
     work, said = prepare(job, bundle, "cpu-fp32", 1 << 20), []
     started = pool._start
 
-    def start_and_kill_the_first(spec: Spec):
+    def start_and_kill_the_first(spec: Scoring):
         process = started(spec)
         if not said and not hasattr(start_and_kill_the_first, "done"):
             start_and_kill_the_first.done = True

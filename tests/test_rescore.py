@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,9 +16,9 @@ from upath import UPath
 
 from jql_engine import Engine, rescore
 from jql_engine.bundle import Bundle
-from jql_engine.errors import EngineError, InputError, OutputError
-from jql_engine.interrupt import StopError
-from jql_engine.launch import Machine, rescore_all, score
+from jql_engine.errors import InputError, OutputError
+from jql_engine.launch import Machine, score
+from jql_engine.launch import rescore as apply_heads
 from jql_engine.output import METADATA_KEY
 from jql_engine.progress import RunLog
 from jql_engine.ranks import Rank
@@ -24,6 +26,7 @@ from jql_engine.rescore import Heads
 from jql_engine.run import Job
 from jql_export import probes
 from tests.conftest import export, write_head
+from tests.servers import Server, s3
 from tests.test_dataset import write
 
 TEXTS = [*probes.SENTENCES[:8], None, "", *probes.ODDITIES[:12], None, " ".join(probes.SENTENCES)]
@@ -48,7 +51,8 @@ def stored(bundle: Bundle, out: Path, *inputs: Path, embeddings: str | None = "f
 
 
 def rescored(bundle: Bundle, out: Path | UPath, *inputs: Path | UPath, **options: object) -> dict[str, Any]:
-    return rescore_all(Job(tuple(map(str, inputs)), out, **options), bundle, threading.Event())
+    log = RunLog(options.pop("metrics", None))
+    return apply_heads(Job(tuple(map(str, inputs)), out, **options), bundle, 1, log, threading.Event())
 
 
 def visible(folder: Path) -> list[str]:
@@ -102,8 +106,8 @@ def test_other_heads_take_the_place_of_the_old_ones(engine, other, tmp_path):
     }
 
 
-def test_a_file_of_many_batches_comes_out_whole_and_in_order(engine, other, tmp_path, monkeypatch):
-    monkeypatch.setattr(rescore, "ROWS", 5)
+def test_a_file_of_many_chunks_comes_out_whole_and_in_order(engine, other, tmp_path, monkeypatch):
+    monkeypatch.setattr(rescore, "CHUNK_ROWS", 15)
     texts = [None if i % 7 in (3, 4) else f"text number {i}" for i in range(83)]
     path = write(tmp_path / "a.parquet", pa.array(texts), 11, id=range(83))
     rescored(other, tmp_path / "out", stored(engine.bundle, tmp_path / "vectors", path, chunk_rows=20))
@@ -148,55 +152,6 @@ def test_products_of_a_few_rows_give_all_scores(other, monkeypatch, n_docs):
     found = heads.score(embeddings)
     assert found.shape == (n_docs, 3) and found.dtype == np.float32
     np.testing.assert_allclose(found, hidden @ heads.output_weight + heads.output_bias, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("function", ["read_schema", "is_finished"])
-def test_files_are_looked_into_at_once(other, vectors, tmp_path, monkeypatch, function):
-    together, real = threading.Barrier(3, timeout=20), getattr(rescore, function)
-
-    def meets_the_others(*arguments: object) -> object:
-        together.wait()
-        return real(*arguments)
-
-    monkeypatch.setattr(rescore, function, meets_the_others)
-    assert rescored(other, tmp_path / "out", vectors)["files"] == 3
-
-
-def test_the_next_rows_are_read_while_the_heads_are_computed(engine, other, tmp_path, monkeypatch):
-    monkeypatch.setattr(rescore, "ROWS", 5)
-    path = write(tmp_path / "a.parquet", [f"text {i}" for i in range(20)])
-    vectors = stored(engine.bundle, tmp_path / "vectors", path)
-    n_read, waited_for, real = threading.Semaphore(0), [], rescore._batches
-
-    def counted(*arguments: object) -> Iterator[pa.RecordBatch]:
-        for batch in real(*arguments):
-            n_read.release()
-            yield batch
-
-    class Waiting(Heads):
-        def score(self, embeddings: np.ndarray) -> np.ndarray:
-            # The first needs two batches to be read, each later one another, the last one none.
-            for _ in range([2, 1, 1, 0][len(waited_for)]):
-                assert n_read.acquire(timeout=20)
-            waited_for.append(len(embeddings))
-            return super().score(embeddings)
-
-    monkeypatch.setattr(rescore, "_batches", counted)
-    monkeypatch.setattr(rescore, "Heads", Waiting)
-    assert rescored(other, tmp_path / "out", vectors)["documents"] == 20
-    assert waited_for == [5] * 4
-
-
-def test_progress_is_a_line_on_stderr_now_and_then(other, vectors, tmp_path, monkeypatch, capsys):
-    rescored(other, tmp_path / "quick", vectors)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(rescore, "LOG_SECONDS", 0)
-    rescored(other, tmp_path / "out", vectors)
-    said = capsys.readouterr().err.splitlines()
-    assert [line.partition(" files, ")[0] for line in said] == [
-        f"{10 * (n + 1)} documents, {n} of 3" for n in range(3)
-    ]  # fmt: skip
-    assert all(line.endswith(" documents/s") for line in said)
 
 
 def test_appended_columns_stay_as_they_are(engine, other, tmp_path):
@@ -288,36 +243,49 @@ def test_the_vectors_are_not_overwritten(other, vectors):
     assert (vectors / "a.parquet").read_bytes() == before
 
 
-def test_an_interrupted_run_leaves_nothing_unfinished_and_goes_on(other, vectors, tmp_path, monkeypatch):
-    monkeypatch.setattr(rescore, "ROWS", 4)
+def test_a_run_that_is_stopped_goes_on(other, vectors, tmp_path, monkeypatch):
+    monkeypatch.setattr(rescore, "CHUNK_ROWS", 3)
     stop = threading.Event()
-    seen = []
-
-    class Stopping(Heads):
-        def score(self, embeddings: np.ndarray) -> np.ndarray:
-            seen.append(len(embeddings))
-            if len(seen) == 5:  # in the middle of the second file
-                stop.set()
-            return super().score(embeddings)
-
-    monkeypatch.setattr(rescore, "Heads", Stopping)
-    with pytest.raises(StopError):
-        rescore_all(Job((str(vectors),), tmp_path / "out"), other, stop)
-    assert [name for name in visible(tmp_path / "out") if (tmp_path / "out" / name).is_file()] == ["a.parquet"]
+    work = rescore.prepare_rescoring(Job((str(vectors),), tmp_path / "out"), other)
+    worker = rescore.Rescoring(other, work.claim).open(dict(enumerate(work.targets)), stop, lambda *_: None, print)
+    for n_done, _ in enumerate(worker(work.tasks), start=1):  # killed after some chunks
+        if n_done == 5:
+            break
+    parts = [name for name in visible(tmp_path / "out") if "-" in name]
+    assert len(parts) >= 5
     summary = rescored(other, tmp_path / "out", vectors)
-    assert (summary["files"], summary["skipped_files"]) == (2, 1)
+    assert summary["files"] == 3 and summary["documents"] < 30
     assert visible(tmp_path / "out") == ["a.parquet", "b.parquet", "c.parquet"]
+    for name in "abc":
+        assert pq.read_table(tmp_path / f"out/{name}.parquet").num_rows == 10
 
 
-def test_damaged_vectors_are_named_and_give_no_output(other, vectors, tmp_path):
+def test_damaged_vectors_are_named_and_the_others_are_done(other, vectors, tmp_path, capfd):
     column = pq.read_metadata(vectors / "b.parquet").row_group(0)
     start = min(column.column(i).data_page_offset for i in range(column.num_columns))
     with (vectors / "b.parquet").open("r+b") as stream:
         stream.seek(start)
         stream.write(b"\xff" * (column.column(column.num_columns - 1).data_page_offset + 64 - start))
-    with pytest.raises(EngineError, match=r"b\.parquet cannot be read to its end"):
-        rescored(other, tmp_path / "out", vectors)
-    assert [name for name in visible(tmp_path / "out") if name.endswith(".parquet")] == ["a.parquet"]
+    (vectors / "d.parquet").write_bytes(b"no parquet")
+    write(vectors / "e.parquet", TEXTS)
+    summary = rescored(other, tmp_path / "out", vectors)
+    assert sorted(Path(file["file"]).name for file in summary["unfinished"]) == ["b.parquet", "d.parquet", "e.parquet"]
+    said = capfd.readouterr().err
+    for why in ("b.parquet cannot be read to its end", "d.parquet is not a complete", "e.parquet was not written by"):
+        assert why in said
+    assert [name for name in visible(tmp_path / "out") if name.endswith(".parquet")] == ["a.parquet", "c.parquet"]
+
+
+def test_vectors_that_are_replaced_while_they_are_read_are_not_scored(engine, other, vectors, tmp_path):
+    work = rescore.prepare_rescoring(Job((str(vectors),), tmp_path / "out"), other)
+    path = vectors / "b.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, 10), path)  # as another encoder's would be
+    targets = dict(enumerate(work.targets))
+    worker = rescore.Rescoring(other, work.claim).open(targets, threading.Event(), lambda *_: None, print)
+    failures = [failure.message for done in worker(work.tasks) for failure in done.failures]
+    assert len(failures) == 1 and "b.parquet was changed during the run" in failures[0]
+    assert not (tmp_path / "out/b.parquet").exists()
 
 
 def test_ranks_share_the_files(other, vectors, tmp_path):
@@ -326,16 +294,34 @@ def test_ranks_share_the_files(other, vectors, tmp_path):
     assert visible(tmp_path / "out") == ["a.parquet", "b.parquet", "c.parquet"]
 
 
-def test_remote_vectors_give_remote_scores(other, vectors, tmp_path):
-    place = UPath("memory://rescore-test")
+@pytest.fixture
+def place(monkeypatch) -> Iterator[tuple[UPath, Server]]:
+    """A bucket on S3."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with s3() as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        fsspec.filesystem("s3").clear_instance_cache()
+        bucket = UPath("s3://vectors")
+        bucket.fs.mkdir("vectors")
+        yield bucket, server
+
+
+def test_remote_vectors_give_remote_scores_also_where_requests_fail(other, vectors, tmp_path, place):
+    bucket, server = place
     for file in sorted(vectors.glob("*.parquet")):
-        (place / "vectors" / file.name).write_bytes(file.read_bytes())
+        (bucket / "in" / file.name).write_bytes(file.read_bytes())
     rescored(other, tmp_path / "out", vectors)
-    try:
-        assert rescored(other, place / "out", place / "vectors")["files"] == 3
-        assert rescored(other, place / "out", place / "vectors")["skipped_files"] == 3
-        for name in "abc":
-            with (place / f"out/{name}.parquet").open("rb") as stream:
-                assert pq.read_table(stream).equals(pq.read_table(tmp_path / f"out/{name}.parquet"))
-    finally:
-        place.fs.rm(place.path, recursive=True)
+    asked = count()
+    server.fault = lambda request: "busy" if request.method == "GET" and next(asked) % 7 == 3 else None
+    assert rescored(other, bucket / "out", bucket / "in")["files"] == 3
+    assert server.faults
+    server.fault = lambda _: None
+    assert rescored(other, bucket / "out", bucket / "in")["skipped_files"] == 3
+    for name in "abc":
+        with (bucket / f"out/{name}.parquet").open("rb") as stream:
+            assert pq.read_table(stream).equals(pq.read_table(tmp_path / f"out/{name}.parquet"))

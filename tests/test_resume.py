@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,8 @@ import pytest
 
 from jql_engine import Engine
 from jql_engine.errors import OutputError
+from jql_engine.output import METADATA_KEY
+from jql_engine.parts import Part, key_of
 from jql_engine.progress import Meter, RunLog
 from jql_engine.run import CHUNK_ROWS, Job, prepare, run
 from jql_engine.sessions import CHUNK_BYTES
@@ -107,7 +108,8 @@ def interrupted(engine: Engine, out: Path, source: Path, n_parts: int, **options
     rows = options.get("chunk_rows", CHUNK_ROWS)
     target.unlink()
     for i in range(n_parts):
-        part = out / ".parts" / source.name / f"{i * rows:012}-{(i + 1) * rows:012}.parquet"
+        key = key_of(json.loads(table.schema.metadata[METADATA_KEY]))
+        part = out / ".parts" / source.name / Part(key, i * rows, (i + 1) * rows).name
         part.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table.slice(i * rows, rows), part)
 
@@ -150,9 +152,7 @@ def test_a_part_that_comes_after_its_file_was_finished_goes(engine, tmp_path):
     [target] = work.targets
 
     def chunks():
-        worker = Worker(
-            engine.bundle, engine.session, Tokenizer.of(engine.bundle), {0: target}, None, threading.Event()
-        )
+        worker = Worker(engine.bundle, engine.session, Tokenizer.of(engine.bundle), {0: target}, work.claim)
         yield from worker.run(work.tasks)
         ends = time.monotonic() + 30
         while target.parts.exists() and time.monotonic() < ends:
@@ -162,6 +162,7 @@ def test_a_part_that_comes_after_its_file_was_finished_goes(engine, tmp_path):
     interrupted(engine, tmp_path / "other", path, 2, chunk_rows=100)
     shutil.copytree(tmp_path / "other/.parts/a.parquet", tmp_path / "parts")
     run(work, chunks(), Meter(0), RunLog(None))
+    work.claim.release()
     assert visible(out) == ["a.parquet"] and not (out / ".parts").exists()
 
 
