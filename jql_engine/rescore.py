@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,8 @@ def rescore_files(job: Job, bundle: Bundle, stop: threading.Event) -> dict[str, 
     if not bundle.heads:
         raise BundleError(f"{bundle.path} has no heads to apply; give a bundle of the same encoder with heads")
     heads, out = Heads.of(bundle), locate(job.out)
-    sources = share(find_files(job.inputs), job.rank)
+    listing = find_files(job.inputs)
+    sources = share(listing.files, job.rank)
     progress = Progress(len(sources))
     with ThreadPoolExecutor(OPENERS) as pool:
         plans = list(pool.map(lambda source: _look(source, bundle), sources))
@@ -120,6 +121,7 @@ def rescore_files(job: Job, bundle: Bundle, stop: threading.Event) -> dict[str, 
         "documents_per_second": round(progress.documents / progress.seconds, 1),
         "files": progress.files - n_finished,
         "skipped_files": n_finished,
+        "unfinished": [asdict(file) for file in listing.refused],
         "bundle": bundle.hash,
     }
 

@@ -111,7 +111,9 @@ def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
     if not bundle.heads and job.embeddings is None:
         raise BundleError(f"{bundle.path} has no heads, only embeddings; give --embeddings fp16 or fp32 to keep those")
     out, settings = locate(job.out), _settings(job, bundle, variant, chunk_bytes)
-    sources, finished = find_files(job.inputs), set()
+    listing = find_files(job.inputs)
+    sources, finished = list(listing.files), set()
+    refused = [Unfinished(one.file, one.reason) for one in listing.refused]
     if job.limit is None:
         sources = share(sources, job.rank)
         finished = set() if job.overwrite else _finished(out, sources, settings)
@@ -126,7 +128,7 @@ def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
     parts = find_parts(out)
     _tidy(out, sources, finished if not job.overwrite else set(sources), parts)
     tasks = list(_tasks(job, targets, chunk_bytes, {} if job.overwrite else parts.rows))
-    return Work(targets, tasks, len(sources) - len(targets) - len(unreadable), unreadable)
+    return Work(targets, tasks, len(sources) - len(targets) - len(unreadable), [*refused, *unreadable])
 
 
 def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog) -> Outcome:
@@ -219,8 +221,9 @@ class _Assembly:
 
 def open_inputs(job: Job) -> tuple[list[InputFile], list[Unfinished]]:
     """The files of `job` that can be read, and those that cannot; raises InputError."""
-    sources = find_files(job.inputs)
-    return _open(job, sources if job.limit else share(sources, job.rank), set())
+    listing = find_files(job.inputs)
+    files, unreadable = _open(job, listing.files if job.limit else share(listing.files, job.rank), set())
+    return files, [*(Unfinished(one.file, one.reason) for one in listing.refused), *unreadable]
 
 
 def _finished(out: Location, sources: Sequence[SourceFile], settings: dict[str, Any]) -> set[SourceFile]:
