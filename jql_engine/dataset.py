@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import glob
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import pyarrow as pa
+from fsspec.utils import tokenize
 from upath import UPath
 
 from jql_engine.data import Chunk, Segment
-from jql_engine.errors import InputError
+from jql_engine.errors import InputError, UnsafeNameError
+from jql_engine.listing import Found, Pattern, path_on, search
 from jql_engine.names import RelativeName
-from jql_engine.storage import Location, locate, retry, version_from, version_of
+from jql_engine.printing import redact
+from jql_engine.storage import UNKNOWN, Location, locate, retry, version_from, version_from_status
 
 Format: TypeAlias = Literal["parquet", "jsonl"]
 # Names that a folder is searched for. A file that is given by its name is parquet unless it is called like one of the
@@ -46,9 +50,30 @@ class SourceFile:
         return SUFFIXES.get(self.suffix, "parquet")
 
     @property
+    def is_traceable(self) -> bool:
+        """Whether a change shows that keeps the size: False where a server tells neither tag nor time of a file."""
+        return self.version != UNKNOWN
+
+    @property
     def suffix(self) -> str:
         """The one of SUFFIXES that its name ends in, empty for any other."""
         return _suffix_of(self.location.name.partition("?")[0])  # of an http URL what follows is its query
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An input that cannot be scored, whatever is in it."""
+
+    file: str  # fit to be shown
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """All that inputs name."""
+
+    files: tuple[SourceFile, ...]
+    refused: tuple[Refused, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,24 +116,43 @@ class InputFile:
         return replace(self, group_rows=tuple(rows), group_bytes=tuple(sizes), limit=n_rows)
 
 
-def find_files(inputs: Sequence[str]) -> list[SourceFile]:
-    """Every file to score that `inputs` name, in a stable order.
+def find_files(inputs: Sequence[str]) -> Listing:
+    """Every file to score that `inputs` name, in a stable order, and what has no place below an output folder.
 
     A folder gives all files in it that end in one of SUFFIXES, at their paths inside of it; a glob gives what it
-    matches, at the paths below its fixed part; a file gives its name. Raises InputError: nothing there, nothing
-    matched, or two inputs that would write one output.
+    matches, at the paths below its fixed part; a file gives its name. Links are followed. Raises InputError: nothing
+    there, nothing matched, all refused, a folder that cannot be listed, or two inputs whose outputs exclude each other.
     """
-    found: dict[RelativeName, SourceFile] = {}
+    files: dict[RelativeName, SourceFile] = {}
+    refused: dict[str, Refused] = {}
     for given in inputs:
         for file in _expand(given):
-            other = found.setdefault(file.relative, file)
+            if isinstance(file, Refused):
+                refused.setdefault(file.file, file)
+                continue
+            other = files.setdefault(file.relative, file)
             # Looking a path up takes longer than finding it.
             if other is not file and identity(other.location) != identity(file.location):
                 raise InputError(
                     f"{other.location} and {file.location} would both be written to {file.relative}; give their "
                     "common parent folder, or run them into two --out folders"
                 )
-    return list(found.values())
+    _check_folders(list(files.values()))
+    if refused and not files:
+        raise InputError("; ".join(one.reason for one in list(refused.values())[:3]))
+    return Listing(tuple(files.values()), tuple(refused.values()))
+
+
+def _check_folders(files: Sequence[SourceFile]) -> None:
+    """Raise InputError where one output is called like a folder that another one lies in."""
+    by_name = {file.relative.text: file for file in files}
+    for file in files:
+        for folder in file.relative.folders:
+            if other := by_name.get(folder):
+                raise InputError(
+                    f"{other.location} would be written to {folder}, and {file.location} into a folder of that name; "
+                    "rename one, or run them into two --out folders"
+                )
 
 
 def check_columns(location: Location, schema: pa.Schema, text_column: str, id_column: str | None) -> str | None:
@@ -146,82 +190,86 @@ def split(files: Sequence[InputFile], chunk_rows: int, chunk_bytes: int) -> Iter
         yield Chunk(tuple(together))
 
 
-def _expand(given: str) -> Iterator[SourceFile]:
+def _expand(given: str) -> Iterator[SourceFile | Refused]:
     location = locate(given)
-    return _expand_local(location) if isinstance(location, Path) else _expand_remote(given, location)
+    found = _find_local(location) if isinstance(location, Path) else _find_remote(given, location)
+    for one in sorted(found, key=lambda one: one.name.split("/")):
+        place = Path(one.path) if isinstance(location, Path) else path_on(location, one.path)
+        yield _source(place, one)
 
 
-def _expand_local(path: Path) -> Iterator[SourceFile]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _is_input(file.relative_to(path)) and file.is_file())
-        yield from (_source(file, file.relative_to(path)) for file in _some(path, files))
-    elif path.is_file():
-        yield _source(path, Path(path.name))
-    elif glob.has_magic(str(path)):
-        root = fixed_part(str(path))
-        matches = sorted(file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file())  # noqa: PTH207
-        if not matches:
-            raise InputError(f"{path} matches no file")
-        yield from (_source(file, file.relative_to(root)) for file in matches)
-    else:
-        raise InputError(f"{path} does not exist; give parquet or JSON Lines files, folders or globs")
-
-
-def _expand_remote(given: str, location: UPath) -> Iterator[SourceFile]:
+def _find_local(path: Path) -> list[Found]:
     try:
-        root, found = retry(location, lambda: _list_remote(location))
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if glob.has_magic(str(path)):
+            return _search(path, fixed_part(str(path)), path.parts)
+        raise InputError(f"{path} does not exist; give parquet or JSON Lines files, folders or globs") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be looked up: {error.strerror}") from error
+    if stat.S_ISDIR(status.st_mode):
+        return _search_folder(path, path)
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is neither a file nor a folder")
+    return [Found(path.name, str(path), *version_from_status(status))]
+
+
+def _find_remote(given: str, location: UPath) -> list[Found]:
+    path = location.path
+    try:
+        location.fs.invalidate_cache()  # of what this process saw there before
+        if _is_pattern(location):
+            pattern = path.partition("?")[0] if _is_http(location) else path
+            return _search(given, path_on(location, fixed_part_of_url(pattern)), pattern.split("/"))
+        if not path.endswith("/") and (info := retry(location, lambda: location.fs.info(path)))["type"] == "file":
+            name = (path.partition("?")[0] if _is_http(location) else path).rpartition("/")[2]
+            return [Found(name, path, *version_from(info))]
+        return _search_folder(given, location)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{given} cannot be found: {error.__cause__ or error}") from error
     except Exception as error:  # every file system has errors of its own
         raise InputError(f"{given} cannot be listed: {type(error).__name__}: {error}") from error
-    if not found:
-        if _is_pattern(location):
-            raise InputError(f"{given} matches no file")
-        _some(given, [])
-    for name in sorted(found):
-        inside = _inside(name, root)
-        relative = RelativeName(inside.partition("?")[0] if _is_http(location) else inside)
-        yield SourceFile(locate(location.fs.unstrip_protocol(name)), _output_name(relative), *version_from(found[name]))
 
 
-def _list_remote(location: UPath) -> tuple[str, dict[str, dict[str, Any]]]:
-    """What a URL names, by its path on the file system, and the folder that all of it is in."""
-    fs, path = location.fs, location.path
-    fs.invalidate_cache()  # of what this process saw there before
-    if _is_pattern(location):
-        root, found = fixed_part_of_url(path), fs.glob(path, detail=True)
-    elif not path.endswith("/") and (info := fs.info(path))["type"] == "file":
-        root, found = path.partition("?")[0].rpartition("/")[0], {path: info}
-    else:
-        root, found = path, fs.find(path, detail=True)
-        found = {name: info for name, info in found.items() if _is_input(Path(_inside(name, root)))}
-    # On object stores an empty object "a/b/" marks the folder a/b.
-    return root, {
-        name: info for name, info in found.items() if info.get("type", "file") == "file" and not name.endswith("/")
-    }
+def _search(given: object, root: Location, segments: Sequence[str]) -> list[Found]:
+    """What a glob of `segments` matches below its fixed part `root`."""
+    fixed = next(i for i, segment in enumerate(segments) if glob.has_magic(segment))
+    if found := list(search(root, Pattern(tuple(segments[fixed:])))):
+        return found
+    raise InputError(f"{given} matches no file")
+
+
+def _search_folder(given: object, root: Location) -> list[Found]:
+    """Hidden is what a writer has not finished: a leading dot or underscore anywhere."""
+    if found := list(search(root, Pattern(("**", "*"), (".", "_"), tuple(SUFFIXES)))):
+        return found
+    raise InputError(f"folder {given} holds no file that ends in {', '.join(SUFFIXES)}")
+
+
+def _source(location: Location, found: Found) -> SourceFile | Refused:
+    name = found.name if isinstance(location, Path) or not _is_http(location) else found.name.partition("?")[0]
+    shown = redact(str(location))
+    if found.fault:
+        return Refused(shown, f"{shown} cannot be read: {found.fault}")
+    try:
+        relative = RelativeName(name)
+        str(location).encode()
+    except UnsafeNameError as error:
+        return Refused(shown, f"{shown}: {error}")
+    except UnicodeEncodeError:
+        return Refused(shown, f"{shown}: the name of a folder is not UTF-8; rename it")
+    return SourceFile(location, _output_name(relative), found.size, found.version)
 
 
 def _is_pattern(location: UPath) -> bool:
     """True for a glob; of an http URL what follows "?" is its query."""
-    return glob.has_magic(location.path.replace("?", "") if _is_http(location) else location.path)
+    return glob.has_magic(location.path.partition("?")[0] if _is_http(location) else location.path)
 
 
 def _is_http(location: UPath) -> bool:
     return location.protocol in ("http", "https")
-
-
-def _inside(name: str, root: str) -> str:
-    return name.removeprefix(root.rstrip("/") + "/")
-
-
-def _some(given: str | Path, files: list[Path]) -> list[Path]:
-    if not files:
-        raise InputError(f"folder {given} holds no file that ends in {', '.join(SUFFIXES)}")
-    return files
-
-
-def _source(file: Path, relative: Path) -> SourceFile:
-    return SourceFile(file, _output_name(RelativeName(relative.as_posix())), *version_of(file))
 
 
 def _output_name(relative: RelativeName) -> RelativeName:
@@ -236,14 +284,12 @@ def _suffix_of(name: str) -> str:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
-def _is_input(relative: Path) -> bool:
-    """By its name; False for what a writer has not finished: a leading dot or underscore anywhere."""
-    return bool(_suffix_of(relative.name)) and not any(part.startswith((".", "_")) for part in relative.parts)
-
-
 def identity(location: Location) -> str:
     """What two names of one file have in common."""
-    return str(location.resolve() if isinstance(location, Path) else location)
+    if isinstance(location, Path):
+        return str(location.resolve())
+    # A host or a user that fsspec takes out of the URL is among the options.
+    return f"{location} ({tokenize(location.storage_options)})" if location.storage_options else str(location)
 
 
 def fixed_part(pattern: str) -> Path:

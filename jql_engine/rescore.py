@@ -75,11 +75,12 @@ def prepare_rescoring(job: Job, bundle: Bundle) -> Work:
         raise BundleError(f"{bundle.path} has no heads to apply; give a bundle of the same encoder with heads")
     job = replace(job, chunk_rows=CHUNK_ROWS)
     claim = Claim(locate(job.out), {"rescored": True, "bundle": bundle.hash, "heads": list(bundle.heads)})
-    sources, shared = find_sources(job, claim.out)
+    inputs = find_sources(job, claim.out)
     files: list[InputFile] = []
     errors: list[tuple[SourceFile, UnreadableError]] = []
     with Child() as child:
-        for source, found in zip(sources, child.each(partial(_look, bundle), sources, crashed), strict=True):
+        looked = child.each(partial(_look, bundle), inputs.sources, crashed)
+        for source, found in zip(inputs.sources, looked, strict=True):
             if isinstance(found, UnreadableError):
                 errors.append((source, found))
             else:
@@ -89,7 +90,7 @@ def prepare_rescoring(job: Job, bundle: Bundle) -> Work:
         targets = [_target(file, claim, bundle, job.overwrite) for file in with_shared_schemas(files)]
         finished = [] if job.overwrite else list(_finished(targets, child))
         unreadable = [Unfinished(str(source.location), str(error)) for source, error in errors]
-        return plan(job, claim, targets, finished, unreadable, CHUNK_BYTES, child, shared)
+        return plan(job, claim, targets, finished, [*inputs.refused, *unreadable], CHUNK_BYTES, child, inputs.shared)
 
 
 def _finished(targets: list[Target], child: Child) -> Iterator[SourceFile]:

@@ -128,16 +128,16 @@ def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
         raise BundleError(f"{bundle.path} has no heads, only embeddings; give --embeddings fp16 or fp32 to keep those")
     settings, scores = _settings(job, bundle, variant, chunk_bytes), _score_schema(job, bundle)
     claim = Claim(locate(job.out), {**settings, "limit": job.limit})
-    sources, shared = find_sources(job, claim.out)
+    found = find_sources(job, claim.out)
     with Child() as child:
-        seen = _look_into(job, child, sources, None if job.overwrite or job.limit else settings, claim.out)
+        seen = _look_into(job, child, found.sources, None if job.overwrite or job.limit else settings, claim.out)
         targets = [Target(claim.out, file, scores, job.output, settings, job.overwrite) for file in seen.files]
         for target in targets:
             check_names(target.file, target.scores, job.output)
         finished = seen.finished
         if job.limit is not None and not job.overwrite:
             finished = [target.file.source for target in targets if is_finished(target.final, target.settings)]
-        return plan(job, claim, targets, finished, seen.unreadable, chunk_bytes, child, shared)
+        return plan(job, claim, targets, finished, [*found.refused, *seen.unreadable], chunk_bytes, child, found.shared)
 
 
 def plan(
@@ -283,23 +283,32 @@ class _Assembly:
             child.close()
 
 
-def find_sources(job: Job, out: Location) -> tuple[list[SourceFile], Shared | None]:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Input files of this rank."""
+
+    sources: Sequence[SourceFile]
+    refused: list[Unfinished]
+    shared: Shared | None  # where there are several ranks
+
+
+def find_sources(job: Job, out: Location) -> Found:
     """The input files of this rank; raises InputError, OutputError.
 
     Several ranks share the files of one listing, see jql_engine.frozen.
     """
-    sources = find_files(job.inputs)
+    listed = find_files(job.inputs)
+    refused = [Unfinished(one.file, one.reason) for one in listed.refused]
     if job.rank.world_size == 1:
-        return sources, None
-    check_output(out, job.inputs, sources)
-    listing = freeze(out, job.inputs, sources)
-    if job.limit is not None:  # the first of all files, before they are shared
-        found = listing.share_of(Rank(), sources)
-        return found.sources, Shared(listing, job.rank, [], found.n_new, job.overwrite)
-    found = listing.share_of(job.rank, sources)
+        return Found(listed.files, refused, None)
+    check_output(out, job.inputs, listed.files)
+    listing = freeze(out, job.inputs, listed.files)
+    # With a limit, the first of all files are taken before they are shared.
+    found = listing.share_of(job.rank if job.limit is None else Rank(), listed.files)
     reason = "was there when the ranks of this job began, and is gone"
     gone = [Unfinished(str(file.relative), f"{file.relative} {reason}") for file in found.gone]
-    return found.sources, Shared(listing, job.rank, gone, found.n_new, job.overwrite)
+    shared = Shared(listing, job.rank, [] if job.limit else gone, found.n_new, job.overwrite)
+    return Found(found.sources, refused, shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,10 +322,10 @@ class _Seen:
 
 def open_inputs(job: Job) -> tuple[list[InputFile], list[Unfinished]]:
     """The files of `job` that can be read, and those that cannot; raises InputError."""
-    sources = find_files(job.inputs)
+    listed = find_files(job.inputs)
     with Child() as child:
-        seen = _look_into(job, child, sources if job.limit else share(sources, job.rank), None, None)
-    return seen.files, seen.unreadable
+        seen = _look_into(job, child, listed.files if job.limit else share(listed.files, job.rank), None, None)
+    return seen.files, [*(Unfinished(one.file, one.reason) for one in listed.refused), *seen.unreadable]
 
 
 def _look_into(

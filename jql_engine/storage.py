@@ -48,6 +48,12 @@ OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl
 # What a store answers where a file that must not exist does; fsspec makes a FileExistsError of most of these.
 CONDITION_FAILED = {"PreconditionFailed", "412"}
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # of a file system without them
+# What the file systems of fsspec call entity tags, hashes and times of modification.
+VERSION_KEYS = (
+    "ETag", "etag", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "Digest", "mtime", "updated",
+    "modified", "modify", "modificationTime", "created", "blob_id", "sha",
+)  # fmt: skip
+UNKNOWN = "unknown"  # the version of a file of which only the size is told
 MKDIR_ATTEMPTS = 8
 # fsspec reads ahead by this much; parquet column chunks of one text column are read front to back.
 REMOTE_BLOCK = 8 << 20
@@ -111,16 +117,19 @@ def _status_of(error: Exception) -> object:
 def version_of(location: Location) -> tuple[int, str]:
     """Size in bytes, and a text that changes when the content does: modification time or entity tag."""
     if isinstance(location, Path):
-        status = location.stat()
-        return status.st_size, str(status.st_mtime_ns)
+        return version_from_status(location.stat())
     return version_from(retry(location, lambda: location.fs.info(location.path)))
 
 
+def version_from_status(status: os.stat_result) -> tuple[int, str]:
+    """The same from what the operating system says of a file."""
+    return status.st_size, str(status.st_mtime_ns)
+
+
 def version_from(info: dict[str, object]) -> tuple[int, str]:
-    """The same from what fsspec says of a file."""
-    keys = ("ETag", "etag", "LastModified", "last_modified", "Last-Modified", "mtime", "updated", "created", "blob_id")
+    """The same from what fsspec says of a file; UNKNOWN where that tells neither tag nor time."""
     size = info.get("size")
-    version = next((str(info[key]) for key in keys if info.get(key)), "unknown")
+    version = next((str(info[key]) for key in VERSION_KEYS if info.get(key)), UNKNOWN)
     return (size if isinstance(size, int) else -1), version
 
 
@@ -328,9 +337,9 @@ def remove_folder(folder: Location, root: Location) -> None:
         with suppress(FileNotFoundError):
             retry(folder, lambda: folder.fs.rm(folder.path, recursive=True))
         folder.fs.invalidate_cache(folder.path)
-        for above in (folder, *folder.parents):
-            remove_if_empty(above)
-            if above == root:
+        for parent in (folder, *folder.parents):
+            remove_if_empty(parent)
+            if parent == root:
                 break
 
 
@@ -340,7 +349,7 @@ def remove_empty_folders(root: Location) -> None:
         for folder, _, _ in os.walk(root, topdown=False):
             remove_if_empty(Path(folder))
     elif root.protocol not in OBJECT_STORES:
-        for path, _, _ in list(root.fs.walk(root.path, topdown=False)):
+        for path in [path for path, _, _ in root.fs.walk(root.path, topdown=False)]:
             with suppress(Exception):  # as below
                 root.fs.rmdir(path)
 

@@ -1,24 +1,33 @@
 from __future__ import annotations
 
+import errno
+import json
+import os
 import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
-from jql_engine import dataset
+from jql_engine import dataset, storage
 from jql_engine.data import Chunk, Segment
-from jql_engine.dataset import InputFile, SourceFile, find_files, split
+from jql_engine.dataset import InputFile, Listing, SourceFile, find_files, split
 from jql_engine.errors import EngineError, InputError
 from jql_engine.formats import open_file
 from jql_engine.names import RelativeName
-from jql_engine.storage import version_of
+from jql_engine.storage import version_from, version_of
 from tests.files import damage, not_utf8
 
 __all__ = ["damage", "not_utf8", "write"]  # used by other tests
@@ -33,7 +42,7 @@ def write(path: Path, texts: list[str | None] | pa.Array, row_group_size: int | 
 
 
 def source(path: Path | UPath) -> SourceFile:
-    [found] = find_files([str(path)])
+    [found] = find_files([str(path)]).files
     return found
 
 
@@ -53,8 +62,9 @@ def chunks_of(*files: InputFile) -> list[Chunk]:
     return list(split(files, CHUNK_ROWS, CHUNK_BYTES))
 
 
-def places(found: list[SourceFile]) -> list[tuple[Path, Path]]:
-    return [(file.location, Path(file.relative.text)) for file in found]
+def places(found: Listing) -> list[tuple[Path, Path]]:
+    assert found.refused == ()
+    return [(file.location, Path(file.relative.text)) for file in found.files]
 
 
 def test_a_file_gives_its_name(tmp_path):
@@ -122,8 +132,8 @@ def test_files_are_looked_up_only_where_two_have_one_output(tmp_path, monkeypatc
     real = dataset.identity
     monkeypatch.setattr(dataset, "identity", lambda location: looked_up.append(location) or real(location))
     paths = [write(tmp_path / f"{number}.parquet", ["x"]) for number in range(5)]
-    assert len(find_files([str(tmp_path)])) == 5 and looked_up == []
-    assert len(find_files([str(tmp_path), str(paths[0])])) == 5 and looked_up == [paths[0]] * 2
+    assert len(find_files([str(tmp_path)]).files) == 5 and looked_up == []
+    assert len(find_files([str(tmp_path), str(paths[0])]).files) == 5 and looked_up == [paths[0]] * 2
 
 
 def test_two_files_that_would_be_written_to_one_are_an_error(tmp_path):
@@ -135,7 +145,7 @@ def test_two_files_that_would_be_written_to_one_are_an_error(tmp_path):
 
 def test_a_source_knows_its_size_version_and_format(tmp_path):
     path = write(tmp_path / "a.parquet", ["x"])
-    [found] = find_files([str(path)])
+    [found] = find_files([str(path)]).files
     assert (found.size, found.version, found.format) == (*version_of(path), "parquet")
     assert found.size == path.stat().st_size
 
@@ -147,7 +157,7 @@ def test_a_folder_gives_json_lines_too_and_each_becomes_parquet(tmp_path):
     for name in ["z.parquet", *JSON_LINES, "notes.json", "log.gz", ".hidden.jsonl", "_tmp/x.jsonl.gz"]:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).touch()
-    found = find_files([str(tmp_path / "in")])
+    found = find_files([str(tmp_path / "in")]).files
     assert [file.relative.text for file in found] == [f"{name}.parquet" for name in "abcdez"]
     assert [file.location.name for file in found] == [*JSON_LINES, "z.parquet"]
     assert [file.format for file in found] == ["jsonl"] * 5 + ["parquet"]
@@ -157,7 +167,7 @@ def test_only_the_suffix_of_a_name_changes(tmp_path):
     for name in ["v1.2.jsonl.gz", "x.jsonl.d/y.jsonl", "part-0"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_files([str(tmp_path), str(tmp_path / "part-0")])
+    found = find_files([str(tmp_path), str(tmp_path / "part-0")]).files
     assert [file.relative.text for file in found] == ["v1.2.parquet", "x.jsonl.d/y.parquet", "part-0"]
     assert found[2].format == "parquet"
 
@@ -196,7 +206,7 @@ def remote():
     ],
 )
 def test_a_url_gives_files_folders_and_globs(remote, given, expected):
-    found = find_files([remote + given])
+    found = find_files([remote + given]).files
     assert [file.relative.text for file in found] == expected
     for file in found:
         assert file.location.read_bytes().decode().endswith(file.location.name)
@@ -204,7 +214,7 @@ def test_a_url_gives_files_folders_and_globs(remote, given, expected):
 
 
 def test_a_remote_file_given_twice_is_scored_once(remote):
-    assert len(find_files([f"{remote}/b.parquet", f"{remote}/*.parquet"])) == 1
+    assert len(find_files([f"{remote}/b.parquet", f"{remote}/*.parquet"]).files) == 1
 
 
 def test_a_remote_file_and_a_local_one_that_would_be_written_to_one_are_an_error(remote, tmp_path):
@@ -232,6 +242,177 @@ def test_where_nothing_is_found_the_input_is_named(tmp_path, given, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=f"{re.escape(str(tmp_path / given))}.*{re.escape(message)}"):
         find_files([str(tmp_path / given)])
+
+
+def test_links_are_followed(tmp_path):
+    write(tmp_path / "elsewhere" / "deep" / "a.parquet", ["x"])
+    write(tmp_path / "b.parquet", ["x"])
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "c.parquet").symlink_to(tmp_path / "b.parquet")
+    expected = [Path("c.parquet"), Path("linked/deep/a.parquet")]
+    for asked in (folder, folder / "**/*.parquet", folder / "**"):
+        assert [relative for _, relative in places(find_files([str(asked)]))] == expected
+    assert [relative for _, relative in places(find_files([str(folder / "*/deep/*")]))] == expected[1:]
+
+
+def test_a_loop_of_links_ends(tmp_path):
+    write(tmp_path / "in" / "a" / "x.parquet", ["x"])
+    (tmp_path / "in" / "a" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "here").symlink_to(".")
+    for asked in ("in", "in/**/*.parquet"):
+        assert [relative for _, relative in places(find_files([str(tmp_path / asked)]))] == [Path("a/x.parquet")]
+    found = places(find_files([str(tmp_path / "in/*/up/a/*.parquet")]))  # a way that ends leads through a loop as well
+    assert [relative for _, relative in found] == [Path("a/up/a/x.parquet")]
+
+
+NO_LISTING = """
+import os, sys
+from jql_engine.dataset import find_files
+from jql_engine.errors import InputError
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+for given in sys.argv[1:]:
+    try:
+        print(len(find_files([given]).files))
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444], ids=oct)  # nothing; names, and nothing about them
+def test_a_folder_that_may_not_be_listed_is_an_error(tmp_path, mode):
+    write(tmp_path / "in" / "a.parquet", ["x"])
+    write(tmp_path / "in" / "closed" / "b.parquet", ["x"])
+    for parent in (tmp_path, *tmp_path.parents[:-1]):
+        if parent.stat().st_mode & 0o077 == 0 and parent.is_relative_to(tempfile.gettempdir()):
+            parent.chmod(0o755)
+    (tmp_path / "in" / "closed").chmod(mode)
+    try:
+        given = [str(tmp_path / name) for name in ("in", "in/**/*.parquet", "in/*/*", "in/*.parquet", "in/closed/x")]
+        done = subprocess.run([sys.executable, "-c", NO_LISTING, *given], capture_output=True, text=True, check=True)
+    finally:
+        (tmp_path / "in" / "closed").chmod(0o755)
+    *errors, count, single = done.stdout.splitlines()
+    assert len(errors) == 3 and all(re.search("in/closed.* cannot be listed: Permission denied", e) for e in errors)
+    assert count == "1" and "Permission denied" in single
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES], ids=errno.errorcode.get)
+@pytest.mark.parametrize("given", ["", "**/*.parquet", "*/*.parquet"])
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, code, given):
+    write(tmp_path / "a.parquet", ["x"])
+    write(tmp_path / "bad" / "b.parquet", ["x"])
+    real = os.scandir
+
+    def scandir(folder):
+        if Path(folder).name == "bad":
+            raise OSError(code, os.strerror(code), str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match=f"{re.escape(str(tmp_path / 'bad'))} cannot be listed: {os.strerror(code)}"):
+        find_files([str(tmp_path / given)])
+
+
+def refused(listing: Listing) -> dict[str, str]:
+    return {one.file: one.reason for one in listing.refused}
+
+
+def test_what_is_no_file_is_refused_by_name_and_the_others_are_found(tmp_path):
+    good = write(tmp_path / "good.parquet", ["x"])
+    (tmp_path / "gone.parquet").symlink_to("nothing")
+    (tmp_path / "unmounted").symlink_to("nothing")  # it may have been a folder of inputs
+    (tmp_path / "self.parquet").symlink_to("self.parquet")
+    os.mkfifo(tmp_path / "pipe.parquet")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / ".#lock").symlink_to("nothing")
+    found = find_files([str(tmp_path)])
+    assert [file.location for file in found.files] == [good]
+    links, pipe = ("gone.parquet", "self.parquet", "unmounted"), str(tmp_path / "pipe.parquet")
+    assert refused(found).keys() == {*(str(tmp_path / name) for name in links), pipe}
+    for file, reason in refused(found).items():
+        assert (
+            reason.startswith(file) and ("neither a file nor a folder" if file == pipe else "link to nothing") in reason
+        )
+    assert refused(find_files([str(tmp_path / "*.parquet")])).keys() == refused(found).keys() - {
+        f"{tmp_path}/unmounted"
+    }
+
+
+def test_a_name_that_is_not_utf8_is_refused_and_can_be_printed(tmp_path):
+    good = write(tmp_path / "good.parquet", ["x"])
+    for name in (b"\xe9.parquet", b"caf\xe9/inside.parquet"):
+        place = Path(os.fsdecode(bytes(tmp_path) + b"/" + name))
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(good.read_bytes())
+    for asked in (tmp_path, tmp_path / "**/*.parquet"):
+        found = find_files([str(asked)])
+        assert [file.location for file in found.files] == [good]
+        assert refused(found).keys() == {f"{tmp_path}/\\udce9.parquet", f"{tmp_path}/caf\\udce9/inside.parquet"}
+        json.dumps([asdict(one) for one in found.refused], ensure_ascii=False).encode()
+    with pytest.raises(InputError, match="not UTF-8"):
+        find_files([os.fsdecode(bytes(tmp_path) + b"/caf\xe9")])
+
+
+@pytest.mark.parametrize(
+    "names", [("a.jsonl", "a.parquet/part-0.parquet"), ("a.parquet/b.parquet/c.parquet", "a.jsonl")]
+)
+def test_an_output_that_would_be_a_folder_of_another_is_an_error(tmp_path, names):
+    for name in names:
+        write(tmp_path / "in" / name, ["x"])
+    for asked in ([tmp_path / "in"], [tmp_path / "in" / "a.jsonl", tmp_path / "in"]):
+        with pytest.raises(InputError, match="folder of that name") as caught:
+            find_files([str(one) for one in asked])
+        assert all(str(tmp_path / "in" / name) in str(caught.value) for name in names)
+
+
+class ShutFolder(MemoryFileSystem):
+    """One of its folders cannot be listed, and fsspec's find and glob do not say so."""
+
+    protocol = "shut"
+    store: ClassVar[dict[str, object]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    error: ClassVar[Exception] = PermissionError("not yours")
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("shut://").strip("/")
+
+    def ls(self, path, detail=True, **options):
+        if path.rstrip("/").endswith("/bad"):
+            raise self.error
+        return super().ls(path, detail=detail, **options)
+
+
+@pytest.fixture
+def shut(monkeypatch):
+    fsspec.register_implementation("shut", ShutFolder, clobber=True)
+    monkeypatch.setattr(storage, "BACK_OFF", (0.001,))
+    fs = fsspec.filesystem("shut")
+    for name in ("good/a.parquet", "good/bad/b.parquet", "top.parquet"):
+        fs.pipe_file(f"/corpus/{name}", b"x")
+    yield "shut://corpus"
+    ShutFolder.store.clear()
+
+
+@pytest.mark.parametrize("error", [PermissionError("not yours"), OSError("reset"), FileNotFoundError("gone")], ids=repr)
+def test_a_remote_folder_that_cannot_be_listed_is_an_error(shut, monkeypatch, error):
+    monkeypatch.setattr(ShutFolder, "error", error)
+    for asked in ("", "/**/*.parquet", "/*/bad/*.parquet", "/*/*/*"):
+        with pytest.raises(InputError, match=re.escape(f"{error}")):
+            find_files([shut + asked])
+    for asked, name in (("/*.parquet", "top.parquet"), ("/good/*.parquet", "a.parquet")):
+        assert [file.relative.text for file in find_files([shut + asked]).files] == [name]
+
+
+@pytest.mark.parametrize(("told", "traceable"), [({}, False), ({"ETag": "x"}, True), ({"modify": "2024"}, True)])
+def test_a_source_that_tells_neither_tag_nor_time_is_not_traceable(tmp_path, told, traceable):
+    size, version = version_from({"size": 7, **told})
+    assert (size, SourceFile(tmp_path, RelativeName("a"), size, version).is_traceable) == (7, traceable)
+    assert source(write(tmp_path / "a.parquet", ["x"])).is_traceable
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ EXPORT_ONLY = {"torch", "transformers", "jql_export"}
 
 # From the bottom to the top; a part may import what is below it.
 LAYERS = [
-    {"errors"},
+    {"errors", "printing"},
     {"data", "storage", "interrupt"},
-    {"names"},
+    {"names", "listing"},
     {"bundle", "truncation", "pipeline", "dataset"},
     {"gpu", "profiles"},
     {"tensorrt"},

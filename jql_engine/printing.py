@@ -1,0 +1,24 @@
+"""What is shown of names and messages: no secrets, and nothing that a terminal or a JSON reader cannot take."""
+
+from __future__ import annotations
+
+import re
+
+# What stands before the "@" of these names no user but a container or a repository.
+PLACES = {"abfs", "abfss", "az", "wasb", "wasbs", "github"}
+USER = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://[^\s/?#\"\\]*@")
+# To the next blank or quotation mark: a message that goes on behind it loses at most its closing bracket.
+QUERY = re.compile(r"\b(https?://[^\s?#\"\\]*\?)[^\s\"\\]+", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """`text` as it may be shown: without users and passwords of URLs and the queries of http; lone surrogates escaped.
+
+    For whole lines, JSON included, so that messages of other libraries are covered. A pre-signed URL keeps its "?".
+    """
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return QUERY.sub(r"\1…", USER.sub(_without_user, text))
+
+
+def _without_user(found: re.Match[str]) -> str:
+    return found[0] if found[1].lower() in PLACES else f"{found[1]}://…@"
