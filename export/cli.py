@@ -44,17 +44,13 @@ def export(
     ] = None,
     compute_capability: Annotated[
         list[str],
-        typer.Option(help="Build engines of tensorrt-fp16 ahead for this one, like 8.0; repeat.", show_default=False),
+        typer.Option(
+            help="Put an engine of tensorrt-fp16 for this one, like 8.0, into the bundle; repeat.", show_default=False
+        ),
     ] = [],  # noqa: B006
     library: Annotated[
         Literal["tensorrt", "tensorrt-rtx"] | None, typer.Option(help="That builds them; by default tensorrt-rtx.")
     ] = None,
-    engine_hardware: Annotated[
-        Literal["same-gpu", "same-compute-capability", "ampere-plus"], typer.Option(help="GPUs an engine is for.")
-    ] = "same-gpu",
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="An engine that later versions of TensorRT run as well.")
-    ] = False,
     encoder_onnx: Annotated[
         Path | None, typer.Option(help="ONNX file of the same encoder, made elsewhere: the graph foreign-fp32.")
     ] = None,
@@ -67,15 +63,16 @@ def export(
     if calibration is not None and "openvino-int8" not in variant:
         raise typer.BadParameter("is for --variant openvino-int8, which is not asked for", param_hint="--calibration")
     _check_heads(encoder, bool(pairs), no_heads, heads_revision)
-    if not compute_capability and (library or version_compatible or engine_hardware != "same-gpu"):
+    if library and not compute_capability:
         raise typer.BadParameter("say for which GPU engines are to be built", param_hint="--compute-capability")
     if compute_capability and TENSORRT not in variant:
         raise typer.BadParameter(f"is for --variant {TENSORRT}, which is missing", param_hint="--compute-capability")
     warnings.filterwarnings("ignore")  # torch and transformers warn of what this command checks itself
     from transformers.utils import logging as transformers_logging
 
-    from jql_engine.bundle import Bundle
-    from jql_engine.engine_files import EngineOptions, build_ahead
+    from jql_engine.bundle import Bundle, EngineKey
+    from jql_engine.engine_files import build_ahead
+    from jql_engine.tensorrt import RTX
     from jql_export.export import export_bundle
     from jql_export.heads import read_head
     from jql_export.hub import edu_heads, find_checkpoint
@@ -84,14 +81,12 @@ def export(
     quiet: Any = transformers_logging  # untyped
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
-    engines = EngineOptions(None, True, library, engine_hardware, version_compatible)
 
     def report(line: str) -> None:
         print(line, file=sys.stderr)  # noqa: T201
 
-    def build(bundle: Bundle) -> None:
-        for wanted in compute_capability:
-            build_ahead(bundle, TENSORRT, wanted, engines, report)
+    def build(bundle: Bundle) -> dict[str, EngineKey]:
+        return dict(build_ahead(bundle, TENSORRT, wanted, library or RTX, report) for wanted in compute_capability)
 
     heads = [read_head(name, file) for name, file in pairs] or (None if no_heads else edu_heads(heads_revision))
     bundle = export_bundle(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -18,10 +18,12 @@ from jql_engine.bundle import (
     PROBES,
     Bundle,
     EncoderInfo,
+    EngineKey,
     HeadInfo,
     Manifest,
     TokenizerInfo,
     Variant,
+    describe_file,
     describe_files,
     sha256_of,
 )
@@ -55,15 +57,15 @@ def export_bundle(
     report: Callable[[str], None] = lambda _: None,
     encoder_onnx: Path | None = None,
     calibration: Sequence[str] | None = None,
-    build: Callable[[Bundle], object] = lambda _: None,
+    build: Callable[[Bundle], Mapping[str, EngineKey]] = lambda _: {},
 ) -> Bundle:
     """Fuse encoder and heads into one graph per variant, prove each against PyTorch, and write the bundle `out`.
 
     `heads` None: a bundle that only embeds. `encoder_onnx`: an ONNX file of the same encoder, for the further variant
-    foreign-fp32. `calibration`: documents for int8, by default the probe texts. `build` adds engines to the finished
-    bundle before it takes its place. `report` is told what happens, one sentence a step. Raises an EngineError and
-    leaves no bundle where anything is wrong: CheckpointError, HeadError, TokenizerError, ParityError, or BundleError
-    where `out` exists.
+    foreign-fp32. `calibration`: documents for int8, by default the probe texts. `build` writes engines into the
+    bundle and returns what they are, for the manifest. `report` is told what happens, one sentence a step. Raises an
+    EngineError and leaves no bundle where anything is wrong: CheckpointError, HeadError, TokenizerError, ParityError,
+    or BundleError where `out` exists.
     """
     if unknown := sorted(set(variants) - set(VARIANTS)):
         raise BundleError(f"variant {unknown[0]!r} is unknown; known are {', '.join(VARIANTS)}")
@@ -82,8 +84,10 @@ def export_bundle(
         texts = probes.texts() if calibration is None else calibration
         write_graphs(folder, draft, encoder, stacked, lambda: _encode(Bundle(folder, draft, ""), texts), report)
         certified = _certify(Bundle(folder, draft, ""), checkpoint, heads, chosen_pooling, encoder_onnx, report)
-        final = replace(draft, variants=certified, files=describe_files(folder))
-        build(Bundle(folder, final, ""))
+        files = describe_files(folder)
+        engines = dict(build(Bundle(folder, replace(draft, variants=certified, files=files), "")))
+        files |= {name: describe_file(folder / name) for name in engines}
+        final = replace(draft, variants=certified, files=files, engines=engines)
         (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
     return Bundle.open(out)
 

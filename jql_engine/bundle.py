@@ -12,7 +12,8 @@ A bundle is a directory that is complete by itself: no network, no torch, no mod
                              for an embedding e [D]; without heads the four tensors are there too, K = H = 0
     probes.safetensors       documents of known lengths, and what PyTorch computes of them in fp32: ids int32 [T],
                              offsets int64 [N + 1], embedding [N, D], scores [N, H]
-    engines/                 TensorRT engines that this or another machine built of a graph; not part of the identity
+    engines/*.engine         TensorRT engines that were built of a graph ahead, on export. What lies there and is not
+                             listed below is never read: engines built later go to the cache of who runs them
 
 Fields of bundle.json:
 
@@ -32,7 +33,13 @@ Fields of bundle.json:
     variants        {name: {graph, layout, precision, provider, tolerance, parity}}: tolerance is what a graph may
                     differ by from the reference on the probes, parity what it did differ by. Of a variant for GPUs
                     parity is empty: every machine that opens one runs the probes first
-    files           {relative path: {bytes, sha256}} of every file but bundle.json
+    engines         {relative path: {variant, graph, library, version, gpu, compute_capability, precision, profiles}}:
+                    what each engine was built from and for, all of which must agree for it to be loaded. graph: SHA-256
+                    over the hexadecimal SHA-256 of the graph's file and of its weights'; library: "tensorrt" or
+                    "tensorrt-rtx"; gpu: its name, or null where any of the compute capability ("8.0") will do;
+                    profiles: [[row length, most documents]]. Absent where there are none
+    files           {relative path: {bytes, sha256}} of every file but bundle.json; of plain segments joined by "/", no
+                    "..". Graphs and engines are among them
     created_with    {package: version}
 
 A document becomes ids: content = tokenize(text), cut to max_tokens - len(prefix) - len(suffix), between prefix and
@@ -58,12 +65,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from jql_engine.data import Layout
-from jql_engine.errors import BundleError
+from jql_engine.errors import BundleError, UnsafeNameError
+from jql_engine.names import RelativeName
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -123,6 +131,20 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineKey:
+    """What a TensorRT engine was built from and for: all that decides whether it may be used."""
+
+    variant: str
+    graph: str  # SHA-256 over the hashes of the graph and its weights
+    library: str
+    version: str
+    gpu: str | None  # its name; None where any of the compute capability will do
+    compute_capability: str  # "8.0"
+    precision: str
+    profiles: list[list[int]]  # [row length, most documents]
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The content of bundle.json."""
 
@@ -135,6 +157,7 @@ class Manifest:
     variants: dict[str, Variant]
     files: dict[str, dict[str, Any]]
     created_with: dict[str, str]
+    engines: dict[str, EngineKey] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Manifest:
@@ -150,12 +173,16 @@ class Manifest:
                     name: {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])}
                     for name, file in fields["files"].items()
                 },
+                "engines": {name: EngineKey(**key) for name, key in fields.get("engines", {}).items()},
             }
         )
 
     def to_json(self) -> str:
         """The text of bundle.json."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        fields = asdict(self)
+        if not self.engines:
+            del fields["engines"]  # readers from before this field take such a bundle
+        return json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +232,14 @@ class Bundle:
         parts = [m.encoder.files, m.pooling, m.max_tokens, m.files["tokenizer.json"]["sha256"]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def read(self, name: str) -> bytes:
+        """The content of a file that the manifest lists; raises BundleError where it is another than that."""
+        expected = self.manifest.files[name]
+        _check_size(self.path, name, expected)
+        content = (self.path / name).read_bytes()
+        _check_digest(self.path, name, hashlib.sha256(content).hexdigest(), expected)
+        return content
+
     def graph(self, variant: str) -> Path:
         """The graph file of a variant of this bundle."""
         return self.path / self.manifest.variants[variant].graph
@@ -213,9 +248,12 @@ class Bundle:
 def describe_files(path: Path) -> dict[str, dict[str, Any]]:
     """The manifest's `files` of the directory `path`, sorted by name."""
     found = sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
-    return {
-        file.relative_to(path).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in found
-    }
+    return {file.relative_to(path).as_posix(): describe_file(file) for file in found}
+
+
+def describe_file(file: Path) -> dict[str, Any]:
+    """An entry of the manifest's `files`."""
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def sha256_of(file: Path) -> str:
@@ -233,11 +271,25 @@ def _parse(path: Path, raw: bytes) -> Manifest:
                 f"{path} has bundle format {version}; this jql-engine reads up to {FORMAT}: "
                 "update jql-engine, or export the bundle again with this version"
             )
-        return Manifest.parse(fields)
+        manifest = Manifest.parse(fields)
+        _check_names(path, manifest)
+        return manifest
     except BundleError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path / MANIFEST} is damaged ({error!r}); export the bundle again") from error
+
+
+def _check_names(path: Path, manifest: Manifest) -> None:
+    """Raise BundleError for a file outside of the bundle, and for a graph or an engine that is not among the files."""
+    for name in manifest.files:
+        try:
+            RelativeName(name)
+        except UnsafeNameError as error:
+            raise BundleError(f"{path / MANIFEST}: {error}, and export the bundle again") from error
+    for name in [*(variant.graph for variant in manifest.variants.values()), *manifest.engines]:
+        if name not in manifest.files:
+            raise BundleError(f"{path / MANIFEST}: {name!r} is not among its files; export the bundle again")
 
 
 def _read_manifest(path: Path) -> bytes:
@@ -260,7 +312,11 @@ def _check_size(path: Path, name: str, expected: Mapping[str, Any]) -> None:
 
 def _verify(path: Path, name: str, expected: Mapping[str, Any]) -> None:
     _check_size(path, name, expected)
-    if (digest := sha256_of(path / name)) != expected["sha256"]:
+    _check_digest(path, name, sha256_of(path / name), expected)
+
+
+def _check_digest(path: Path, name: str, digest: str, expected: Mapping[str, Any]) -> None:
+    if digest != expected["sha256"]:
         raise BundleError(
             f"{path}: {name} was changed: SHA-256 {digest[:12]}..., the manifest says {expected['sha256'][:12]}...; "
             "copy or export the bundle again"

@@ -47,22 +47,14 @@ def run(
         float | None,
         typer.Option(min=0, help="Most that a graph's scores may differ by from the fp32 reference; 0.02 by default."),
     ] = None,
-    via: Annotated[
-        Literal["onnxruntime"] | None, typer.Option(help="Run TensorRT through ONNX Runtime's provider.")
-    ] = None,
     no_build: Annotated[bool, typer.Option("--no-build", help="TensorRT engines must be there already.")] = False,
     engine_cache: Annotated[
-        Path | None, typer.Option(help="Folder of TensorRT engines; by default in the bundle.")
+        Path | None,
+        typer.Option(help="Folder of TensorRT engines that are built here; by default ~/.cache/jql-engine/engines."),
     ] = None,
     library: Annotated[
         Literal["tensorrt", "tensorrt-rtx"] | None, typer.Option(help="By default the first that is installed.")
     ] = None,
-    engine_hardware: Annotated[
-        Literal["same-gpu", "same-compute-capability", "ampere-plus"], typer.Option(help="GPUs an engine is for.")
-    ] = "same-gpu",
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="An engine that later versions of TensorRT run as well.")
-    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes on the CPU; a GPU has one each.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker; by default its cores.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of this machine; by default from SLURM or torchrun.")] = None,
@@ -91,8 +83,8 @@ def run(
         sources, out or "", text_column, id_column, overwrite, output, embeddings, limit, chunk_rows,
         rank_of(rank, world_size, os.environ),
     )  # fmt: skip
-    engines = EngineOptions(engine_cache, not no_build, library, engine_hardware, version_compatible)
-    machine = Machine(device, variant, workers, tolerance, SessionOptions(threads, via, engines))
+    engines = EngineOptions(engine_cache, not no_build, library)
+    machine = Machine(device, variant, workers, tolerance, SessionOptions(threads, engines))
     with interruptible() as stop:
         opened = Bundle.open(bundle)
         if plan:

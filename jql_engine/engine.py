@@ -34,21 +34,20 @@ class Engine:
         threads: int | None = None,
         tolerance: float | None = None,
         engines: EngineOptions | None = None,
-        via: str | None = None,
     ) -> None:
         """Open the bundle directory `bundle` and load the graph that runs on `device`.
 
         `device`: auto, cpu, cuda or cuda:N; `variant`: a graph of the bundle by name, by default the fastest whose
         scores were found within `tolerance` of the fp32 reference (0.02); `threads`: CPU threads, by default every
-        core this process may use (of up to four, ONNX Runtime lets each compute a document of its own); `engines`,
-        `via`: see SessionOptions, for TensorRT. Raises BundleError, DeviceError, TokenizerError, and ParityError
-        where a GPU computes something else than the reference.
+        core this process may use (of up to four, ONNX Runtime lets each compute a document of its own); `engines`:
+        those of TensorRT. Raises BundleError, DeviceError, TokenizerError, and ParityError where a GPU computes
+        something else than the reference.
         """
         self.bundle = Bundle.open(bundle)
         choice = choose(self.bundle, device, variant, tolerance)
         if "," in device:
             raise DeviceError(f"device {device}: an Engine computes on one; make one for each")
-        options = SessionOptions(threads, via, engines or EngineOptions())
+        options = SessionOptions(threads, engines or EngineOptions())
         self.session: Session = open_certified(self.bundle, choice, choice.devices[0], options)
         self.tokenizer = Tokenizer.of(self.bundle)
 

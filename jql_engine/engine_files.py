@@ -1,39 +1,37 @@
-"""Engine files: under which name they lie, when one may be used, and how one is built once and by one process.
+"""TensorRT's engine files: where one that may be used lies, and how one is built once and by one process.
 
-    BUNDLE/engines/<name>.engine    what TensorRT serialized
-    BUNDLE/engines/<name>.json      {key: every field of EngineKey, sha256 of the engine, fused, seconds}
+    BUNDLE/engines/<name>.engine    made ahead by jql-export, and listed in bundle.json with its key and its SHA-256
+    CACHE/<name>.engine             built here; CACHE is the user's own, and nobody else may write in it
+    CACHE/<name>.json               {key: every field of EngineKey, sha256 of the engine, fused, seconds}
 
-The second is written last and by rename: an engine without it is none. Engines are not listed in bundle.json; they
-belong to a GPU and a library, not to the bundle.
+The last is written after the engine, so that one which was written by half is none. Nothing is ever written into a
+bundle that is complete, and of its engines none is read that the manifest does not list.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import queue
 import re
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jql_engine.bundle import Bundle, sha256_of
+from jql_engine.bundle import Bundle, EngineKey
+from jql_engine.cache import cache_folder, locked, read_private, write_private
 from jql_engine.data import Budget
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.gpu import Gpu
 from jql_engine.profiles import budget_for, profiles_of
-from jql_engine.tensorrt import RTX, TENSORRT, Built, Library, Target, build, load_library
+from jql_engine.tensorrt import RTX, TENSORRT, Built, Library, build, load_library
 
 # Larger batches keep the GPU busier and need more memory; to be measured on each GPU.
 BATCH_TOKENS = 16384
-LOCK_SECONDS = 0.5
 REPORT_SECONDS = 20.0
 
 
@@ -41,58 +39,51 @@ REPORT_SECONDS = 20.0
 class EngineOptions:
     """What a user may choose about engines."""
 
-    folder: Path | None = None  # where they lie, instead of BUNDLE/engines
+    folder: Path | None = None  # where those built here lie, instead of the user's cache folder
     build: bool = True  # False: one that fits must be there
     library: str | None = None  # tensorrt or tensorrt-rtx, None: the first installed
-    hardware: str = "same-gpu"  # or same-compute-capability, ampere-plus
-    version_compatible: bool = False
     batch_tokens: int = BATCH_TOKENS
+
+    @property
+    def cache(self) -> Path:
+        """Folder of what is built and compiled here."""
+        return self.folder or cache_folder("engines")
 
 
 @dataclass(frozen=True, slots=True)
-class EngineKey:
-    """All that decides whether an engine may be used."""
+class EngineFile:
+    """A serialized engine that may be loaded."""
 
-    variant: str
-    graph: str  # SHA-256 over the hashes of the graph and its weights
-    library: str
-    version: str  # the major number alone where the engine is version-compatible
-    gpu: str | None  # its name; None where any of the compute capability will do
-    compute_capability: str  # followed by + where later ones will do too
-    precision: str
-    profiles: list[list[int]]  # [row length, most documents]
-    hardware: str
-    version_compatible: bool
-
-    @property
-    def name(self) -> str:
-        """A file name that people can read; its end is a hash of every field."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
-        where = [f"sm{self.compute_capability}", _slug(self.gpu), f"{self.library}-{self.version}"]
-        return "_".join([self.variant, *where, digest])
+    path: Path  # where it lies, for messages
+    content: Any  # buffer; the very bytes whose hash was compared
+    sha256: str
 
 
 def key_of(
-    bundle: Bundle, variant: str, budget: Budget, library: Library, target: Target, gpu: str | None
+    bundle: Bundle, variant: str, budget: Budget, library: Library, compute_capability: str, gpu: str | None
 ) -> EngineKey:
-    """The key of the engine of a variant for `target`; `gpu`: the name of the GPU at hand, if any."""
+    """The key of the engine of a variant for `compute_capability`; `gpu`: the name of the GPU at hand, if any."""
     info = bundle.manifest.variants[variant]
     files = sorted(name for name in bundle.manifest.files if name in (info.graph, f"{info.graph}.data"))
     hashes = "".join(bundle.manifest.files[name]["sha256"] for name in files)
-    # An engine of TensorRT for RTX holds no kernels chosen on one GPU: it runs on all of its compute capability.
-    for_one_gpu = library.name == TENSORRT and target.hardware == "same-gpu"
     return EngineKey(
         variant,
         hashlib.sha256(hashes.encode()).hexdigest(),
         library.name,
-        library.version.partition(".")[0] if target.version_compatible else library.version,
-        gpu if for_one_gpu else None,
-        "8.0+" if target.hardware == "ampere-plus" else target.compute_capability,
+        library.version,
+        # An engine of TensorRT for RTX holds no kernels chosen on one GPU: it runs on all of its compute capability.
+        gpu if library.name == TENSORRT else None,
+        compute_capability,
         info.precision,
         [[profile.row_length, profile.max_docs] for profile in profiles_of(budget)],
-        target.hardware,
-        target.version_compatible,
     )
+
+
+def name_of(key: EngineKey) -> str:
+    """A file name without suffix that people can read; its end is a hash of every field."""
+    digest = hashlib.sha256(json.dumps(asdict(key), sort_keys=True).encode()).hexdigest()[:10]
+    parts = [key.variant, f"sm{key.compute_capability}", key.gpu or "any", f"{key.library}-{key.version}", digest]
+    return "_".join(map(_slug, parts))
 
 
 def engine_for(
@@ -102,23 +93,40 @@ def engine_for(
     gpu: str | None,
     options: EngineOptions,
     report: Callable[[str], None],
-) -> tuple[Library, Budget, Path]:
-    """The engine file of a variant, built now unless it is there already, its library, and the batches it takes."""
+) -> tuple[Library, Budget, EngineFile]:
+    """The engine of a variant: the bundle's, else the cache's, else built now; its library, and the batches it takes.
+
+    Raises BundleError where there is none and none may be built, CacheError where others can write in the cache.
+    """
     library = load_library(options.library)
     budget = budget_for(bundle, options.batch_tokens)
-    target = Target(compute_capability, options.hardware, options.version_compatible)
-    key = key_of(bundle, variant, budget, library, target, gpu)
-    folder = options.folder or bundle.path / "engines"
-    timings = folder / f"{library.name}-{library.version}_{_slug(gpu)}.timings"
+    key = key_of(bundle, variant, budget, library, compute_capability, gpu)
+    if (engine := from_bundle(bundle, key)) is not None:
+        return library, budget, engine
+    if options.build:
+        make = partial(_build_with_timings, options.cache, bundle, key, library, budget, report)
+        return library, budget, provide(options.cache, key, make, report)
+    if (engine := from_cache(options.cache, key, report)) is None:
+        raise BundleError(why_none(bundle.manifest.engines, options.cache, key))
+    return library, budget, engine
 
-    def make() -> Built:
-        known = timings.read_bytes() if timings.is_file() else b""
-        built = _interruptible(lambda: build(library, bundle.graph(variant), budget, target, known, report), report)
-        if built.timings is not None:
-            write_aside(timings, built.timings)
-        return built
 
-    return library, budget, provide(folder, key, make if options.build else None, report)
+def _build_with_timings(
+    folder: Path, bundle: Bundle, key: EngineKey, library: Library, budget: Budget, report: Callable[[str], None]
+) -> Built:
+    """Build the engine of `key` with the timings of kernels that earlier builds left in a private folder."""
+    timings = folder / f"{key.library}-{key.version}_{_slug(key.gpu or 'any')}.timings"
+    built = _build(bundle, key, library, budget, read_private(timings) or b"", report)
+    if built.timings is not None:
+        write_private(timings, built.timings)
+    return built
+
+
+def _build(
+    bundle: Bundle, key: EngineKey, library: Library, budget: Budget, timings: bytes, report: Callable[[str], None]
+) -> Built:
+    graph = bundle.graph(key.variant)
+    return _interruptible(lambda: build(library, graph, budget, key.compute_capability, timings, report), report)
 
 
 def _interruptible(make: Callable[[], Built], report: Callable[[str], None] = lambda _: None) -> Built:
@@ -146,143 +154,129 @@ def _interruptible(make: Callable[[], Built], report: Callable[[str], None] = la
 def build_ahead(
     bundle: Bundle,
     variant: str,
-    compute_capability: str | None,
-    options: EngineOptions,
+    compute_capability: str,
+    library: str,
     report: Callable[[str], None],
-) -> Path:
-    """The engine file of a variant, for a GPU that need not be here; None: for GPU 0 of this machine.
+    batch_tokens: int = BATCH_TOKENS,
+) -> tuple[str, EngineKey]:
+    """Build the engine of a variant into a bundle that is being written; returns its entry of the manifest's `engines`.
 
-    TensorRT builds for a GPU at hand only, so a compute capability alone asks for TensorRT for RTX.
+    TensorRT for RTX builds for a GPU that need not be here, TensorRT for the GPU at hand only. Raises DeviceError where
+    that is another, or none.
     """
-    gpu = None
-    if compute_capability is None or options.library == TENSORRT:
-        gpu, here = _this_gpu()
-        if compute_capability not in (None, here):
-            raise DeviceError(
-                f"compute capability {compute_capability}: TensorRT builds on the GPU itself, and this is a {gpu} of "
-                f"{here}; build there, or use --library {RTX}"
-            )
-        compute_capability = here
-    elif options.library is None:
-        options = replace(options, library=RTX)
-    return engine_for(bundle, variant, compute_capability, gpu, options, report)[2]
+    loaded = load_library(library)
+    gpu = _this_gpu(compute_capability) if loaded.name == TENSORRT else None
+    budget = budget_for(bundle, batch_tokens)
+    key = key_of(bundle, variant, budget, loaded, compute_capability, gpu)
+    start = time.monotonic()
+    built = _build(bundle, key, loaded, budget, b"", report)
+    name = f"engines/{name_of(key)}.engine"
+    (bundle.path / "engines").mkdir(exist_ok=True)
+    (bundle.path / name).write_bytes(built.engine)
+    _report_built(bundle.path / name, built, start, report)
+    return name, key
 
 
-def _this_gpu() -> tuple[str, str]:
+def _this_gpu(compute_capability: str) -> str:
+    """The name of GPU 0, which must have `compute_capability`."""
     try:
         device = Gpu(0)
     except DeviceError as error:
         raise DeviceError(
-            f"{error}; to build for a GPU elsewhere give --compute-capability, which {RTX} can do without one"
+            f"{error}; TensorRT builds on the GPU itself: to build for a GPU elsewhere use --library {RTX}"
         ) from error
     device.close()
-    return device.name, device.compute_capability
+    if device.compute_capability != compute_capability:
+        raise DeviceError(
+            f"compute capability {compute_capability}: TensorRT builds on the GPU itself, and this is a {device.name} "
+            f"of {device.compute_capability}; build there, or use --library {RTX}"
+        )
+    return device.name
 
 
-def provide(folder: Path, key: EngineKey, make: Callable[[], Built] | None, report: Callable[[str], None]) -> Path:
-    """The engine file of `key` in `folder`; where there is none `make` builds it, under a lock, once for all processes.
+def from_bundle(bundle: Bundle, key: EngineKey) -> EngineFile | None:
+    """The engine of `key` that the bundle lists, if any; raises BundleError where the file is not what it lists."""
+    for name, listed in bundle.manifest.engines.items():
+        if listed == key:
+            return EngineFile(bundle.path / name, bundle.read(name), bundle.manifest.files[name]["sha256"])
+    return None
 
-    Raises BundleError where there is none and `make` is None, or where the folder cannot be written.
+
+def from_cache(folder: Path, key: EngineKey, report: Callable[[str], None]) -> EngineFile | None:
+    """The engine of `key` in the private folder `folder`, None where there is none or a damaged one.
+
+    Raises CacheError where others can have written it.
     """
-    file = folder / f"{key.name}.engine"
-    if _is_whole(file, key, report):
-        return file
-    if make is None:
-        raise BundleError(_why_none(folder, key))
-    with _locked(writable(folder) / f".{key.name}.lock", report):
-        if not _is_whole(file, key, report):
-            _write(file, key, make, report)
-    return file
+    file = folder / f"{name_of(key)}.engine"
+    about = _read_about(file.with_suffix(".json"))
+    if about is None or about[0] != key or (content := read_private(file)) is None:
+        return None
+    if (digest := hashlib.sha256(content).hexdigest()) == about[1]:
+        return EngineFile(file, content, digest)
+    report(f"{file} is damaged: its SHA-256 is not the one beside it")
+    return None
 
 
-def writable(folder: Path) -> Path:
-    """The folder, made where it is missing; raises BundleError where nothing can be written in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise BundleError(
-            f"{folder}: engines cannot be written there ({error.strerror}); name another folder with --engine-cache"
-        ) from error
+def provide(folder: Path, key: EngineKey, make: Callable[[], Built], report: Callable[[str], None]) -> EngineFile:
+    """The engine of `key` in the private folder `folder`; `make` builds it, under a lock, once for all processes.
+
+    Raises CacheError where the folder cannot be written, or others can write in it.
+    """
+    if (engine := from_cache(folder, key, report)) is not None:
+        return engine
+    lock = folder / f".{name_of(key)}.lock"
+    with locked(lock, lambda: report(f"another process is building this engine (lock {lock}); waiting for it")):
+        return from_cache(folder, key, report) or _write(folder / f"{name_of(key)}.engine", key, make, report)
 
 
-def write_aside(file: Path, content: Any) -> None:
-    """Write a file beside its place and rename it."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.writing")
-    try:
-        aside.write_bytes(content)
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _slug(gpu: str | None) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", (gpu or "any").lower()).strip("-")
-
-
-def _write(file: Path, key: EngineKey, make: Callable[[], Built], report: Callable[[str], None]) -> None:
+def _write(file: Path, key: EngineKey, make: Callable[[], Built], report: Callable[[str], None]) -> EngineFile:
     start = time.monotonic()
     built = make()
     seconds = round(time.monotonic() - start, 1)
-    engine = memoryview(built.engine)
+    content = memoryview(built.engine)
+    digest = hashlib.sha256(content).hexdigest()
     file.with_suffix(".json").unlink(missing_ok=True)
-    write_aside(file, engine)
-    about = {"key": asdict(key), "sha256": hashlib.sha256(engine).hexdigest(), "fused": built.fused, "seconds": seconds}
-    write_aside(file.with_suffix(".json"), (json.dumps(about, indent=1) + "\n").encode())
-    report(f"built {file.name}: {engine.nbytes / 1e6:,.0f} MB in {seconds} s")
+    write_private(file, content)
+    about = {"key": asdict(key), "sha256": digest, "fused": built.fused, "seconds": seconds}
+    write_private(file.with_suffix(".json"), (json.dumps(about, indent=1) + "\n").encode())
+    _report_built(file, built, start, report)
+    return EngineFile(file, content, digest)
 
 
-def _is_whole(file: Path, key: EngineKey, report: Callable[[str], None]) -> bool:
-    about = _about(file.with_suffix(".json"))
-    if about is None or not file.is_file() or about.get("key") != asdict(key):
-        return False
-    if sha256_of(file) == about.get("sha256"):
-        return True
-    report(f"{file} is damaged: its SHA-256 is not the one beside it")
-    return False
+def _report_built(file: Path, built: Built, start: float, report: Callable[[str], None]) -> None:
+    megabytes = memoryview(built.engine).nbytes / 1e6
+    report(f"built {file.name}: {megabytes:,.0f} MB in {time.monotonic() - start:.1f} s")
 
 
-def _about(file: Path) -> dict[str, Any] | None:
+def _read_about(file: Path) -> tuple[EngineKey, str] | None:
+    """Key and SHA-256 of an engine in a private folder, from the file beside it; None where that is none of ours."""
     try:
-        about = json.loads(file.read_bytes())
-    except (OSError, ValueError):  # none yet, or not ours
+        about = json.loads(read_private(file) or b"")
+        return EngineKey(**about["key"]), about["sha256"]
+    except (ValueError, KeyError, TypeError):
         return None
-    return about if isinstance(about, dict) and isinstance(about.get("key"), dict) else None
 
 
-def _why_none(folder: Path, key: EngineKey) -> str:
-    """What is there instead: the engine that differs in the fewest fields, and in which."""
-    wanted, differences = asdict(key), {}
+def why_none(listed: Mapping[str, EngineKey], folder: Path, key: EngineKey) -> str:
+    """What there is instead in a bundle and the cache: the engine that differs in the fewest fields, and in which."""
+    found = {Path(name).stem: other for name, other in listed.items()}
     for file in sorted(folder.glob("*.json")):
-        if about := _about(file):
-            found = about["key"]
-            other = [name for name in wanted if found.get(name) != wanted[name]]
-            differences[file.stem] = [f"{name} {found.get(name)} instead of {wanted[name]}" for name in other]
+        if about := _read_about(file):
+            found[file.stem] = about[0]
     how = "run once without --no-build, or build it ahead with jql-export"
-    if not differences:
-        return f"{folder} holds no engine, and building is not allowed: {how}"
+    nothing = f"neither the bundle nor {folder} holds an engine"
+    if not found:
+        return f"{nothing}, and building is not allowed: {how}"
+    wanted = asdict(key)
+    differences = {
+        name: [f"{field} {value} instead of {wanted[field]}" for field, value in asdict(other).items()
+               if value != wanted[field]]
+        for name, other in found.items()
+    }  # fmt: skip
     name, fields = min(differences.items(), key=lambda item: len(item[1]))
     why = f"was built for {'; '.join(fields)}" if fields else "is damaged"
-    return f"{folder} holds no engine {key.name}, and building is not allowed; {name}, the nearest, {why}: {how}"
+    return f"{nothing} {name_of(key)}, and building is not allowed; {name}, the nearest, {why}: {how}"
 
 
-@contextmanager
-def _locked(file: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock `file`; the system gives it back when its holder ends, however that happens."""
-    with file.open("w") as lock:
-        waited = False
-        while not _take(lock.fileno()):
-            if not waited:
-                report(f"another process is building this engine (lock {file}); waiting for it")
-            waited = True
-            time.sleep(LOCK_SECONDS)
-        yield
-
-
-def _take(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")

@@ -9,6 +9,10 @@ class BundleError(EngineError):
     """A bundle is missing, damaged, incomplete or of a newer format."""
 
 
+class CacheError(EngineError):
+    """A folder or file of the user's cache can be written by others, or cannot be used."""
+
+
 class CheckpointError(EngineError):
     """An encoder checkpoint cannot be turned into weights."""
 

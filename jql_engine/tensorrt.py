@@ -25,7 +25,6 @@ INSTALL = {
     TENSORRT: "pip install 'tensorrt>=10.15'",
     RTX: "pip install 'tensorrt-rtx-cu13-libs>=1.7' 'tensorrt-rtx-cu13-bindings>=1.7'",
 }
-HARDWARE = {"same-gpu": "NONE", "same-compute-capability": "SAME_COMPUTE_CAPABILITY", "ampere-plus": "AMPERE_PLUS"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +37,6 @@ class Library:
 
     def __str__(self) -> str:
         return f"{'TensorRT' if self.name == TENSORRT else 'TensorRT for RTX'} {self.version}"
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What an engine is built for."""
-
-    compute_capability: str  # "8.0"
-    hardware: str = "same-gpu"  # on which GPUs it must run besides: a key of HARDWARE
-    version_compatible: bool = False  # whether later libraries of the same major version must run it
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"\d+\.\d", self.compute_capability):
-            raise DeviceError(f"compute capability {self.compute_capability!r}: expected one like 8.0 or 12.0")
-        if self.hardware not in HARDWARE:
-            raise DeviceError(f"engine compatibility {self.hardware!r} is unknown; known are {', '.join(HARDWARE)}")
 
 
 def load_library(name: str | None = None) -> Library:
@@ -95,20 +79,25 @@ class Built:
 
 
 def build(
-    library: Library, graph: Path, budget: Budget, target: Target, timings: bytes, report: Callable[[str], None]
+    library: Library,
+    graph: Path,
+    budget: Budget,
+    compute_capability: str,
+    timings: bytes,
+    report: Callable[[str], None],
 ) -> Built:
     """Build the engine of `graph` with one profile for each bucket of `budget`; `timings` of earlier builds, or empty.
 
     Raises BundleError naming the node that the library cannot take, or its own words where it cannot build; DeviceError
-    where the target is none of the library's.
+    where the library does not build for `compute_capability` ("8.0").
     """
-    report(f"building an engine of {graph.name} with {library} for compute capability {target.compute_capability}")
+    report(f"building an engine of {graph.name} with {library} for compute capability {compute_capability}")
     try:
-        return _Build(library, graph, report).run(budget, target, timings, fused=True)
+        return _Build(library, graph, report).run(budget, compute_capability, timings, fused=True)
     except _UnfusedError:
         # Seen with head size 8, a model for tests: correct, and slower on long documents.
         report(f"{library} has no fused attention kernel for this model: its attention is built from single operations")
-        return _Build(library, graph, report).run(budget, target, timings, fused=False)
+        return _Build(library, graph, report).run(budget, compute_capability, timings, fused=False)
 
 
 class _UnfusedError(Exception):
@@ -130,8 +119,8 @@ class _Build:
         if not self.parser.parse_from_file(str(graph)):
             raise BundleError(self._refusal())
 
-    def run(self, budget: Budget, target: Target, timings: bytes, fused: bool) -> Built:
-        config = self._config(target)
+    def run(self, budget: Budget, compute_capability: str, timings: bytes, fused: bool) -> Built:
+        config = self._config(compute_capability)
         profiles = profiles_of(budget)
         Interface.of_network(self.network, profiles).check(budget, str(self.graph))
         for profile in profiles:
@@ -148,26 +137,12 @@ class _Build:
             self._explain(fused)
         return Built(engine, bytes(config.get_timing_cache().serialize()) if measures else None, fused)
 
-    def _config(self, target: Target) -> Any:
+    def _config(self, compute_capability: str) -> Any:
         trt, config = self.library.module, self.builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # the heads are fp32, not a mantissa of ten bits
-        if target.version_compatible and self.library.name == RTX:
-            raise DeviceError(
-                f"a version-compatible engine carries a runtime that {self.library} does not come with; use TensorRT: "
-                f"{INSTALL[TENSORRT]}"
-            )
-        if target.hardware == "ampere-plus" and self.library.name == RTX:
-            raise DeviceError(
-                f"{self.library} builds for one compute capability, and all of its GPUs, at a time; leave out "
-                f"--engine-hardware {target.hardware}, or use TensorRT: {INSTALL[TENSORRT]}"
-            )
-        if target.version_compatible:
-            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-        if target.hardware != "same-gpu":
-            config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, HARDWARE[target.hardware])
         if self.library.name == RTX:
             config.num_compute_capabilities = 1
-            config.set_compute_capability(compute_capability(self.library, target.compute_capability), 0)
+            config.set_compute_capability(_value_of(compute_capability, self.library), 0)
         return config
 
     def _shapes(self, profile: Profile) -> Any:
@@ -198,7 +173,7 @@ class _Build:
         raise BundleError(f"{self.graph}: {self.library} cannot build an engine of it: {found}")
 
 
-def compute_capability(library: Library, wanted: str) -> Any:
+def _value_of(wanted: str, library: Library) -> Any:
     """The value of TensorRT for RTX for a compute capability like 8.0; DeviceError where it builds none for it."""
     known = {
         f"{name[2:-1]}.{name[-1]}": value
@@ -213,18 +188,21 @@ def compute_capability(library: Library, wanted: str) -> Any:
     return known[wanted]
 
 
-def deserialize(library: Library, file: Path) -> tuple[Any, Any]:
-    """The runtime and the engine in `file`; the first must outlive the second. DeviceError says why it cannot run."""
+def deserialize(library: Library, engine_bytes: Any, file: Path) -> tuple[Any, Any]:
+    """The runtime and the engine that a buffer holds; the first must outlive the second.
+
+    `file`: where it came from, for DeviceError, which says why it cannot run. The code for the host that an engine may
+    carry is not allowed: TensorRT refuses an engine with any.
+    """
     log = listener(library.module)
     runtime = library.module.Runtime(log)
     if runtime is None:
         raise DeviceError(f"{library} cannot start: {'; '.join(log.errors)}")
-    runtime.engine_host_code_allowed = True  # a version-compatible engine brings its runtime; its hash was checked
-    engine = runtime.deserialize_cuda_engine(file.read_bytes())
+    engine = runtime.deserialize_cuda_engine(engine_bytes)
     if engine is None:
         raise DeviceError(
-            f"{file}: {library} cannot run this engine: {'; '.join(log.errors)}; delete the file to have it built for "
-            "this GPU and library"
+            f"{file}: {library} cannot run this engine: {'; '.join(log.errors)}; delete it from the engine cache to "
+            "have it built again, or, if it belongs to a bundle, export that again"
         )
     return runtime, engine
 

@@ -4,15 +4,26 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jql_engine.bundle import FORMAT, MANIFEST, Bundle, Manifest, describe_files, sha256_of
+from jql_engine.bundle import (
+    FORMAT,
+    MANIFEST,
+    Bundle,
+    EngineKey,
+    Manifest,
+    describe_file,
+    describe_files,
+    sha256_of,
+)
 from jql_engine.errors import BundleError
 
 FILES = ("graphs/cpu-fp32.onnx", "graphs/cpu-fp32.onnx.data", "heads.safetensors", "tokenizer.json")
+ENGINE = EngineKey("tensorrt-fp16", "ab" * 32, "tensorrt-rtx", "1.7", None, "8.0", "fp16", [[32, 512]])
 
 
 @pytest.fixture
@@ -111,7 +122,7 @@ def test_a_manifest_that_is_no_json_object_with_fields_is_damaged(copy, content)
     assert_refused(copy, MANIFEST, "is damaged")
 
 
-@pytest.mark.parametrize("field", Manifest.__dataclass_fields__)
+@pytest.mark.parametrize("field", [field for field in Manifest.__dataclass_fields__ if field != "engines"])
 def test_a_missing_field_is_named(copy, field):
     change_manifest(copy, lambda fields: fields.pop(field))
     assert_refused(copy, MANIFEST, "is damaged", field)
@@ -128,11 +139,41 @@ def test_a_missing_field_is_named(copy, field):
         (lambda fields: fields.update(colour="red"), "colour"),
         (lambda fields: fields.update(variants=None), "damaged"),
         (lambda fields: fields.update(files=None), "damaged"),
+        (lambda fields: fields.update(engines=None), "damaged"),
+        (lambda fields: fields.update(engines={FILES[0]: {"variant": "x"}}), "library"),
+        (lambda fields: fields["variants"]["cpu-fp32"].update(graph=[]), "damaged"),
     ],
 )
 def test_a_part_of_another_shape_is_damage(copy, change, named):
     change_manifest(copy, change)
     assert_refused(copy, named)
+
+
+def test_a_bundle_without_engines_does_not_speak_of_them(bundle):
+    assert bundle.manifest.engines == {} and "engines" not in json.loads(bundle.manifest.to_json())
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "graphs/../../x", "", "graphs//x", "."])
+def test_a_file_outside_of_the_bundle_is_refused_by_name(copy, name):
+    (copy.parent / "x").write_bytes(b"x")
+    change_manifest(copy, lambda fields: fields["files"].update({name: describe_file(copy.parent / "x")}))
+    assert_refused(copy, MANIFEST, repr(name), "export the bundle again")
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "graphs/other.onnx"])
+def test_a_graph_or_an_engine_whose_hash_is_not_listed_is_refused(copy, name):
+    (copy / "graphs" / "other.onnx").write_bytes((copy / FILES[0]).read_bytes())
+    change_manifest(copy, lambda fields: fields["variants"]["cpu-fp32"].update(graph=name))
+    assert_refused(copy, MANIFEST, f"{name!r} is not among its files")
+    change_manifest(copy, lambda fields: fields["variants"]["cpu-fp32"].update(graph=FILES[0]))
+    change_manifest(copy, lambda fields: fields.update(engines={name: asdict(ENGINE)}))
+    assert_refused(copy, MANIFEST, f"{name!r} is not among its files")
+
+
+def test_a_manifest_with_engines_is_read_as_it_was_written(copy):
+    manifest = replace(Bundle.open(copy).manifest, engines={FILES[0]: ENGINE})
+    (copy / MANIFEST).write_text(manifest.to_json())
+    assert Bundle.open(copy).manifest == manifest
 
 
 def test_an_unknown_layout_is_named(copy):

@@ -12,7 +12,7 @@ from jql_engine.bundle import PROBES, Bundle
 from jql_engine.data import BatchOutput
 from jql_engine.errors import BundleError, DeviceError, ParityError
 from jql_engine.parity import SHORT_TOKENS, open_certified, read_probes, run_all, write_probes
-from jql_engine.sessions import SessionOptions, cuda, open_variant
+from jql_engine.sessions import cuda, open_variant
 from jql_engine.sessions.buffered import Capacity, OutOfMemoryError
 from jql_engine.sessions.choice import Choice, choose, runnable
 from jql_export.tolerances import TOLERANCES
@@ -166,10 +166,6 @@ class TestWithoutGpu:
     def test_a_named_variant_for_gpus_says_that_there_is_none(self, gpu_bundles, device):
         with pytest.raises(DeviceError, match="device cuda was requested; the NVIDIA driver"):
             choose(gpu_bundles["gte"], device, FP16)
-
-    def test_via_is_for_tensorrt(self, gpu_bundles):
-        with pytest.raises(DeviceError, match="variant cpu-fp32 does not run with TensorRT; leave out --via"):
-            open_variant(gpu_bundles["gte"], "cpu-fp32", options=SessionOptions(via="onnxruntime"))
 
 
 def test_the_identity_of_a_bundle_covers_its_probes(gpu_bundles, tmp_path):

@@ -357,10 +357,7 @@ def test_a_gpu_that_is_not_there_exits_1_and_writes_nothing(jql_run, tmp_path, d
     assert visible(tmp_path) == ["a.parquet"]
 
 
-@pytest.mark.parametrize(
-    "option", ["--via=onnxruntime", "--no-build", "--engine-cache=engines", "--library=tensorrt-rtx",
-               "--engine-hardware=ampere-plus", "--version-compatible"],
-)  # fmt: skip
+@pytest.mark.parametrize("option", ["--no-build", "--engine-cache=engines", "--library=tensorrt-rtx"])
 def test_an_option_of_tensorrt_exits_1_where_the_variant_is_another(jql_run, tmp_path, option):
     result = jql_run(write(tmp_path / "a.parquet", ["x"]), "--out", tmp_path / "out", option)
     assert result.code == 1 and "variant cpu-fp32 does not run with TensorRT; leave out " in result.stderr

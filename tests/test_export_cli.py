@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jql_engine import Engine
-from jql_engine.bundle import MANIFEST, Bundle
+from jql_engine.bundle import MANIFEST, Bundle, describe_files
 from jql_export import cli
 from jql_export.checkpoint import read_encoder
 from tests.conftest import MAX_TOKENS
@@ -68,10 +68,12 @@ def test_engines_are_built_ahead_for_gpus_that_are_not_here(checkpoint, head_fil
         "--variant=tensorrt-fp16", "--compute-capability=8.0", "--compute-capability=8.6",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    about = [json.loads(file.read_text()) for file in (tmp_path / "out" / "engines").glob("*.json")]
-    assert sorted(engine["key"]["compute_capability"] for engine in about) == ["8.0", "8.6"]
-    assert all(engine["key"]["profiles"] == [[32, 512], [64, 256]] for engine in about)
-    assert not [name for name in Bundle.open(tmp_path / "out").manifest.files if name.startswith("engines/")]
+    manifest = Bundle.open(tmp_path / "out").manifest
+    assert sorted(key.compute_capability for key in manifest.engines.values()) == ["8.0", "8.6"]
+    assert all(key.profiles == [[32, 512], [64, 256]] for key in manifest.engines.values())
+    assert manifest.files == describe_files(tmp_path / "out"), "engines are listed like every other file"
+    on_disk = {file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out" / "engines").iterdir()}
+    assert manifest.engines.keys() == on_disk
 
 
 @pytest.mark.parametrize(

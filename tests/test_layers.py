@@ -20,7 +20,7 @@ EXPORT_ONLY = {"torch", "transformers", "jql_export"}
 # From the bottom to the top; a part may import what is below it.
 LAYERS = [
     {"errors", "printing"},
-    {"data", "storage", "interrupt"},
+    {"cache", "data", "storage", "interrupt"},
     {"names", "listing"},
     {"bundle", "truncation", "pipeline", "dataset"},
     {"gpu", "profiles"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
@@ -13,7 +14,7 @@ from jql_engine import tensorrt
 from jql_engine.data import Budget
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.profiles import BUCKETS, Interface, Profile, budget_for, profiles_of
-from jql_engine.tensorrt import Library, Target, build, deserialize, load_library
+from jql_engine.tensorrt import Library, build, deserialize, load_library
 from jql_export.checkpoint import read_encoder
 from jql_export.graph import write_graph
 from jql_export.heads import StackedHeads, read_head, stack
@@ -47,9 +48,9 @@ def network(library):
     return lambda file: tensorrt._Build(library, file, lambda _: None)
 
 
-def built(library, file, budget, compute_capability="8.0", **options):
+def built(library, file, budget, compute_capability="8.0"):
     lines = []
-    return build(library, file, budget, Target(compute_capability, **options), b"", lines.append), lines
+    return build(library, file, budget, compute_capability, b"", lines.append), lines
 
 
 @pytest.mark.parametrize("compute_capability", ["8.0", "8.6"])
@@ -82,7 +83,7 @@ def test_the_network_is_strongly_typed_and_has_the_documented_inputs_and_outputs
 
 def test_the_builder_accepts_every_shape_of_every_bucket(network, snowflake):
     build, budget = network(snowflake.graph(VARIANT)), budget_for(snowflake, 16384)
-    config = build._config(Target("8.0"))
+    config = build._config("8.0")
     for number, profile in enumerate(profiles_of(budget)):
         shapes = build._shapes(profile)
         for name in ("input_ids", "attention_mask"):
@@ -156,36 +157,30 @@ def test_a_graph_of_other_inputs_is_refused(library, bundles):
         built(library, file, TINY)
 
 
-def test_a_gpu_that_the_library_does_not_know_is_refused(library, demo):
-    with pytest.raises(DeviceError, match=r"compute capability 9.0: .* builds for 7.5, 8.0, .*; .* use TensorRT"):
-        built(library, demo.graph(VARIANT), TINY, "9.0")
+@pytest.mark.parametrize("compute_capability", ["9.0", "80", "ampere"])
+def test_a_gpu_that_the_library_does_not_know_is_refused(library, demo, compute_capability):
+    with pytest.raises(
+        DeviceError, match=rf"compute capability {compute_capability}: .* builds for 7.5, 8.0, .*; .* use TensorRT"
+    ):
+        built(library, demo.graph(VARIANT), TINY, compute_capability)
 
 
-def test_an_engine_for_all_gpus_of_a_compute_capability_builds(library, demo):
-    assert built(library, demo.graph(VARIANT), TINY, hardware="same-compute-capability")[0].fused
-
-
-def test_engines_for_later_hardware_need_tensorrt_itself(library, demo):
-    with pytest.raises(DeviceError, match=r"builds for one compute capability.*leave out --engine-hardware"):
-        built(library, demo.graph(VARIANT), TINY, hardware="ampere-plus")
-
-
-def test_a_version_compatible_engine_needs_tensorrt_itself(library, demo):
-    with pytest.raises(DeviceError, match=r"carries a runtime that TensorRT for RTX .* does not come with"):
-        built(library, demo.graph(VARIANT), TINY, version_compatible=True)
-
-
-@pytest.mark.parametrize("options", [{"compute_capability": "80"}, {"compute_capability": "8.0", "hardware": "any"}])
-def test_a_target_is_checked(options):
-    with pytest.raises(DeviceError, match=r"expected one like 8.0|known are same-gpu"):
-        Target(**options)
-
-
-def test_bytes_that_are_no_engine_are_refused_with_the_librarys_reason(library, tmp_path):
-    file = tmp_path / "a.engine"
-    file.write_bytes(b"abcd" * 1000)
+def test_bytes_that_are_no_engine_are_refused_with_the_librarys_reason(library):
     with pytest.raises(DeviceError, match=r"a.engine: TensorRT for RTX .* cannot run this engine: .*magicTag"):
-        deserialize(library, file)
+        deserialize(library, b"abcd" * 1000, Path("a.engine"))
+
+
+def test_code_for_the_host_is_never_allowed(library):
+    runtimes = []
+
+    def start(log):
+        runtimes.append(library.module.Runtime(log))
+        return runtimes[-1]
+
+    watched = SimpleNamespace(Runtime=start, ILogger=library.module.ILogger)
+    with pytest.raises(DeviceError, match="cannot run this engine"):
+        deserialize(replace(library, module=watched), b"abcd" * 1000, Path("a.engine"))
+    assert [runtime.engine_host_code_allowed for runtime in runtimes] == [False]
 
 
 def test_the_interface_is_that_of_the_budget():

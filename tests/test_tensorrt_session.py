@@ -4,7 +4,6 @@ import sys
 from dataclasses import replace
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 from jql_engine import parity
@@ -14,8 +13,6 @@ from jql_engine.engine_files import EngineOptions
 from jql_engine.errors import DeviceError, InputError
 from jql_engine.gpu import Buffer, Gpu
 from jql_engine.profiles import Profile
-from jql_engine.sessions import onnxruntime_tensorrt
-from jql_engine.sessions.onnxruntime_tensorrt import OnnxRuntimeTensorRTSession, provider_options, require_provider
 from jql_engine.sessions.tensorrt import TensorRTSession, _view, full_batch, run_in_parts
 from jql_engine.tensorrt import load_library
 from jql_engine.tokens import Tokenizer
@@ -103,42 +100,6 @@ def test_without_cuda_python_the_session_says_what_to_install(bundle, monkeypatc
         TensorRTSession(bundle, "standard-fp32")
 
 
-def test_the_provider_gets_one_profile_and_caches_of_ours(tmp_path):
-    options = provider_options(1, VARIANT, "ab" * 32, Profile(512, 32), tmp_path)
-    assert options["device_id"] == "1"
-    assert options["trt_profile_min_shapes"] == "input_ids:1x512,attention_mask:1x512"
-    assert options["trt_profile_max_shapes"] == options["trt_profile_opt_shapes"]
-    assert options["trt_profile_max_shapes"] == "input_ids:32x512,attention_mask:32x512"
-    assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "True"
-    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(tmp_path)
-    assert options["trt_engine_cache_prefix"] == "tensorrt-fp16-ababababab-32x512"
-
-
-def test_each_bucket_has_an_engine_of_its_own_in_the_cache(tmp_path):
-    prefixes = {
-        provider_options(0, variant, digest * 64, Profile(*profile), tmp_path)["trt_engine_cache_prefix"]
-        for variant in ("a", "b")
-        for digest in ("1", "2")
-        for profile in ((32, 8), (64, 8), (64, 4))
-    }
-    assert len(prefixes) == 2 * 2 * 3
-
-
-def test_the_provider_without_tensorrts_library_says_what_to_install(bundle, monkeypatch):
-    monkeypatch.setattr(onnxruntime_tensorrt, "NVINFER", "libnvinfer.so.none")
-    with pytest.raises(DeviceError, match=r"needs libnvinfer.so.none, which cannot be loaded .*pip install"):
-        OnnxRuntimeTensorRTSession(bundle, "standard-fp32")
-
-
-@pytest.mark.skipif(onnxruntime_tensorrt.PROVIDER in ort.get_available_providers(), reason="the provider is there")
-def test_the_provider_that_is_not_in_this_onnxruntime_says_what_is(monkeypatch):
-    monkeypatch.setattr(onnxruntime_tensorrt, "NVINFER", "libc.so.6")
-    with pytest.raises(
-        DeviceError, match=r"needs TensorrtExecutionProvider; onnxruntime .* has .*CPUExecutionProvider"
-    ):
-        require_provider()
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     bundle = export_demo(tmp_path_factory.mktemp("demo") / "bundle")
@@ -163,15 +124,3 @@ def test_the_engine_gives_the_oracles_scores(demo, tmp_path, library):
     session = TensorRTSession(bundle, VARIANT, 0, replace(options, build=False))
     parity.run_all(session, tokens, Budget(700, "padded"))  # batches of shapes that no profile has
     assert [file.stat().st_mtime_ns for file in tmp_path.glob("*.engine")] == [built_at]
-
-
-@pytest.mark.gpu
-@on_gpu
-def test_the_provider_gives_the_oracles_scores(demo, tmp_path):
-    bundle, tokens, expected = demo
-    try:
-        require_provider()
-    except DeviceError as error:
-        pytest.skip(str(error))
-    session = OnnxRuntimeTensorRTSession(bundle, VARIANT, 0, EngineOptions(folder=tmp_path, batch_tokens=4096), print)
-    parity.certify(session, tokens, expected, TOLERANCES["fp16"])

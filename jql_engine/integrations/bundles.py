@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from jql_engine.bundle import MANIFEST, sha256_of
+from jql_engine.cache import cache_folder
 from jql_engine.errors import BundleError
 
 EXPORT = "from jql_export.cli import main; main()"
@@ -24,18 +24,13 @@ def exported(encoder: str, heads: Mapping[str, str | Path] | None = None, embed_
     The first caller runs jql-export in a process of its own, which needs jql-engine[export]; others wait for it.
     `embed_only` exports no heads. Raises BundleError with what jql-export said.
     """
-    out = cache_folder() / _key(encoder, heads, embed_only)
+    out = cache_folder("bundles") / _key(encoder, heads, embed_only)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go when this process ends, however it ends
         if not (out / MANIFEST).is_file():
             _export(encoder, heads, embed_only, out)
     return out
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/jql-engine, by default below ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jql-engine" / "bundles"
 
 
 def _export(encoder: str, heads: Mapping[str, str | Path] | None, embed_only: bool, out: Path) -> None:

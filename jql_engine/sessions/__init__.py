@@ -22,12 +22,7 @@ class SessionOptions:
     """How a graph is loaded."""
 
     threads: int | None = None  # of the CPU; None: all cores this process may use
-    via: str | None = None  # onnxruntime: TensorRT through ONNX Runtime's provider
     engines: EngineOptions = field(default_factory=EngineOptions)  # of TensorRT
-
-    def __post_init__(self) -> None:
-        if self.via not in (None, "onnxruntime"):
-            raise DeviceError(f"via {self.via!r} is unknown; known is onnxruntime, for TensorRT")
 
 
 DEFAULTS = SessionOptions()
@@ -64,8 +59,6 @@ def check_options(bundle: Bundle, variant: str, options: SessionOptions) -> None
     """Raise DeviceError for an option that a variant has no use for."""
     if bundle.manifest.variants[variant].provider == "tensorrt":
         return
-    if options.via:
-        raise DeviceError(f"variant {variant} does not run with TensorRT; leave out --via {options.via}")
     if options.engines != EngineOptions():
         raise DeviceError(f"variant {variant} does not run with TensorRT; leave out the options of its engines")
 
@@ -93,11 +86,6 @@ def open_variant(
         from jql_engine.sessions.cuda import open_cuda
 
         return open_cuda(bundle, variant, number, check=check)
-    if provider == "tensorrt" and options.via:
-        from jql_engine.sessions.onnxruntime_tensorrt import OnnxRuntimeTensorRTSession
-
-        open_fp32 = _opens_fp32(bundle, number, options, report, check)
-        return OnnxRuntimeTensorRTSession(bundle, variant, number, options.engines, report, open_fp32)
     if provider == "tensorrt":
         from jql_engine.sessions.tensorrt import TensorRTSession
 

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jql_engine.bundle import Bundle
+from jql_engine.cache import read_private, write_private
 from jql_engine.data import Batch, BatchOutput, Budget
-from jql_engine.engine_files import EngineOptions, engine_for, write_aside
-from jql_engine.errors import DeviceError
+from jql_engine.engine_files import EngineFile, EngineOptions, engine_for
+from jql_engine.errors import CacheError, DeviceError
 from jql_engine.gpu import Buffer, Gpu
 from jql_engine.profiles import INPUTS, OUTPUTS, Interface, Profile
 from jql_engine.sessions import Session
@@ -42,18 +43,18 @@ class TensorRTSession:
         """Open the engine that fits GPU number `device`, or build it once; `report` is told how that goes.
 
         Raises DeviceError: no GPU, no library, an engine that this library cannot run. BundleError: an engine may not
-        be built or not be written, or is not of this bundle.
+        be built, or is not of this bundle. CacheError: others can write in the engine cache, or it cannot be written.
         """
         gpu = Gpu(device)
         unused = weakref.finalize(self, gpu.close)
-        library, self.budget, file = engine_for(
-            bundle, variant, gpu.compute_capability, gpu.name, options or EngineOptions(), report
-        )
+        options = options or EngineOptions()
+        library, self.budget, engine = engine_for(bundle, variant, gpu.compute_capability, gpu.name, options, report)
+        kernels = options.cache / f"{engine.sha256[:32]}.kernels" if library.name == RTX else None
         self.variant, self.n_parallel = variant, 1
         self._overflow = Overflow(variant, open_fp32)
         self._pad_id = bundle.manifest.tokenizer.pad
         self._lock = threading.Lock()  # buffers, workspace and stream are those of one batch
-        self._execution = _Execution(gpu, library, file, self.budget)
+        self._execution = _Execution(gpu, library, engine, self.budget, kernels)
         unused.detach()
         weakref.finalize(self, self._execution.close).atexit = False  # at exit the driver does it
         for profile in self._execution.interface.profiles:  # what is still to compile compiles now, and it fits or not
@@ -94,13 +95,13 @@ def run_in_parts(batch: Batch, budget: Budget, run: Callable[[Batch], BatchOutpu
 class _Execution:
     """The engine in GPU memory, with one execution context a profile; they run one at a time and share a workspace."""
 
-    def __init__(self, gpu: Gpu, library: Library, file: Path, budget: Budget) -> None:
+    def __init__(self, gpu: Gpu, library: Library, engine: EngineFile, budget: Budget, kernels: Path | None) -> None:
         trt = library.module
         self.gpu = gpu
-        self.runtime, self.engine = deserialize(library, file)
+        self.runtime, self.engine = deserialize(library, engine.content, engine.path)
         self.interface = Interface.of_engine(trt, self.engine)
-        self.interface.check(budget, str(file))
-        self.kernels = _Kernels(file, self.engine, trt) if library.name == RTX else None
+        self.interface.check(budget, str(engine.path))
+        self.kernels = None if kernels is None else _Kernels(kernels, self.engine, trt)
         size = int(self.engine.device_memory_size_v2)
         workspace = gpu.allocate(size)
         self.contexts = [self._context(trt, number, workspace, size) for number in range(len(self.interface.profiles))]
@@ -151,14 +152,13 @@ class _Execution:
 
 
 class _Kernels:
-    """What TensorRT for RTX compiles on the GPU, kept beside the engine; a new shape compiles in the background."""
+    """What TensorRT for RTX compiles on the GPU, kept in the user's cache; a new shape compiles in the background."""
 
-    def __init__(self, engine_file: Path, engine: Any, trt: Any) -> None:
-        self._file = engine_file.with_suffix(".kernels")
-        self._trt, self._engine = trt, engine
+    def __init__(self, file: Path, engine: Any, trt: Any) -> None:
+        self._file, self._trt, self._engine = file, trt, engine
         self._cache = engine.create_runtime_config().create_runtime_cache()
-        if self._file.is_file():
-            self._cache.deserialize(self._file.read_bytes())  # of another GPU: refused, and compiled again
+        if (kept := read_private(file)) is not None:
+            self._cache.deserialize(kept)  # of another GPU: refused, and compiled again
 
     def config(self, allocation: Any) -> Any:
         """The configuration of a context."""
@@ -169,11 +169,11 @@ class _Kernels:
         return made
 
     def save(self, report: Callable[[str], None]) -> None:
-        """Write the file again; an engine may lie where nothing can be written, and then each start compiles."""
+        """Write the file again; where there is no folder for it, each start compiles."""
         try:
-            write_aside(self._file, memoryview(self._cache.serialize()))
-        except OSError as error:
-            report(f"{self._file} cannot be written ({error.strerror}): the next start compiles its kernels again")
+            write_private(self._file, memoryview(self._cache.serialize()))
+        except CacheError as error:
+            report(f"the next start compiles the kernels of this engine again: {error}")
 
 
 def full_batch(profile: Profile, pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
