@@ -26,7 +26,8 @@ Fields of bundle.json:
     pooling         "cls" or "mean"; the embedding is L2-normalised after it
     max_tokens      longest input in tokens, `prefix` and `suffix` included
     tokenizer       prefix, suffix: ids put around every document; pad: an id for padding; fast: the fast tokenizer
-                    proven identical on the probe documents ("tokie 0.1.4") or null; lone_space: the id of the piece
+                    proven identical on probe texts ("tokie 0.1.4") or null; in another version it is used only once
+                    proven anew; lone_space: the id of the piece
                     that the fast tokenizer emits, wrongly, for a text that is empty once normalised, or null;
                     added_tokens: literal texts that `tokenizers` cuts out of a document before normalising
     variants        {name: {graph, layout, precision, provider, tolerance, parity}}: tolerance is what a graph may
@@ -63,7 +64,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jql_engine.data import Layout
-from jql_engine.errors import BundleError
+from jql_engine.errors import BundleError, UnsafeNameError
+from jql_engine.names import RelativeName
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -233,9 +235,14 @@ def _parse(path: Path, raw: bytes) -> Manifest:
                 f"{path} has bundle format {version}; this jql-engine reads up to {FORMAT}: "
                 "update jql-engine, or export the bundle again with this version"
             )
-        return Manifest.parse(fields)
+        manifest = Manifest.parse(fields)
+        for name in (*manifest.files, *(variant.graph for variant in manifest.variants.values())):
+            RelativeName(name)
+        return manifest
     except BundleError:
         raise
+    except UnsafeNameError as error:
+        raise BundleError(f"{path / MANIFEST} names a file outside of the bundle: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path / MANIFEST} is damaged ({error!r}); export the bundle again") from error
 

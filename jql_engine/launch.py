@@ -21,7 +21,7 @@ from jql_engine.rescore import rescore_files
 from jql_engine.run import Job, Outcome, Work, prepare, run
 from jql_engine.sessions import DEFAULTS, SessionOptions, check_options
 from jql_engine.sessions.choice import Choice, choose
-from jql_engine.tokens import Tokenizer
+from jql_engine.tokens import Tokenizer, with_proven_tokenizer
 from jql_engine.worker import Worker
 
 
@@ -64,11 +64,13 @@ def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threadi
     log.check()
     choice = machine.choose(bundle)
     devices = machine.devices(choice)
+    notes: list[str] = []
+    bundle = with_proven_tokenizer(bundle, notes.append)
     work = prepare(job, bundle, choice.variant, choice.chunk_bytes)
     meter = Meter(work.n_docs, max(1, min(len(devices), len(work.tasks))), started=began)
     meter.say(_beginning(job, bundle, choice, work))
-    for file in work.unreadable:
-        meter.say(f"jql-run: {file.reason}; going on with the other files")
+    for note in [*notes, *(f"{file.reason}; going on with the other files" for file in work.unreadable)]:
+        meter.say(f"jql-run: {note}")
     if len(devices) == 1:
         chunks = _in_this_process(job, bundle, choice, machine.options, work, meter, stop)
     else:
@@ -83,6 +85,7 @@ def estimate(job: Job, bundle: Bundle, machine: Machine, price_per_hour: float |
     """Predict the work of `job`; computes a sample and writes nothing."""
     choice = machine.choose(bundle)
     devices = machine.devices(choice)
+    bundle = with_proven_tokenizer(bundle, Meter(0).say)
     session = open_certified(bundle, choice, devices[0], machine.shared(devices), Meter(0).say)
     return estimate_work(job, bundle, session, len(devices), price_per_hour)
 

@@ -44,7 +44,7 @@ T = TypeVar("T")
 CHUNK_ROWS = 20_000
 ASSEMBLERS = 4  # files finished at once
 OPENERS = 16  # files looked into at once: on a remote file system each waits for the network
-LIBRARIES = ("jql-engine", "tokenizers", "tokie")
+LIBRARIES = ("jql-engine", "tokenizers")
 COMPUTE = {  # by the provider of the variant
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt", "tensorrt-rtx-cu13-libs", "onnxruntime-gpu"),
@@ -338,6 +338,7 @@ def _settings(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> dict[
         "variant": variant,
         "precision": bundle.manifest.variants[variant].precision,
         "heads": list(bundle.heads),
+        "tokenizer": bundle.manifest.tokenizer.fast or "tokenizers",
         "output": job.output,
         "embeddings": job.embeddings,
         "text_column": job.text_column,

@@ -15,15 +15,15 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader, ParquetReader
 from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
 
+from jql_engine import probe_texts
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.integrations import datatrove
 from jql_engine.integrations.datatrove import JQLAnnotator, stats_adapter
-from jql_export import probes
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import without_gpu
 from tests.test_run import score
 
-TEXTS = [*probes.SENTENCES, "", *probes.ODDITIES[20:60], " ".join(probes.SENTENCES)]
+TEXTS = [*probe_texts.SENTENCES, "", *probe_texts.ODDITIES[20:60], " ".join(probe_texts.SENTENCES)]
 
 
 def documents(texts: list[str | None]) -> list[Document]:

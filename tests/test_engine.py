@@ -4,16 +4,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jql_engine import Engine, EngineError
+from jql_engine import Engine, EngineError, probe_texts
 from jql_engine.errors import DeviceError
-from jql_export import probes
 from jql_export.heads import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, POOLING, without_gpu
 from tests.test_dataset import not_utf8
 
-TEXTS = [*probes.SENTENCES, *probes.ODDITIES]
+TEXTS = [*probe_texts.SENTENCES, *probe_texts.ODDITIES]
 FP32 = TOLERANCES["fp32"]
 
 
@@ -47,7 +46,7 @@ def test_null_gives_no_score_and_an_empty_string_does(engine):
 
 
 def test_a_long_text_is_cut_and_marked(engine):
-    scores = engine.score(["short", " ".join(probes.SENTENCES)])
+    scores = engine.score(["short", " ".join(probe_texts.SENTENCES)])
     assert scores.truncated.tolist() == [False, True]
     assert scores.n_tokens[1] == engine.bundle.manifest.max_tokens
 

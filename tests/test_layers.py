@@ -22,7 +22,7 @@ LAYERS = [
     {"errors"},
     {"data", "storage", "interrupt"},
     {"names"},
-    {"bundle", "truncation", "pipeline", "dataset"},
+    {"bundle", "truncation", "pipeline", "dataset", "probe_texts", "tokenizer_libraries"},
     {"gpu", "profiles"},
     {"tensorrt"},
     {"engine_files"},

@@ -14,21 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
 
+from jql_engine import probe_texts, tokenizer_libraries
 from jql_engine import tokens as module
 from jql_engine.bundle import TokenizerInfo
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import TokenizerError
-from jql_engine.tokens import Tokenizer, fast_encoder, oracle_encoder, read_oracle
-from jql_export import probes
+from jql_engine.tokenizer_libraries import fast_encoder, oracle_encoder, read_oracle
+from jql_engine.tokens import UNLIMITED, Tokenizer
 from tests.conftest import SPECIALS
 
-UNLIMITED = 1 << 40
 LIMITS = (2, 3, 4, 7, 20, 96)
 # White space that XLM-R's normaliser turns into blanks is left out: the normaliser of this file changes nothing.
 FRAGMENTS = (
     *SPECIALS, "</s", "s>", " ", "  ", "\n", "\t", "\r\n", "\u200b", "\ufeff", "\x00",
     "a", "Water", " boils at", "ü", "e\u0301", "月亮",
-    *probes.SENTENCES[:2],
+    *probe_texts.SENTENCES[:2],
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
     specials = [AddedToken(s, normalized=False, special=True, lstrip=s == "<mask>") for s in SPECIALS]
     trainer = trainers.UnigramTrainer(vocab_size=700, special_tokens=specials, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(probes.SENTENCES, trainer)
+    tokenizer.train_from_iterator(probe_texts.SENTENCES, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
@@ -158,8 +158,8 @@ def test_a_missing_file_is_named(tmp_path, encoder):
 
 
 def test_a_fast_tokenizer_that_is_made_anew_gives_the_same_ids(file, monkeypatch):
-    monkeypatch.setattr(module, "RENEW_CHARACTERS", 100)
-    texts, encode, expected = [*probes.SENTENCES], fast_encoder(file), fast_encoder(file)([*probes.SENTENCES])
+    monkeypatch.setattr(tokenizer_libraries, "RENEW_CHARACTERS", 100)
+    texts, encode, expected = [*probe_texts.SENTENCES], fast_encoder(file), fast_encoder(file)([*probe_texts.SENTENCES])
     for _ in range(5):
         ids, lengths = encode(texts)
         assert ids.tolist() == expected[0].tolist() and lengths.tolist() == expected[1].tolist()
@@ -173,9 +173,9 @@ def test_words_that_were_met_are_forgotten_in_the_end(file, monkeypatch):
     code = f"""
 import random, sys
 from pathlib import Path
-import jql_engine.tokens as tokens
-tokens.RENEW_CHARACTERS = int(sys.argv[1])
-encode, rng = tokens.fast_encoder(Path({str(file)!r})), random.Random(0)
+import jql_engine.tokenizer_libraries as libraries
+libraries.RENEW_CHARACTERS = int(sys.argv[1])
+encode, rng = libraries.fast_encoder(Path({str(file)!r})), random.Random(0)
 def resident(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 begun = resident()
 for _ in range(100):
