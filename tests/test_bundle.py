@@ -135,6 +135,29 @@ def test_a_part_of_another_shape_is_damage(copy, change, named):
     assert_refused(copy, named)
 
 
+def file_at(fields, name):
+    fields["files"][name] = fields["files"].pop("tokenizer.json")
+
+
+def graph_at(fields, name):
+    fields["variants"]["cpu-fp32"]["graph"] = name
+
+
+@pytest.mark.parametrize("place", [file_at, graph_at])
+@pytest.mark.parametrize("name", ["../tokenizer.json", "graphs/../../x", "/etc/passwd", "graphs//x", "./x", "", "a\0b"])
+def test_a_name_that_leads_out_of_the_bundle_is_named(copy, place, name):
+    change_manifest(copy, lambda fields: place(fields, name))
+    assert_refused(copy, MANIFEST, repr(name), "cannot be the name of a file inside a folder")
+
+
+def test_a_file_may_be_a_link_to_what_the_manifest_says(copy, tmp_path):
+    (copy / "tokenizer.json").rename(tmp_path / "elsewhere")
+    (copy / "tokenizer.json").symlink_to(tmp_path / "elsewhere")
+    Bundle.open(copy)
+    (tmp_path / "elsewhere").write_bytes((tmp_path / "elsewhere").read_bytes()[::-1])
+    assert_refused(copy, "tokenizer.json was changed")
+
+
 def test_an_unknown_layout_is_named(copy):
     change_manifest(copy, lambda fields: fields["variants"]["cpu-fp32"].update(layout="diagonal"))
     with pytest.raises(BundleError, match=re.escape("'diagonal' is unknown; known are exact, padded, packed")):

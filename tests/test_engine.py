@@ -6,10 +6,12 @@ import pytest
 
 from jql_engine import Engine, EngineError, probe_texts
 from jql_engine.errors import DeviceError
+from jql_engine.tokenizer_libraries import fast_name, oracle_name
 from jql_export.heads import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, POOLING, without_gpu
+from tests.files import OTHER_TOKIE, made_with_other_tokie
 from tests.test_dataset import not_utf8
 
 TEXTS = [*probe_texts.SENTENCES, *probe_texts.ODDITIES]
@@ -33,6 +35,21 @@ def test_a_score_does_not_depend_on_its_batch_or_on_the_order(engine):
     backwards = engine.score(TEXTS[::-1]).values[::-1]
     np.testing.assert_allclose(together, alone, rtol=0, atol=FP32.batch)
     np.testing.assert_allclose(together, backwards, rtol=0, atol=FP32.batch)
+
+
+def test_an_open_bundle_is_not_opened_again(bundle, engine, monkeypatch):
+    monkeypatch.delattr("jql_engine.bundle.sha256_of")
+    opened = Engine(bundle, device="cpu")
+    assert opened.bundle is bundle
+    np.testing.assert_allclose(opened.score(TEXTS[:3]).values, engine.score(TEXTS[:3]).values, rtol=0, atol=FP32.batch)
+
+
+@pytest.mark.parametrize("same_ids", [True, False])
+def test_the_library_that_takes_the_place_of_a_proven_one_is_named_and_logged(bundle, tmp_path, caplog, same_ids):
+    engine = Engine(made_with_other_tokie(bundle, tmp_path / "other", same_ids=same_ids).path, device="cpu")
+    assert engine.tokenizer.library == (fast_name() if same_ids else oracle_name())
+    assert [(record.name, record.levelname) for record in caplog.records] == [("jql_engine", "WARNING")]
+    assert f"the bundle was made with {OTHER_TOKIE}" in caplog.text and engine.tokenizer.library in caplog.text
 
 
 def test_null_gives_no_score_and_an_empty_string_does(engine):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as OracleTokenizer
 
 from jql_engine import probe_texts
 from jql_engine.data import DocumentBatch
-from jql_engine.errors import TokenizerError
+from jql_engine.errors import CheckpointError, TokenizerError
 from jql_engine.tokens import UNLIMITED, Tokenizer, prove_fast
 from jql_export.tokenizer import write_tokenizer
 from tests.conftest import SPECIALS
@@ -153,6 +153,55 @@ def test_a_damaged_tokenizer_json_is_an_error(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(TokenizerError, match=r"tokenizer\.json is no tokenizer that `tokenizers` can read"):
         write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+LOWER = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "BertTokenizerFast", None])
+@pytest.mark.parametrize(("normalizer", "lower"), [(None, True), (normalizers.NFC(), True), (LOWER, False)], ids=str)
+def test_lower_case_that_tokenizer_json_contradicts_is_an_error(tmp_path, normalizer, lower, kind):
+    """transformers' classes, but those that take the file as it is, do what tokenizer_config.json says."""
+    write_unigram(tmp_path, normalizer)
+    write_config(tmp_path, do_lower_case=lower, tokenizer_class=kind)
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json has do_lower_case = {lower}, but tokenizer"):
+        write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "config"),
+    [
+        (None, {}),
+        (LOWER, {}),
+        (None, {"do_lower_case": False}),
+        (LOWER, {"do_lower_case": True}),
+        # As multilingual MiniLM is published, whose vectors are those of texts with their capitals.
+        (None, {"do_lower_case": True, "tokenizer_class": "PreTrainedTokenizerFast"}),
+        (None, {"truncation_side": "right"}),
+    ],
+    ids=str,
+)
+def test_a_config_that_agrees_with_tokenizer_json_is_accepted(tmp_path, normalizer, config):
+    write_unigram(tmp_path, normalizer)
+    write_config(tmp_path, **config)
+    write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_checkpoint_that_cuts_the_beginning_of_a_text_is_an_error(tmp_path, place):
+    write_unigram(tmp_path)
+    if place == "tokenizer.json":
+        source = OracleTokenizer.from_file(str(tmp_path / place))
+        source.enable_truncation(8, direction="left")
+        source.save(str(tmp_path / place))
+    else:
+        write_config(tmp_path, truncation_side="left")
+    with pytest.raises(CheckpointError, match=r"truncation_side = 'left' .* cut the beginning"):
+        write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+def write_config(folder, **settings):
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def test_a_tokenizer_without_special_tokens_is_an_error(tmp_path):

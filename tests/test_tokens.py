@@ -19,9 +19,10 @@ from jql_engine import tokens as module
 from jql_engine.bundle import TokenizerInfo
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import TokenizerError
-from jql_engine.tokenizer_libraries import fast_encoder, oracle_encoder, read_oracle
-from jql_engine.tokens import UNLIMITED, Tokenizer
+from jql_engine.tokenizer_libraries import fast_encoder, fast_name, oracle_encoder, oracle_name, read_oracle
+from jql_engine.tokens import UNLIMITED, Tokenizer, with_proven_tokenizer
 from tests.conftest import SPECIALS
+from tests.files import OTHER_TOKIE, made_with_other_tokie
 
 LIMITS = (2, 3, 4, 7, 20, 96)
 # White space that XLM-R's normaliser turns into blanks is left out: the normaliser of this file changes nothing.
@@ -166,6 +167,45 @@ def test_a_fast_tokenizer_that_is_made_anew_gives_the_same_ids(file, monkeypatch
         assert encode._tokenizer is None
     with ThreadPoolExecutor(4) as pool:
         assert all(len(found[0]) == len(expected[0]) for found in pool.map(encode, [texts] * 20))
+
+
+def test_another_version_of_the_fast_tokenizer_is_proven_anew_once(bundle, tmp_path):
+    said: list[str] = []
+    other = made_with_other_tokie(bundle, tmp_path / "other", same_ids=True)
+    proven = with_proven_tokenizer(other, said.append)
+    assert (proven.manifest.tokenizer.fast, proven.hash) == (fast_name(), other.hash)
+    [line] = said
+    assert line.startswith(f"tokenizer: {fast_name()} is installed here, the bundle was made with {OTHER_TOKIE}")
+    assert "proven anew" in line
+    assert with_proven_tokenizer(proven, said.append) is proven and said == [line]
+    assert Tokenizer.of(other).library == Tokenizer.of(proven).library == fast_name()
+
+
+def test_another_version_that_is_not_exact_is_not_used(bundle, tmp_path):
+    said: list[str] = []
+    other = made_with_other_tokie(bundle, tmp_path / "other", same_ids=False)
+    proven = with_proven_tokenizer(other, said.append)
+    [line] = said
+    assert f"{oracle_name()} is used" in line and line.endswith("install tokie==0.1.3 to tokenize with that")
+    assert with_proven_tokenizer(proven, said.append) is proven and said == [line]
+    texts = probe_texts.texts()
+    assert Tokenizer.of(other).library == Tokenizer.of(proven).library == oracle_name()
+    assert ids_of(encode(Tokenizer.of(other), texts)) == ids_of(encode(Tokenizer.of(bundle), texts))
+
+
+def test_another_version_that_fails_is_not_used(bundle, tmp_path, monkeypatch):
+    def fail(file):
+        raise AttributeError("'Tokenizer' has no attribute 'encode_batch_flat'")
+
+    other = made_with_other_tokie(bundle, tmp_path / "other", same_ids=True)
+    monkeypatch.setattr(module, "fast_encoder", fail)
+    assert Tokenizer.of(other).library == oracle_name()
+
+
+def test_the_version_that_the_bundle_was_made_with_is_not_proven_again(bundle, tmp_path, monkeypatch):
+    proven = with_proven_tokenizer(made_with_other_tokie(bundle, tmp_path / "other", same_ids=True))
+    monkeypatch.delattr(module, "prove_fast")
+    assert with_proven_tokenizer(proven) is proven and with_proven_tokenizer(bundle) is bundle
 
 
 def test_words_that_were_met_are_forgotten_in_the_end(file, monkeypatch):
