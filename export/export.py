@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from jql_engine import probe_texts
 from jql_engine.bundle import (
     FORMAT,
     MANIFEST,
@@ -31,7 +32,7 @@ from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import BundleError
 from jql_engine.parity import certify, write_probes
 from jql_engine.sessions import ON_GPU, open_variant
-from jql_engine.tokens import Tokenizer
+from jql_engine.tokens import Tokenizer, prove_fast
 from jql_export import probes
 from jql_export.foreign import VARIANT as FOREIGN
 from jql_export.foreign import explained
@@ -40,8 +41,8 @@ from jql_export.graphs import Encoder, read_sources, write_graphs
 from jql_export.heads import HeadWeights, check_heads, stack, write_heads
 from jql_export.hub import Checkpoint
 from jql_export.reference import Reference
-from jql_export.settings import KNOWN_POOLING, max_tokens_of, pooling_of
-from jql_export.tokenizer import prove_fast, write_tokenizer
+from jql_export.settings import KNOWN_POOLING, check_texts, max_tokens_of, pooling_of
+from jql_export.tokenizer import write_tokenizer
 from jql_export.tolerances import TOLERANCES
 from jql_export.variants import VARIANTS
 
@@ -70,6 +71,7 @@ def export_bundle(
     if unknown := sorted(set(variants) - set(VARIANTS)):
         raise BundleError(f"variant {unknown[0]!r} is unknown; known are {', '.join(VARIANTS)}")
     chosen_pooling = pooling_of(checkpoint.directory, pooling, report, KNOWN_POOLING.get(checkpoint.id))
+    check_texts(checkpoint.directory)
     encoder = read_sources(checkpoint.directory, variants, encoder_onnx, report)
     limit = max_tokens_of(checkpoint.directory, encoder.shape.max_positions, max_tokens)
     if heads is not None:
@@ -81,7 +83,7 @@ def export_bundle(
         write_heads(folder / "heads.safetensors", stacked)
         tokenizer = _write_tokenizer(folder, checkpoint, encoder.shape.pad_id, report)
         draft = _manifest(checkpoint, encoder, heads, chosen_pooling, limit, tokenizer)
-        texts = probes.texts() if calibration is None else calibration
+        texts = probe_texts.texts() if calibration is None else calibration
         write_graphs(folder, draft, encoder, stacked, lambda: _encode(Bundle(folder, draft, ""), texts), report)
         certified = _certify(Bundle(folder, draft, ""), checkpoint, heads, chosen_pooling, encoder_onnx, report)
         files = describe_files(folder)
@@ -94,9 +96,8 @@ def export_bundle(
 
 def _write_tokenizer(folder: Path, checkpoint: Checkpoint, pad_id: int, report: Callable[[str], None]) -> TokenizerInfo:
     file = folder / "tokenizer.json"
-    info = write_tokenizer(checkpoint.directory, file, pad_id)
-    texts = probes.texts()
-    info = prove_fast(file, info, texts)
+    texts = probe_texts.texts()
+    info = prove_fast(file, write_tokenizer(checkpoint.directory, file, pad_id), texts)
     if info.fast:
         report(f"tokenizer: {info.fast} gives the oracle's ids on all {len(texts)} probe texts")
     else:

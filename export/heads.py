@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import HeadError
@@ -116,7 +116,8 @@ def write_heads(file: Path, heads: StackedHeads) -> None:
         "output.weight": heads.output_weight,
         "output.bias": heads.output_bias,
     }
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, file)
+    # save_file would give the file to its owner alone, whatever the umask says.
+    file.write_bytes(save({name: np.ascontiguousarray(value) for name, value in tensors.items()}))
 
 
 def _bias(linear: Linear) -> Array:

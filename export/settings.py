@@ -1,4 +1,4 @@
-"""Pooling and input length, from what a checkpoint's own files say."""
+"""Pooling, input length and what is done to a text first, from what a checkpoint's own files say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from jql_engine.errors import CheckpointError
+from jql_engine.errors import CheckpointError, UnsafeNameError
+from jql_engine.names import RelativeName
 from jql_export.defaults import SNOWFLAKE
 from jql_export.graph import Pooling
 
@@ -47,8 +48,8 @@ def max_tokens_of(directory: Path, max_positions: int, requested: int | None) ->
     or the request exceeds the model's positions.
     """
     limits = (
-        _read(directory / "sentence_bert_config.json", dict).get("max_seq_length"),
-        _read(directory / "tokenizer_config.json", dict).get("model_max_length"),
+        read_settings(directory / "sentence_bert_config.json", dict).get("max_seq_length"),
+        read_settings(directory / "tokenizer_config.json", dict).get("model_max_length"),
     )
     named = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < NO_LIMIT]
     if requested is None and not named:
@@ -63,34 +64,29 @@ def max_tokens_of(directory: Path, max_positions: int, requested: int | None) ->
     return chosen
 
 
-def _pooling_of_modules(directory: Path) -> Pooling | None:
-    pooling: Pooling | None = None
-    for module in _read(directory / "modules.json", list):
-        kind = str(module.get("type") if isinstance(module, dict) else module).rpartition(".")[2]
-        if kind not in KNOWN_MODULES:
+def check_texts(directory: Path) -> None:
+    """Raise CheckpointError where sentence-transformers' files ask to change a text before it is tokenized.
+
+    That is a default prompt, which would be tokenized together with the text, and Python's lower(), which no normalizer
+    of `tokenizers` equals: of a Greek word's last sigma it makes another letter than of the others.
+    """
+    for file in sorted(directory.glob("sentence_*_config.json")):
+        if read_settings(file, dict).get("do_lower_case"):
             raise CheckpointError(
-                f"{directory}/modules.json has a module {kind!r}, which the graph does not compute; "
-                f"supported are {', '.join(KNOWN_MODULES)}"
+                f"{file} has do_lower_case = true, which is not supported; in a copy, set it to false and let "
+                'tokenizer.json do it (a normalizer {"type": "Lowercase"} before the others, where none does)'
             )
-        if kind == "Pooling":
-            pooling = _pooling_of_module(directory / str(module.get("path", "")) / "config.json")
-    return pooling
+    file = directory / "config_sentence_transformers.json"
+    settings = read_settings(file, dict)
+    name = settings.get("default_prompt_name")
+    if name is not None and (prompt := (settings.get("prompts") or {}).get(name, name)):
+        raise CheckpointError(
+            f"{file} has default_prompt_name = {name!r}, to put {prompt!r} before every text; supported is none: if "
+            "your heads were trained without it, set default_prompt_name to null in a copy"
+        )
 
 
-def _pooling_of_module(file: Path) -> Pooling:
-    settings = _read(file, dict)
-    # Two generations of the format: one flag a mode, or a mode by name.
-    on = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
-    flags = {key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for key in on}
-    names = flags or {str(settings.get("pooling_mode"))}
-    if names == {"cls"}:
-        return "cls"
-    if names == {"mean"}:
-        return "mean"
-    raise CheckpointError(f"{file} asks for pooling {', '.join(sorted(names))}; supported are cls and mean")
-
-
-def _read(file: Path, kind: type[T]) -> T:
+def read_settings(file: Path, kind: type[T]) -> T:
     """The JSON in `file`, empty where there is none; CheckpointError where it is no `kind`."""
     if not file.is_file():
         return kind()
@@ -101,3 +97,38 @@ def _read(file: Path, kind: type[T]) -> T:
     if not isinstance(content, kind):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a {kind.__name__}")
     return content
+
+
+def _pooling_of_modules(directory: Path) -> Pooling | None:
+    pooling: Pooling | None = None
+    for module in read_settings(directory / "modules.json", list):
+        kind = str(module.get("type") if isinstance(module, dict) else module).rpartition(".")[2]
+        if kind not in KNOWN_MODULES:
+            raise CheckpointError(
+                f"{directory}/modules.json has a module {kind!r}, which the graph does not compute; "
+                f"supported are {', '.join(KNOWN_MODULES)}"
+            )
+        if kind == "Pooling":
+            pooling = _pooling_of_module(_folder_of(directory, module) / "config.json")
+    return pooling
+
+
+def _folder_of(directory: Path, module: Any) -> Path:
+    path = str(module.get("path", "")) if isinstance(module, dict) else ""
+    try:
+        return directory / RelativeName(path).text if path else directory
+    except UnsafeNameError as error:
+        raise CheckpointError(f"{directory}/modules.json has a module at {path!r}: {error}") from error
+
+
+def _pooling_of_module(file: Path) -> Pooling:
+    settings = read_settings(file, dict)
+    # Two generations of the format: one flag a mode, or a mode by name.
+    on = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
+    flags = {key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens") for key in on}
+    names = flags or {str(settings.get("pooling_mode"))}
+    if names == {"cls"}:
+        return "cls"
+    if names == {"mean"}:
+        return "mean"
+    raise CheckpointError(f"{file} asks for pooling {', '.join(sorted(names))}; supported are cls and mean")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from jql_engine.errors import CheckpointError
+from jql_engine.names import RelativeName
 
 Array = NDArray[np.float32]
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -133,13 +134,14 @@ def open_tensors(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
             shards = {name}
             if name.endswith(".index.json"):
                 shards = set(read_json(file)["weight_map"].values())
-            return {key: get for shard in sorted(shards) for key, get in _open_shard(directory / shard).items()}
+            return {key: get for shard in sorted(shards) for key, get in _open_shard(directory, shard).items()}
         except Exception as error:  # safetensors, pickle and torch each have their own
             raise CheckpointError(f"{file} cannot be read: {error}") from error
     raise CheckpointError(f"{directory} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
 
 
-def _open_shard(file: Path) -> dict[str, Callable[[], torch.Tensor]]:
+def _open_shard(directory: Path, name: str) -> dict[str, Callable[[], torch.Tensor]]:
+    file = directory / RelativeName(name).text
     shard: Any = safe_open(file, framework="pt")  # untyped; reads a tensor when asked for it
     return {key: partial(shard.get_tensor, key) for key in shard.keys()}  # noqa: SIM118 (no mapping)
 

@@ -1,28 +1,26 @@
-"""The checkpoint's tokenizer.json -> the bundle's, and the proof that the fast tokenizer gives the same ids."""
+"""The checkpoint's tokenizer.json -> the bundle's."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from tokenizers import Tokenizer as OracleTokenizer
 
 from jql_engine.bundle import TokenizerInfo
-from jql_engine.data import DocumentBatch
-from jql_engine.errors import TokenizerError
-from jql_engine.tokens import Tokenizer
+from jql_engine.errors import CheckpointError, TokenizerError
+from jql_export.settings import read_settings
 
-UNLIMITED = 1 << 40
+# transformers' classes that take tokenizer.json as it is, whatever tokenizer_config.json says of lower case.
+TAKE_THE_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
     """Copy `source`/tokenizer.json to `target` without truncation and padding, and describe it for the manifest.
 
-    The description names no fast tokenizer; `prove_fast` does. Raises TokenizerError.
+    The description names no fast tokenizer; `prove_fast` does. Raises TokenizerError, and CheckpointError where
+    tokenizer_config.json asks for ids that this file does not give.
     """
     file = source / "tokenizer.json"
     if not file.is_file():
@@ -33,6 +31,7 @@ def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
         oracle = OracleTokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise TokenizerError(f"{file} is no tokenizer that `tokenizers` can read: {error}") from error
+    _check_config(source, read_settings(source / "tokenizer_config.json", dict), oracle)
     oracle.no_truncation()
     oracle.no_padding()
     oracle.save(str(target))
@@ -43,32 +42,25 @@ def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
     return TokenizerInfo(prefix, suffix, pad_id, None, oracle.token_to_id("\u2581"), added)
 
 
-def prove_fast(file: Path, info: TokenizerInfo, texts: Sequence[str]) -> TokenizerInfo:
-    """`info` with the fast tokenizer named if its ids equal the oracle's on all `texts`, else as it is.
-
-    Two kinds are not even tried: models other than Unigram, since tokie 0.1.4 differs from WordPiece on rare characters
-    that no list of texts is sure to hold, and added tokens that are searched in the normalised text, since ours are
-    searched in the text as it is.
-    """
-    if not _can_be_fast(file):
-        return info
-    fast = TokenizerInfo(
-        info.prefix, info.suffix, info.pad, f"tokie {version('tokie')}", info.lone_space, info.added_tokens
-    )
-    documents = DocumentBatch.of(pa.array(texts, pa.large_string()))
-    try:
-        found = Tokenizer(file, fast, UNLIMITED).encode(documents)
-    except TokenizerError:
-        return info
-    expected = Tokenizer(file, info, UNLIMITED).encode(documents)
-    same = np.array_equal(found.ids, expected.ids) and np.array_equal(found.offsets, expected.offsets)
-    return fast if same else info
+def _check_config(source: Path, config: Mapping[str, Any], oracle: OracleTokenizer) -> None:
+    lower, lowers = config.get("do_lower_case"), _lowers(oracle)
+    if lower in (True, False) and lower != lowers and config.get("tokenizer_class") not in TAKE_THE_FILE:
+        raise CheckpointError(
+            f"{source}: tokenizer_config.json has do_lower_case = {lower}, but tokenizer.json "
+            f"{'puts texts in lower case' if lowers else 'keeps capitals'}; write both anew with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...), or correct do_lower_case in a copy"
+        )
+    side = config.get("truncation_side") or (oracle.truncation or {}).get("direction") or "right"
+    if side != "right":
+        raise CheckpointError(
+            f"{source}: truncation_side = {side!r} in tokenizer_config.json, or direction in tokenizer.json, asks to "
+            "cut the beginning of a long text; supported is to cut its end: if that is fine for your heads, say "
+            "'right' in a copy"
+        )
 
 
-def _can_be_fast(file: Path) -> bool:
-    fields = json.loads(file.read_text(encoding="utf-8"))
-    normalised = any(token["normalized"] for token in fields["added_tokens"])
-    return fields["model"]["type"] == "Unigram" and not (normalised and fields["normalizer"])
+def _lowers(oracle: OracleTokenizer) -> bool:
+    return oracle.normalizer is not None and "a" in oracle.normalizer.normalize_str("A")
 
 
 def _around(oracle: OracleTokenizer) -> tuple[list[int], list[int]]:

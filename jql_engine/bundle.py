@@ -27,7 +27,8 @@ Fields of bundle.json:
     pooling         "cls" or "mean"; the embedding is L2-normalised after it
     max_tokens      longest input in tokens, `prefix` and `suffix` included
     tokenizer       prefix, suffix: ids put around every document; pad: an id for padding; fast: the fast tokenizer
-                    proven identical on the probe documents ("tokie 0.1.4") or null; lone_space: the id of the piece
+                    proven identical on probe texts ("tokie 0.1.4") or null; in another version it is used only once
+                    proven anew; lone_space: the id of the piece
                     that the fast tokenizer emits, wrongly, for a text that is empty once normalised, or null;
                     added_tokens: literal texts that `tokenizers` cuts out of a document before normalising
     variants        {name: {graph, layout, precision, provider, tolerance, parity}}: tolerance is what a graph may
@@ -282,12 +283,13 @@ def _parse(path: Path, raw: bytes) -> Manifest:
 
 def _check_names(path: Path, manifest: Manifest) -> None:
     """Raise BundleError for a file outside of the bundle, and for a graph or an engine that is not among the files."""
-    for name in manifest.files:
+    needed = [*(variant.graph for variant in manifest.variants.values()), *manifest.engines]
+    for name in [*manifest.files, *needed]:
         try:
             RelativeName(name)
         except UnsafeNameError as error:
             raise BundleError(f"{path / MANIFEST}: {error}, and export the bundle again") from error
-    for name in [*(variant.graph for variant in manifest.variants.values()), *manifest.engines]:
+    for name in needed:
         if name not in manifest.files:
             raise BundleError(f"{path / MANIFEST}: {name!r} is not among its files; export the bundle again")
 

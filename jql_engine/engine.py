@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -18,7 +19,7 @@ from jql_engine.execution import execute
 from jql_engine.parity import open_certified
 from jql_engine.sessions import Session, SessionOptions
 from jql_engine.sessions.choice import choose
-from jql_engine.tokens import Tokenizer
+from jql_engine.tokens import Tokenizer, with_proven_tokenizer
 
 Texts: TypeAlias = Sequence[str | None] | pa.Array | pa.ChunkedArray
 
@@ -28,22 +29,26 @@ class Engine:
 
     def __init__(
         self,
-        bundle: str | Path,
+        bundle: str | Path | Bundle,
         device: str = "auto",
         variant: str | None = None,
         threads: int | None = None,
         tolerance: float | None = None,
         engines: EngineOptions | None = None,
     ) -> None:
-        """Open the bundle directory `bundle` and load the graph that runs on `device`.
+        """Open the bundle directory `bundle`, or take one that is open, and load the graph that runs on `device`.
 
         `device`: auto, cpu, cuda or cuda:N; `variant`: a graph of the bundle by name, by default the fastest whose
         scores were found within `tolerance` of the fp32 reference (0.02); `threads`: CPU threads, by default every
         core this process may use (of up to four, ONNX Runtime lets each compute a document of its own); `engines`:
         those of TensorRT. Raises BundleError, DeviceError, TokenizerError, and ParityError where a GPU computes
         something else than the reference.
+
+        `engine.tokenizer.library` names what computes token ids; where that is not what the bundle was made with, the
+        logger "jql_engine" is told so, as a warning.
         """
-        self.bundle = Bundle.open(bundle)
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self.bundle = with_proven_tokenizer(opened, logging.getLogger("jql_engine").warning)
         choice = choose(self.bundle, device, variant, tolerance)
         if "," in device:
             raise DeviceError(f"device {device}: an Engine computes on one; make one for each")

@@ -20,6 +20,7 @@ from jql_engine.rescore import Rescoring, prepare_rescoring
 from jql_engine.run import Job, Outcome, Work, prepare, run
 from jql_engine.sessions import DEFAULTS, SessionOptions, check_options
 from jql_engine.sessions.choice import Choice, choose
+from jql_engine.tokens import with_proven_tokenizer
 from jql_engine.worker import Scoring
 
 
@@ -62,11 +63,13 @@ def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threadi
     log.check()
     choice = machine.choose(bundle)
     devices = machine.devices(choice)
+    notes: list[str] = []
+    bundle = with_proven_tokenizer(bundle, notes.append)
     work = prepare(job, bundle, choice.variant, choice.chunk_bytes)
     options = machine.shared(devices)
     specs = [Scoring(bundle, device, choice, options, job.embedding_dtype, work.claim) for device in devices]
     on = f"variant {choice.variant} on {','.join(choice.devices)}"
-    return _run(job, bundle, work, specs, on, began, log, stop) | {"variant": choice.variant}
+    return _run(job, bundle, work, specs, on, notes, began, log, stop) | {"variant": choice.variant}
 
 
 def rescore(job: Job, bundle: Bundle, workers: int, log: RunLog, stop: threading.Event) -> dict[str, Any]:
@@ -74,13 +77,14 @@ def rescore(job: Job, bundle: Bundle, workers: int, log: RunLog, stop: threading
     began = time.monotonic()
     log.check()
     work = prepare_rescoring(job, bundle)
-    return _run(job, bundle, work, [Rescoring(bundle, work.claim)] * workers, "stored vectors", began, log, stop)
+    return _run(job, bundle, work, [Rescoring(bundle, work.claim)] * workers, "stored vectors", [], began, log, stop)
 
 
 def estimate(job: Job, bundle: Bundle, machine: Machine, price_per_hour: float | None) -> dict[str, Any]:
     """Predict the work of `job`; computes a sample and writes nothing."""
     choice = machine.choose(bundle)
     devices = machine.devices(choice)
+    bundle = with_proven_tokenizer(bundle, Meter(0).say)
     session = open_certified(bundle, choice, devices[0], machine.shared(devices), Meter(0).say)
     return estimate_work(job, bundle, session, len(devices), price_per_hour)
 
@@ -91,14 +95,15 @@ def _run(
     work: Work,
     specs: Sequence[Spec],
     on: str,
+    notes: Sequence[str],
     began: float,
     log: RunLog,
     stop: threading.Event,
 ) -> dict[str, Any]:
     meter = Meter(work.n_docs, max(1, min(len(specs), len(work.tasks))), started=began)
     meter.say(_beginning(job, bundle, on, work))
-    for file in work.unreadable:
-        meter.say(f"jql-run: {file.reason}; going on with the other files")
+    for note in [*notes, *(f"{file.reason}; going on with the other files" for file in work.unreadable)]:
+        meter.say(f"jql-run: {note}")
 
     def executed(done: Executed) -> None:
         meter.executed(done.documents, done.tokens, done.padding)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from jql_engine.bundle import PROBES, Bundle
 from jql_engine.data import Budget, TokenBatch
@@ -117,7 +117,8 @@ def _short(tokens: TokenBatch, expected: Expected) -> tuple[TokenBatch, Expected
 def write_probes(file: Path, tokens: TokenBatch, expected: Expected) -> None:
     """Write the probe documents and what the reference computes of them; see jql_engine.bundle."""
     tensors: dict[str, NDArray[Any]] = {"ids": tokens.ids, "offsets": tokens.offsets}
-    save_file(tensors | {"embedding": expected.embeddings, "scores": expected.scores}, file)
+    # save_file would give the file to its owner alone, whatever the umask says.
+    file.write_bytes(save(tensors | {"embedding": expected.embeddings, "scores": expected.scores}))
 
 
 def read_probes(bundle: Bundle) -> tuple[TokenBatch, Expected]:

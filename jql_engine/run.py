@@ -40,7 +40,7 @@ from jql_engine.storage import Location, list_files, locate, remove_empty_folder
 CHUNK_ROWS = 20_000
 ASSEMBLERS = 2  # processes that finish files, each one file at a time
 FIRST = 16  # files looked into at a time where only the first documents are to be scored
-LIBRARIES = ("jql-engine", "tokenizers", "tokie")
+LIBRARIES = ("jql-engine", "tokenizers")
 COMPUTE = {  # by the provider of the variant
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt", "tensorrt-rtx-cu13-libs", "onnxruntime-gpu"),
@@ -453,6 +453,7 @@ def _settings(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> dict[
         "variant": variant,
         "precision": bundle.manifest.variants[variant].precision,
         "heads": list(bundle.heads),
+        "tokenizer": bundle.manifest.tokenizer.fast or "tokenizers",
         "output": job.output,
         "embeddings": job.embeddings,
         "text_column": job.text_column,

@@ -1,57 +1,53 @@
 """Texts -> TokenBatch, with exactly the ids of the Hugging Face tokenizer.
 
-The fast tokenizer (tokie) is used only where export has proven it identical, and even then two kinds of documents
-go to the oracle (tokenizers), because the two are known to differ on them: texts that are empty once normalised, for
-which tokie emits one lone space piece, and texts that contain an added token such as "</s>" literally.
+The fast tokenizer (tokie) is used only in a version that has been proven identical, by export or by this machine, and
+even then two kinds of documents go to the oracle (tokenizers), because the two are known to differ on them: texts that
+are empty once normalised, for which tokie emits one lone space piece, and texts that contain an added token such as
+"</s>" literally.
 
 Of a huge document only a prefix is tokenised where truncation.py proves it to have the same ids.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import re
-import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from tokenizers import Tokenizer as OracleTokenizer
 
+from jql_engine import probe_texts
 from jql_engine.bundle import Bundle, TokenizerInfo
 from jql_engine.data import DocumentBatch, TokenBatch
-from jql_engine.errors import TokenizerError
+from jql_engine.tokenizer_libraries import (
+    Ragged,
+    fast_encoder,
+    fast_name,
+    may_be_fast,
+    oracle_encoder,
+    oracle_name,
+    read_oracle,
+)
 from jql_engine.truncation import Shortener, shortener
 
-Ragged = tuple[NDArray[np.int32], NDArray[np.int64]]  # ids [T] and lengths [N]
-
+UNLIMITED = 1 << 40  # tokens
 # Texts of more bytes than both are huge; below that, to look for a prefix costs what it saves.
 HUGE = 1 << 16
 HUGE_PER_TOKEN = 16
-# Text after which the fast tokenizer is made anew: about a second of its work, and 3 % of it to do so.
-RENEW_CHARACTERS = 32 << 20
 # Of those that stay whole for want of a place to cut, larger ones go to the oracle: for each byte of a text without
 # white space tokie 0.1.4 needs 170 bytes of memory, the oracle 65 and no more time.
 VAST = 1 << 22
-
-
-class Encoder(Protocol):
-    """A tokenizer library: content ids of every text, without special tokens or truncation."""
-
-    def __call__(self, texts: list[str]) -> Ragged:
-        """Encode `texts`."""
-        ...
 
 
 class Tokenizer:
     """Turns texts into token ids, truncated to `max_tokens` with the special tokens included."""
 
     def __init__(self, file: Path, info: TokenizerInfo, max_tokens: int) -> None:
-        """Read `file` (tokenizer.json); raises TokenizerError where a library cannot."""
+        """Read `file` (tokenizer.json) with the libraries that `info` names; raises TokenizerError where one cannot."""
         self.info, self.max_tokens = info, max_tokens
         self.room = max_tokens - len(info.prefix) - len(info.suffix)
         self._tokenizer = read_oracle(file)
@@ -63,8 +59,20 @@ class Tokenizer:
 
     @classmethod
     def of(cls, bundle: Bundle) -> Tokenizer:
-        """The tokenizer of a bundle."""
-        return cls(bundle.path / "tokenizer.json", bundle.manifest.tokenizer, bundle.manifest.max_tokens)
+        """The tokenizer of a bundle; never a fast one in a version that nothing was proven for."""
+        info = with_proven_tokenizer(bundle).manifest.tokenizer
+        return cls(_file(bundle), info, bundle.manifest.max_tokens)
+
+    @property
+    def library(self) -> str:
+        """Name and version of the library that computes the ids: "tokie 0.1.4", or "tokenizers 0.23.3"."""
+        return self.info.fast or oracle_name()
+
+    def is_exact_on(self, texts: Sequence[str]) -> bool:
+        """Whether `texts`, whole, get the ids that `tokenizers` gives them."""
+        ids, lengths = self._content(pa.array(texts, pa.large_string()))
+        exact_ids, exact_lengths = self._oracle(list(texts))
+        return np.array_equal(ids, exact_ids) and np.array_equal(lengths, exact_lengths)
 
     def encode(self, documents: DocumentBatch) -> TokenBatch:
         """Tokenize every document that is not null."""
@@ -146,91 +154,39 @@ class Tokenizer:
         return TokenBatch(rows, ids, offsets, truncated)
 
 
-def read_oracle(file: Path) -> OracleTokenizer:
-    """The Hugging Face tokenizer of `file`, which cuts and pads nothing; raises TokenizerError."""
-    try:
-        tokenizer = OracleTokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TokenizerError(f"{file} is no tokenizer that `tokenizers` can read: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+def with_proven_tokenizer(bundle: Bundle, report: Callable[[str], None] = lambda _: None) -> Bundle:
+    """`bundle`, with no other fast tokenizer in its manifest than one that was proven in the version installed here.
 
-
-def oracle_encoder(tokenizer: OracleTokenizer) -> Encoder:
-    """`tokenizer` as an Encoder."""
-
-    def encode(texts: list[str]) -> Ragged:
-        encodings = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
-        ids = np.concatenate([np.empty(0, np.int32), *(np.asarray(e, np.int32) for e in encodings)])
-        return ids, lengths
-
-    return encode
-
-
-def fast_encoder(file: Path) -> Encoder:
-    """The tokie tokenizer of `file`; raises TokenizerError."""
-    return _FastEncoder(file)
-
-
-class _FastEncoder:
-    """tokie, made anew now and then: it remembers every word it has met and forgets none.
-
-    Measured with tokie 0.1.4: 8 million different words make a process grow by 790 MB.
+    Where export has proven another version, this one is proven anew, which takes seconds with a large vocabulary: a job
+    does it once, before its workers begin. `report` is told which library computes the ids from now on.
     """
-
-    def __init__(self, file: Path) -> None:
-        self._file, self._lock = file, threading.Lock()
-        self._saved = _memory_file()
-        self._n_characters = 0
-        tokenizer = _tokie(file)
-        if self._saved is not None:
-            tokenizer.save(f"/proc/self/fd/{self._saved.fileno()}")
-        self._tokenizer: Any = tokenizer
-
-    def __call__(self, texts: list[str]) -> Ragged:
-        with self._lock:
-            if self._tokenizer is None:
-                self._tokenizer = self._load()
-            tokenizer = self._tokenizer
-        # tokie 0.1.4 returns lengths, not offsets, and puts only the first special token: ask it for none.
-        ids, lengths = tokenizer.encode_batch_flat(texts, add_special_tokens=False)
-        del tokenizer
-        with self._lock:
-            self._n_characters += sum(map(len, texts))
-            if self._n_characters > RENEW_CHARACTERS:
-                self._n_characters, self._tokenizer = 0, None
-                _return_memory()
-        return ids.view(np.int32), lengths.astype(np.int64)
-
-    def _load(self) -> Any:
-        if self._saved is None:
-            return _tokie(self._file)
-        import tokie
-
-        return tokie.Tokenizer.from_file(f"/proc/self/fd/{self._saved.fileno()}")
+    info, installed = bundle.manifest.tokenizer, fast_name()
+    if info.fast in (None, installed):
+        return bundle
+    found = prove_fast(_file(bundle), info, probe_texts.texts())
+    here = f"tokenizer: {installed} is installed here, the bundle was made with {info.fast}"
+    if found.fast:
+        report(f"{here}; proven anew: it gives the ids of `tokenizers` on all {len(probe_texts.texts())} probe texts")
+    else:
+        report(
+            f"{here}; it does not give the ids of `tokenizers` on every probe text, so {oracle_name()} is used, which "
+            f"is several times slower; install {info.fast.replace(' ', '==')} to tokenize with that"
+        )
+    return replace(bundle, manifest=replace(bundle.manifest, tokenizer=found))
 
 
-def _tokie(file: Path) -> Any:  # its stub lacks encode_batch_flat
-    import tokie
-
+def prove_fast(file: Path, info: TokenizerInfo, texts: Sequence[str]) -> TokenizerInfo:
+    """`info` of tokenizer.json, with the installed fast tokenizer if that is exact on `texts`, else with none."""
+    fast = replace(info, fast=fast_name())
     try:
-        return tokie.Tokenizer.from_json(str(file))
-    except (tokie.TokieError, ValueError, OSError) as error:
-        raise TokenizerError(f"{file} is no tokenizer that tokie {_version()} can read: {error}") from error
+        exact = may_be_fast(file) and Tokenizer(file, fast, UNLIMITED).is_exact_on(texts)
+    except Exception:  # what a version that nobody knows yet may raise; the oracle takes its place
+        exact = False
+    return fast if exact else replace(info, fast=None)
 
 
-def _return_memory() -> None:
-    """Give freed memory back to the operating system, which glibc's allocator otherwise keeps in pieces."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _memory_file() -> BinaryIO | None:
-    """A file without a name: tokie's own format loads in 50 ms from there, the JSON of 250,000 pieces in 700 ms."""
-    return os.fdopen(os.memfd_create("tokie"), "wb") if hasattr(os, "memfd_create") else None
+def _file(bundle: Bundle) -> Path:
+    return bundle.path / "tokenizer.json"
 
 
 def _offsets(texts: pa.LargeStringArray) -> NDArray[np.int64]:
@@ -238,12 +194,6 @@ def _offsets(texts: pa.LargeStringArray) -> NDArray[np.int64]:
     if not len(texts):  # without texts there may be no buffers
         return np.zeros(1, np.int64)
     return np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("tokie")
 
 
 def _inside(starts: NDArray[np.int64], lengths: NDArray[np.int64], total: int) -> NDArray[np.bool_]:

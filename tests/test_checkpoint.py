@@ -205,6 +205,18 @@ def test_a_missing_shard_is_an_error_that_names_it(encoders, tmp_path):
         read_encoder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../elsewhere/{}", "/{}", "sub/../{}", "./{}"])
+def test_a_shard_outside_of_the_checkpoint_is_an_error_that_names_it(encoders, tmp_path, name):
+    (tmp_path / "sub").mkdir()
+    shard(encoders["gte"], tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    moved = {tensor: name.format(file) for tensor, file in index["weight_map"].items()}
+    (tmp_path / INDEX).write_text(json.dumps(index | {"weight_map": moved}))
+    with pytest.raises(CheckpointError, match="cannot be the name of a file inside a folder") as caught:
+        read_encoder(tmp_path)
+    assert repr(min(moved.values())) in str(caught.value)
+
+
 def test_a_pytorch_file_that_runs_code_is_refused(bert, tmp_path):
     marker = tmp_path / "marker"
     torch.save({"embeddings.word_embeddings.weight": CreatesFile(marker)}, bert / "pytorch_model.bin")

@@ -16,8 +16,9 @@ import pytest
 
 from jql_engine import cli
 from jql_engine.run import CHUNK_ROWS
+from jql_engine.tokenizer_libraries import fast_name
 from tests.conftest import without_gpu
-from tests.files import damage
+from tests.files import damage, made_with_other_tokie
 from tests.test_run import TEXTS, assert_scored, sparse, state, visible, write
 
 SCRIPT = str(Path(sys.executable).with_name("jql-run"))
@@ -100,6 +101,19 @@ def test_a_failure_in_mid_run_exits_1_and_names_the_file(bundle, tmp_path):
     assert f"jql-run: {bad} cannot be read to its end" in result.stderr
     assert (tmp_path / "out/a.parquet").exists() and not (tmp_path / "out/b.parquet").exists()
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("same_ids", "library"), [(True, fast_name()), (False, "tokenizers")])
+def test_a_job_says_once_which_tokenizer_takes_the_place_of_the_proven_one(bundle, tmp_path, same_ids, library):
+    other = made_with_other_tokie(bundle, tmp_path / "other", same_ids=same_ids)
+    for name in ("in/a.parquet", "in/b.parquet"):
+        write(tmp_path / name, TEXTS)
+    result = finish(start(other, tmp_path / "out", tmp_path / "in", "--workers", 2, "--chunk-rows", 4))
+    assert result.code == 0, result.stderr
+    [line] = [line for line in result.stderr.splitlines() if "tokenizer: " in line]
+    assert line.startswith("jql-run: tokenizer: ") and library in line
+    metadata = json.loads(pq.read_schema(tmp_path / "out/a.parquet").metadata[b"jql_engine"])
+    assert (metadata["tokenizer"], metadata["bundle"]) == (library, other.hash)
 
 
 def segments(log: Path) -> list[tuple[str, int]]:

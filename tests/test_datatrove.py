@@ -15,15 +15,16 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader, ParquetReader
 from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
 
+from jql_engine import probe_texts
+from jql_engine.bundle import sha256_of
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.integrations import datatrove
 from jql_engine.integrations.datatrove import JQLAnnotator, stats_adapter
-from jql_export import probes
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import without_gpu
 from tests.test_run import score
 
-TEXTS = [*probes.SENTENCES, "", *probes.ODDITIES[20:60], " ".join(probes.SENTENCES)]
+TEXTS = [*probe_texts.SENTENCES, "", *probe_texts.ODDITIES[20:60], " ".join(probe_texts.SENTENCES)]
 
 
 def documents(texts: list[str | None]) -> list[Document]:
@@ -48,6 +49,13 @@ def test_every_document_comes_out_in_order_with_its_scores(bundle, engine, monke
     found = annotate(TEXTS, bundle=bundle.path, batch_size=1)
     assert [(d.id, d.text, d.metadata["n"]) for d in found] == [(f"doc-{i}", t, i) for i, t in enumerate(TEXTS)]
     assert_scores([d.metadata for d in found], engine, TEXTS)
+
+
+def test_a_task_reads_its_bundle_once(bundle, monkeypatch):
+    read: list[str] = []
+    monkeypatch.setattr("jql_engine.bundle.sha256_of", lambda file: read.append(file.name) or sha256_of(file))
+    annotate(["Water"], bundle=bundle.path)
+    assert len(read) == len(bundle.manifest.files)
 
 
 def test_what_is_no_text_has_no_score(bundle):

@@ -4,16 +4,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jql_engine import Engine, EngineError
+from jql_engine import Engine, EngineError, probe_texts
 from jql_engine.errors import DeviceError
-from jql_export import probes
+from jql_engine.tokenizer_libraries import fast_name, oracle_name
 from jql_export.heads import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, POOLING, without_gpu
+from tests.files import OTHER_TOKIE, made_with_other_tokie
 from tests.test_dataset import not_utf8
 
-TEXTS = [*probes.SENTENCES, *probes.ODDITIES]
+TEXTS = [*probe_texts.SENTENCES, *probe_texts.ODDITIES]
 FP32 = TOLERANCES["fp32"]
 
 
@@ -36,6 +37,21 @@ def test_a_score_does_not_depend_on_its_batch_or_on_the_order(engine):
     np.testing.assert_allclose(together, backwards, rtol=0, atol=FP32.batch)
 
 
+def test_an_open_bundle_is_not_opened_again(bundle, engine, monkeypatch):
+    monkeypatch.delattr("jql_engine.bundle.sha256_of")
+    opened = Engine(bundle, device="cpu")
+    assert opened.bundle is bundle
+    np.testing.assert_allclose(opened.score(TEXTS[:3]).values, engine.score(TEXTS[:3]).values, rtol=0, atol=FP32.batch)
+
+
+@pytest.mark.parametrize("same_ids", [True, False])
+def test_the_library_that_takes_the_place_of_a_proven_one_is_named_and_logged(bundle, tmp_path, caplog, same_ids):
+    engine = Engine(made_with_other_tokie(bundle, tmp_path / "other", same_ids=same_ids).path, device="cpu")
+    assert engine.tokenizer.library == (fast_name() if same_ids else oracle_name())
+    assert [(record.name, record.levelname) for record in caplog.records] == [("jql_engine", "WARNING")]
+    assert f"the bundle was made with {OTHER_TOKIE}" in caplog.text and engine.tokenizer.library in caplog.text
+
+
 def test_null_gives_no_score_and_an_empty_string_does(engine):
     scores = engine.score(["text", None, ""])
     assert scores.valid.tolist() == [True, False, True]
@@ -47,7 +63,7 @@ def test_null_gives_no_score_and_an_empty_string_does(engine):
 
 
 def test_a_long_text_is_cut_and_marked(engine):
-    scores = engine.score(["short", " ".join(probes.SENTENCES)])
+    scores = engine.score(["short", " ".join(probe_texts.SENTENCES)])
     assert scores.truncated.tolist() == [False, True]
     assert scores.n_tokens[1] == engine.bundle.manifest.max_tokens
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 
@@ -73,6 +74,24 @@ def test_scores_follow_their_heads_when_the_order_changes(encoders, head_files, 
 def test_the_same_export_writes_the_same_files_again(bundle, encoders, head_files, tmp_path):
     again = export(encoders["gte"], head_files, tmp_path / "again", list(bundle.manifest.variants))
     assert again.manifest.files == bundle.manifest.files
+
+
+def test_every_file_of_a_bundle_has_the_mode_that_the_umask_leaves(encoders, head_files, tmp_path):
+    umask = 0o007
+    before = os.umask(umask)
+    try:
+        export(encoders["gte"], head_files, tmp_path / "out", ["cpu-fp32", "openvino-int8"])
+    finally:
+        os.umask(before)
+    modes = {file: oct(file.stat().st_mode & 0o777) for file in [tmp_path / "out", *(tmp_path / "out").rglob("*")]}
+    assert modes == {file: oct((0o777 if file.is_dir() else 0o666) & ~umask) for file in modes}
+
+
+def test_a_checkpoint_that_changes_texts_first_is_refused(encoders, head_files, tmp_path):
+    encoder = shutil.copytree(encoders["gte"], tmp_path / "encoder")
+    (encoder / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    with pytest.raises(CheckpointError, match="do_lower_case = true"):
+        export(encoder, head_files, tmp_path / "out")
 
 
 def test_an_existing_bundle_is_kept_without_overwrite(bundle, encoders, head_files, tmp_path):

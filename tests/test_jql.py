@@ -169,6 +169,20 @@ print(exported({str(encoder)!r}, {heads!r}))
     assert cache._key(str(encoder), {"edu": other}, False) != cache._key(str(encoder), head_files, False)
 
 
+@pytest.mark.parametrize("changed", ["config.json", "1_Pooling/config.json", "linked/config.json", "a/b/config.json"])
+def test_a_changed_file_of_an_encoder_is_another_bundle(tmp_path, changed):
+    encoder, elsewhere = tmp_path / "encoder", tmp_path / "elsewhere"
+    for folder in (encoder / "1_Pooling", encoder / "a/b", encoder / ".git", elsewhere):
+        folder.mkdir(parents=True)
+    (encoder / "linked").symlink_to(elsewhere)
+    (encoder / changed).write_text("1")
+    before = cache._key(str(encoder), None, False)
+    (encoder / ".git" / "index").write_text("not of the encoder")
+    assert cache._key(str(encoder), None, False) == before
+    (encoder / changed).write_text("22")
+    assert cache._key(str(encoder), None, False) != before
+
+
 def test_what_the_export_said_comes_out(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "empty").mkdir()

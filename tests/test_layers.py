@@ -22,7 +22,7 @@ LAYERS = [
     {"errors", "printing"},
     {"cache", "data", "storage", "interrupt"},
     {"names", "listing"},
-    {"bundle", "truncation", "pipeline", "dataset"},
+    {"bundle", "truncation", "pipeline", "dataset", "probe_texts", "tokenizer_libraries"},
     {"gpu", "profiles"},
     {"tensorrt"},
     {"engine_files"},

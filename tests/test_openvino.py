@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jql_engine import parity
+from jql_engine import parity, probe_texts
 from jql_engine.bundle import MANIFEST, PROBES, describe_files
 from jql_engine.data import Budget
 from jql_engine.engine import Engine
@@ -247,7 +247,7 @@ class TestCalibration:
         heads = [read_head(name, file) for name, file in head_files.items()]
         other = export_bundle(
             Checkpoint(encoders["gte"], "gte", None), heads, tmp_path / "other", "cls", 96, [INT8],
-            calibration=probes.texts()[::2],
+            calibration=probe_texts.texts()[::2],
         )  # fmt: skip
         name = "graphs/openvino-int8.bin"
         assert other.manifest.files[name]["sha256"] != bundle.manifest.files[name]["sha256"]

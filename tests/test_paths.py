@@ -16,17 +16,17 @@ from datatrove.pipeline.readers import ParquetReader
 from datatrove.pipeline.writers import ParquetWriter
 from numpy.typing import NDArray
 
+from jql_engine import probe_texts
 from jql_engine.engine import Engine
 from jql_engine.integrations.datatrove import JQLAnnotator
 from jql_engine.integrations.jql import RegressionHead, get_embedder_instance
 from jql_engine.integrations.ray import score_dataset
-from jql_export import probes
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import MAX_TOKENS
 from tests.test_run import score
 
 # Not the empty text: datatrove's readers leave it out. The last one is truncated.
-TEXTS = [*probes.SENTENCES, *probes.ODDITIES[5:], " ".join(probes.SENTENCES)]
+TEXTS = [*probe_texts.SENTENCES, *probe_texts.ODDITIES[5:], " ".join(probe_texts.SENTENCES)]
 IDS = [f"doc-{i}" for i in range(len(TEXTS))]
 HEADS = ("edu", "prose")
 PATHS = ("datatrove", "ray", "jql-run", "engine", "direct")

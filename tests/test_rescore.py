@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
-from jql_engine import Engine, rescore
+from jql_engine import Engine, probe_texts, rescore
 from jql_engine.bundle import Bundle
 from jql_engine.errors import InputError, OutputError
 from jql_engine.launch import Machine, score
@@ -24,12 +24,11 @@ from jql_engine.progress import RunLog
 from jql_engine.ranks import Rank
 from jql_engine.rescore import Heads
 from jql_engine.run import Job
-from jql_export import probes
 from tests.conftest import export, write_head
 from tests.servers import Server, s3
 from tests.test_dataset import write
 
-TEXTS = [*probes.SENTENCES[:8], None, "", *probes.ODDITIES[:12], None, " ".join(probes.SENTENCES)]
+TEXTS = [*probe_texts.SENTENCES[:8], None, "", *probe_texts.ODDITIES[:12], None, " ".join(probe_texts.SENTENCES)]
 
 
 @pytest.fixture(scope="module")

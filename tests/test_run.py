@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jql_engine import Engine, EngineError
+from jql_engine import Engine, EngineError, probe_texts
 from jql_engine.data import Chunk, ChunkDone, Segment, StageSeconds, Task
 from jql_engine.errors import OutputError
 from jql_engine.launch import Machine
@@ -24,11 +24,10 @@ from jql_engine.progress import Meter, RunLog
 from jql_engine.ranks import Rank
 from jql_engine.run import CHUNK_ROWS, Job, prepare
 from jql_engine.sessions import CHUNK_BYTES
-from jql_export import probes
 from jql_export.tolerances import TOLERANCES
 from tests.files import damage, not_utf8
 
-TEXTS = [*probes.SENTENCES[:8], None, "", *probes.ODDITIES[:12], " ".join(probes.SENTENCES)]
+TEXTS = [*probe_texts.SENTENCES[:8], None, "", *probe_texts.ODDITIES[:12], " ".join(probe_texts.SENTENCES)]
 SCORE_COLUMNS = {
     "score_edu": pa.float32(),
     "score_prose": pa.float32(),

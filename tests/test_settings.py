@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jql_engine.errors import CheckpointError
-from jql_export.settings import max_tokens_of, pooling_of
+from jql_export.settings import check_texts, max_tokens_of, pooling_of
 
 POSITIONS = 512
 MODULE = "sentence_transformers.models"
@@ -90,6 +90,43 @@ def test_a_dense_module_is_an_error_whatever_is_requested(tmp_path, kinds, reque
         CheckpointError, match=r"modules\.json has a module 'Dense'.*supported are Transformer, Pooling, Normalize"
     ):
         pooling_of(tmp_path, requested, print)
+
+
+@pytest.mark.parametrize("path", ["../1_Pooling", "/1_Pooling", "a/../1_Pooling"])
+def test_a_module_outside_of_the_checkpoint_is_named(tmp_path, path):
+    write(tmp_path / "1_Pooling" / "config.json", one_flag_a_mode("mean_tokens"))
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "modules.json", [{"type": f"{MODULE}.Pooling", "path": path}])
+    with pytest.raises(CheckpointError, match=rf"modules\.json has a module at '{path}'"):
+        pooling_of(tmp_path, None, print)
+
+
+SNOWFLAKE_PROMPTS = {"prompts": {"query": "query: "}, "default_prompt_name": None}  # as published
+NO_DOCUMENT_PROMPT = {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "document"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"prompts": None}, SNOWFLAKE_PROMPTS, NO_DOCUMENT_PROMPT])
+@pytest.mark.parametrize("lower", [{}, {"do_lower_case": False}])
+def test_a_checkpoint_that_leaves_texts_as_they_are_is_accepted(tmp_path, settings, lower):
+    check_texts(tmp_path)
+    write(tmp_path / "config_sentence_transformers.json", settings)
+    write(tmp_path / "sentence_bert_config.json", {"max_seq_length": 128, **lower})
+    check_texts(tmp_path)
+
+
+@pytest.mark.parametrize("prompts", [{"passage": "passage: "}, {}, None])
+def test_a_default_prompt_is_an_error_that_says_what_to_do(tmp_path, prompts):
+    settings = {"prompts": prompts, "default_prompt_name": "passage"}
+    write(tmp_path / "config_sentence_transformers.json", settings)
+    with pytest.raises(CheckpointError, match=r"_transformers\.json.*'passage.*default_prompt_name to null"):
+        check_texts(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["sentence_bert_config.json", "sentence_xlm-roberta_config.json"])
+def test_lower_case_of_sentence_transformers_is_an_error_that_says_what_to_do(tmp_path, file):
+    write(tmp_path / file, {"max_seq_length": 128, "do_lower_case": True})
+    with pytest.raises(CheckpointError, match=rf"{file} has do_lower_case = true.*Lowercase"):
+        check_texts(tmp_path)
 
 
 def test_without_modules_the_request_decides(tmp_path):

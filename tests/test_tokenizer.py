@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as OracleTokenizer
 
+from jql_engine import probe_texts
 from jql_engine.data import DocumentBatch
-from jql_engine.errors import TokenizerError
-from jql_engine.tokens import Tokenizer
-from jql_export import probes
-from jql_export.tokenizer import UNLIMITED, prove_fast, write_tokenizer
+from jql_engine.errors import CheckpointError, TokenizerError
+from jql_engine.tokens import UNLIMITED, Tokenizer, prove_fast
+from jql_export.tokenizer import write_tokenizer
 from tests.conftest import SPECIALS
 
 PAD = 1
 ODD = [" ", "\n", "\t", "\u00a0", "\u200b", "\u3000", "\ufeff", "\u2581", "<", "/s>", "e\u0301", "\ufb01", "Ａ", "\x00"]
 # Random Unicode, and mixtures of what tokenizers trip over with sentences whose words the vocabulary knows.
-PIECES = st.sampled_from([*SPECIALS, *ODD, *probes.SENTENCES]) | st.text(max_size=4)
+PIECES = st.sampled_from([*SPECIALS, *ODD, *probe_texts.SENTENCES]) | st.text(max_size=4)
 ANY_TEXT = st.text(max_size=60) | st.lists(PIECES, max_size=8).map("".join)
 
 
@@ -45,12 +45,21 @@ def write(folder, model, trainer, normalizer, pre_tokenizer, added=()):
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.train_from_iterator(probes.SENTENCES, trainer)
+    tokenizer.train_from_iterator(probe_texts.SENTENCES, trainer)
     tokenizer.add_tokens(list(added))
     around = [("<s>", 0), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
     tokenizer.save(str(folder / "tokenizer.json"))
+    if isinstance(model, models.Unigram):
+        change_pieces(folder / "tokenizer.json", lambda pieces: [(p, float(np.float32(score))) for p, score in pieces])
     return folder
+
+
+def change_pieces(file, change):
+    """What Unigram's trainer saves is not exact in fp32; what SentencePiece saves, as XLM-R's, is."""
+    content = json.loads(file.read_text())
+    content["model"]["vocab"] = change(content["model"]["vocab"])
+    file.write_text(json.dumps(content))
 
 
 def specials():
@@ -66,7 +75,7 @@ def xlm_roberta_normalizer():
 
     written, proto = io.BytesIO(), sentencepiece_model_pb2.ModelProto()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(probes.SENTENCES), model_writer=written, vocab_size=700, hard_vocab_limit=False,
+        sentence_iterator=iter(probe_texts.SENTENCES), model_writer=written, vocab_size=700, hard_vocab_limit=False,
         normalization_rule_name="nmt_nfkc", minloglevel=2,
     )  # fmt: skip
     proto.ParseFromString(written.getvalue())
@@ -86,7 +95,7 @@ def fast(request, tmp_path_factory):
 
 def prove(folder):
     file = folder / "written.json"
-    return file, prove_fast(file, write_tokenizer(folder, file, PAD), probes.texts())
+    return file, prove_fast(file, write_tokenizer(folder, file, PAD), probe_texts.texts())
 
 
 def encode(file, info, texts, max_tokens=UNLIMITED):
@@ -119,7 +128,7 @@ def test_several_special_tokens_around_a_text_keep_their_order(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     file, info = prove(tmp_path)
     assert (info.prefix, info.suffix) == ([0, 4], [4, 2])
-    assert encode(file, info, list(probes.SENTENCES), 9) == expect(file, list(probes.SENTENCES), 9)
+    assert encode(file, info, list(probe_texts.SENTENCES), 9) == expect(file, list(probe_texts.SENTENCES), 9)
 
 
 def test_truncation_and_padding_of_the_source_are_removed(tmp_path):
@@ -128,11 +137,11 @@ def test_truncation_and_padding_of_the_source_are_removed(tmp_path):
     source.enable_truncation(8)
     source.enable_padding(length=16, pad_id=PAD, pad_token="<pad>")
     source.save(str(tmp_path / "tokenizer.json"))
-    assert len(source.encode(probes.SENTENCES[0]).ids) == 16
+    assert len(source.encode(probe_texts.SENTENCES[0]).ids) == 16
     file, info = prove(tmp_path)
     written = json.loads(file.read_text())
     assert written["truncation"] is None and written["padding"] is None
-    assert len(encode(file, info, [probes.SENTENCES[0]])[0]) > 16
+    assert len(encode(file, info, [probe_texts.SENTENCES[0]])[0]) > 16
 
 
 def test_a_missing_tokenizer_json_is_an_error_that_says_how_to_write_it(tmp_path):
@@ -144,6 +153,55 @@ def test_a_damaged_tokenizer_json_is_an_error(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(TokenizerError, match=r"tokenizer\.json is no tokenizer that `tokenizers` can read"):
         write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+LOWER = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "BertTokenizerFast", None])
+@pytest.mark.parametrize(("normalizer", "lower"), [(None, True), (normalizers.NFC(), True), (LOWER, False)], ids=str)
+def test_lower_case_that_tokenizer_json_contradicts_is_an_error(tmp_path, normalizer, lower, kind):
+    """transformers' classes, but those that take the file as it is, do what tokenizer_config.json says."""
+    write_unigram(tmp_path, normalizer)
+    write_config(tmp_path, do_lower_case=lower, tokenizer_class=kind)
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json has do_lower_case = {lower}, but tokenizer"):
+        write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "config"),
+    [
+        (None, {}),
+        (LOWER, {}),
+        (None, {"do_lower_case": False}),
+        (LOWER, {"do_lower_case": True}),
+        # As multilingual MiniLM is published, whose vectors are those of texts with their capitals.
+        (None, {"do_lower_case": True, "tokenizer_class": "PreTrainedTokenizerFast"}),
+        (None, {"truncation_side": "right"}),
+    ],
+    ids=str,
+)
+def test_a_config_that_agrees_with_tokenizer_json_is_accepted(tmp_path, normalizer, config):
+    write_unigram(tmp_path, normalizer)
+    write_config(tmp_path, **config)
+    write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_checkpoint_that_cuts_the_beginning_of_a_text_is_an_error(tmp_path, place):
+    write_unigram(tmp_path)
+    if place == "tokenizer.json":
+        source = OracleTokenizer.from_file(str(tmp_path / place))
+        source.enable_truncation(8, direction="left")
+        source.save(str(tmp_path / place))
+    else:
+        write_config(tmp_path, truncation_side="left")
+    with pytest.raises(CheckpointError, match=r"truncation_side = 'left' .* cut the beginning"):
+        write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+def write_config(folder, **settings):
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def test_a_tokenizer_without_special_tokens_is_an_error(tmp_path):
@@ -163,9 +221,34 @@ def test_a_fast_tokenizer_that_differs_is_refused(tmp_path, settings):
     """tokie 0.1.4 reads both settings and leaves them out."""
     file, info = prove(write_unigram(tmp_path, **settings))
     assert info.fast is None
-    texts = probes.texts()
+    texts = probe_texts.texts()
     assert encode(file, replace(info, fast="tokie"), texts) != expect(file, texts), "it does not differ: accept it"
     assert encode(file, info, texts) == expect(file, texts)
+
+
+def test_scores_that_are_not_exact_in_fp32_are_refused_since_ties_behind_an_unknown_character_differ(tmp_path):
+    def change(pieces):
+        unrounded = [("\u2581", -3.0), ("Q", -9.1), ("Z", -20.0), ("QZ", -9.8), ("ZQ", -9.8)]  # Q ZQ, or QZ Q?
+        return [piece for piece in pieces if piece[0] != "\u2581"] + unrounded
+
+    write_unigram(tmp_path)
+    change_pieces(tmp_path / "tokenizer.json", change)
+    file, info = prove(tmp_path)
+    assert info.fast is None
+    fast = Tokenizer(file, replace(info, fast="tokie"), UNLIMITED)
+    assert fast.is_exact_on(probe_texts.texts()), "another reason to refuse it"
+    assert fast.is_exact_on(["QZQ"]) and not fast.is_exact_on(["\U00020000QZQ"])
+    assert encode(file, info, ["\U00020000QZQ"]) == expect(file, ["\U00020000QZQ"])
+
+
+@pytest.mark.parametrize(("error", "is_fast"), [(3.6e-15, True), (9e-10, True), (1.1e-9, False), (1e-7, False)])
+def test_scores_as_far_from_fp32_as_json_readers_leave_those_of_xlm_roberta_are_accepted(tmp_path, error, is_fast):
+    write_unigram(tmp_path, xlm_roberta_normalizer(), whitespace_split=True)
+    # Between -4 and -8 every `error` is less than half of the distance to the next fp32 value, and more than fp64's.
+    change_pieces(tmp_path / "tokenizer.json", lambda pieces: [(p, s + error if -8 < s < -4 else s) for p, s in pieces])
+    scores = np.array([score for _, score in json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]])
+    assert np.abs(scores - scores.astype(np.float32)).max() == pytest.approx(error, rel=0.2)
+    assert (prove(tmp_path)[1].fast is not None) == is_fast
 
 
 def test_a_fast_tokenizer_that_cannot_read_the_file_is_refused(tmp_path):
@@ -183,7 +266,7 @@ def test_a_fast_tokenizer_that_cannot_read_the_file_is_refused(tmp_path):
 @pytest.mark.parametrize("max_tokens", [3, 4, 7, 64, UNLIMITED])
 def test_ids_with_the_fast_tokenizer_are_the_oracles(fast, max_tokens):
     file, info = fast
-    texts = probes.texts()
+    texts = probe_texts.texts()
     assert encode(file, info, texts, max_tokens) == expect(file, texts, max_tokens)
 
 
@@ -207,7 +290,7 @@ def test_any_text_gets_the_oracles_ids(fast, texts, max_tokens):
 
 def test_a_text_is_marked_as_truncated_where_the_oracle_cuts(fast):
     file, info = fast
-    texts, limit = probes.texts(), 20
+    texts, limit = probe_texts.texts(), 20
     tokens = Tokenizer(file, info, limit).encode(DocumentBatch.of(pa.array(texts, pa.large_string())))
     assert tokens.truncated.tolist() == [len(ids) > limit for ids in expect(file, texts)]
     assert 0 < tokens.truncated.sum() < len(texts)

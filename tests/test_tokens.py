@@ -14,21 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
 
+from jql_engine import probe_texts, tokenizer_libraries
 from jql_engine import tokens as module
 from jql_engine.bundle import TokenizerInfo
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import TokenizerError
-from jql_engine.tokens import Tokenizer, fast_encoder, oracle_encoder, read_oracle
-from jql_export import probes
+from jql_engine.tokenizer_libraries import fast_encoder, fast_name, oracle_encoder, oracle_name, read_oracle
+from jql_engine.tokens import UNLIMITED, Tokenizer, with_proven_tokenizer
 from tests.conftest import SPECIALS
+from tests.files import OTHER_TOKIE, made_with_other_tokie
 
-UNLIMITED = 1 << 40
 LIMITS = (2, 3, 4, 7, 20, 96)
 # White space that XLM-R's normaliser turns into blanks is left out: the normaliser of this file changes nothing.
 FRAGMENTS = (
     *SPECIALS, "</s", "s>", " ", "  ", "\n", "\t", "\r\n", "\u200b", "\ufeff", "\x00",
     "a", "Water", " boils at", "ü", "e\u0301", "月亮",
-    *probes.SENTENCES[:2],
+    *probe_texts.SENTENCES[:2],
 )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
     specials = [AddedToken(s, normalized=False, special=True, lstrip=s == "<mask>") for s in SPECIALS]
     trainer = trainers.UnigramTrainer(vocab_size=700, special_tokens=specials, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(probes.SENTENCES, trainer)
+    tokenizer.train_from_iterator(probe_texts.SENTENCES, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
@@ -158,8 +159,8 @@ def test_a_missing_file_is_named(tmp_path, encoder):
 
 
 def test_a_fast_tokenizer_that_is_made_anew_gives_the_same_ids(file, monkeypatch):
-    monkeypatch.setattr(module, "RENEW_CHARACTERS", 100)
-    texts, encode, expected = [*probes.SENTENCES], fast_encoder(file), fast_encoder(file)([*probes.SENTENCES])
+    monkeypatch.setattr(tokenizer_libraries, "RENEW_CHARACTERS", 100)
+    texts, encode, expected = [*probe_texts.SENTENCES], fast_encoder(file), fast_encoder(file)([*probe_texts.SENTENCES])
     for _ in range(5):
         ids, lengths = encode(texts)
         assert ids.tolist() == expected[0].tolist() and lengths.tolist() == expected[1].tolist()
@@ -168,14 +169,53 @@ def test_a_fast_tokenizer_that_is_made_anew_gives_the_same_ids(file, monkeypatch
         assert all(len(found[0]) == len(expected[0]) for found in pool.map(encode, [texts] * 20))
 
 
+def test_another_version_of_the_fast_tokenizer_is_proven_anew_once(bundle, tmp_path):
+    said: list[str] = []
+    other = made_with_other_tokie(bundle, tmp_path / "other", same_ids=True)
+    proven = with_proven_tokenizer(other, said.append)
+    assert (proven.manifest.tokenizer.fast, proven.hash) == (fast_name(), other.hash)
+    [line] = said
+    assert line.startswith(f"tokenizer: {fast_name()} is installed here, the bundle was made with {OTHER_TOKIE}")
+    assert "proven anew" in line
+    assert with_proven_tokenizer(proven, said.append) is proven and said == [line]
+    assert Tokenizer.of(other).library == Tokenizer.of(proven).library == fast_name()
+
+
+def test_another_version_that_is_not_exact_is_not_used(bundle, tmp_path):
+    said: list[str] = []
+    other = made_with_other_tokie(bundle, tmp_path / "other", same_ids=False)
+    proven = with_proven_tokenizer(other, said.append)
+    [line] = said
+    assert f"{oracle_name()} is used" in line and line.endswith("install tokie==0.1.3 to tokenize with that")
+    assert with_proven_tokenizer(proven, said.append) is proven and said == [line]
+    texts = probe_texts.texts()
+    assert Tokenizer.of(other).library == Tokenizer.of(proven).library == oracle_name()
+    assert ids_of(encode(Tokenizer.of(other), texts)) == ids_of(encode(Tokenizer.of(bundle), texts))
+
+
+def test_another_version_that_fails_is_not_used(bundle, tmp_path, monkeypatch):
+    def fail(file):
+        raise AttributeError("'Tokenizer' has no attribute 'encode_batch_flat'")
+
+    other = made_with_other_tokie(bundle, tmp_path / "other", same_ids=True)
+    monkeypatch.setattr(module, "fast_encoder", fail)
+    assert Tokenizer.of(other).library == oracle_name()
+
+
+def test_the_version_that_the_bundle_was_made_with_is_not_proven_again(bundle, tmp_path, monkeypatch):
+    proven = with_proven_tokenizer(made_with_other_tokie(bundle, tmp_path / "other", same_ids=True))
+    monkeypatch.delattr(module, "prove_fast")
+    assert with_proven_tokenizer(proven) is proven and with_proven_tokenizer(bundle) is bundle
+
+
 def test_words_that_were_met_are_forgotten_in_the_end(file, monkeypatch):
     """A process of its own grows by hundreds of MB otherwise: 100 bytes a word."""
     code = f"""
 import random, sys
 from pathlib import Path
-import jql_engine.tokens as tokens
-tokens.RENEW_CHARACTERS = int(sys.argv[1])
-encode, rng = tokens.fast_encoder(Path({str(file)!r})), random.Random(0)
+import jql_engine.tokenizer_libraries as libraries
+libraries.RENEW_CHARACTERS = int(sys.argv[1])
+encode, rng = libraries.fast_encoder(Path({str(file)!r})), random.Random(0)
 def resident(): return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 begun = resident()
 for _ in range(100):

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as OracleTokenizer
 
-from jql_engine import tokens, truncation
+from jql_engine import probe_texts, tokens, truncation
 from jql_engine.bundle import TokenizerInfo
 from jql_engine.data import DocumentBatch
-from jql_engine.tokens import Tokenizer, oracle_encoder, read_oracle
+from jql_engine.tokenizer_libraries import oracle_encoder, read_oracle
+from jql_engine.tokens import Tokenizer
 from jql_engine.truncation import letters_and_marks, shortener
-from jql_export import probes
 from tests.conftest import SPECIALS
 from tests.test_tokenizer import specials, write_unigram, write_wordpiece, xlm_roberta_normalizer
 
@@ -30,7 +30,7 @@ ADDED = (*SPECIALS, "a０b", "光己")
 LIMITS = (2, 3, 10, 40)
 HUGE = 100
 LAYOUTS = ("trained", "xlm-roberta", "without split", "nfkc", "bare", "odd rules", "odd rules without split")
-GERMAN, THAI, CHINESE, JAPANESE = (probes.SENTENCES[i] for i in (1, 15, 16, 18))
+GERMAN, THAI, CHINESE, JAPANESE = (probe_texts.SENTENCES[i] for i in (1, 15, 16, 18))
 ALPHABETS = ("月亮自己发光", "さくらの花毎", "กขคงน\u0e34\u0e48\u0e33", "abcdeéoó", "0123", "AB/+")
 DISGUISES = str.maketrans({"é": "e\u0301", "ó": "o\u0301", "a": "ª", "o": "º", "B": "ℬ"})  # NFKC takes them off
 # What a normaliser of graphemes could do to the neighbours of a cut, and none that is in use does.
@@ -45,7 +45,7 @@ ODD = (
 )  # fmt: skip
 RUNS = st.sampled_from(ALPHABETS).flatmap(lambda alphabet: st.text(alphabet, min_size=1, max_size=40))
 TEXTS = st.lists(
-    RUNS | RUNS.map(lambda run: run.translate(DISGUISES)) | st.sampled_from([*ODD, *probes.SENTENCES]),
+    RUNS | RUNS.map(lambda run: run.translate(DISGUISES)) | st.sampled_from([*ODD, *probe_texts.SENTENCES]),
     min_size=1,
     max_size=12,
 ).map("".join)
@@ -88,7 +88,7 @@ def normaliser_by(rules, folder):
     (folder / "rules.tsv").write_text("".join(f"{left}\t{right}\n" for left, right in hexadecimal))
     written, proto = io.BytesIO(), sentencepiece_model_pb2.ModelProto()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(probes.SENTENCES), model_writer=written, vocab_size=700, hard_vocab_limit=False,
+        sentence_iterator=iter(probe_texts.SENTENCES), model_writer=written, vocab_size=700, hard_vocab_limit=False,
         normalization_rule_tsv=str(folder / "rules.tsv"), minloglevel=2,
     )  # fmt: skip
     proto.ParseFromString(written.getvalue())
@@ -188,8 +188,8 @@ DOCUMENTS = {
     "thai": THAI * 2 + shuffled(THAI, 300),
     "german": GERMAN * 6,
     "german without spaces": "".join(GERMAN.split()) * 6,
-    "every language": "\n".join(probes.SENTENCES),
-    "every language without spaces": "".join("".join(probes.SENTENCES).split()),
+    "every language": "\n".join(probe_texts.SENTENCES),
+    "every language without spaces": "".join("".join(probe_texts.SENTENCES).split()),
     "base64": base64.b64encode(random.Random(0).randbytes(400)).decode(),
     "digits": shuffled("0123", 500),
     "minified": "function(a,b){return/x+/.test(a)?b[a[0]]:0};" * 9,
@@ -214,7 +214,7 @@ def test_a_huge_document_gets_the_ids_of_the_whole(file, name, limit):
 
 
 def test_with_the_fast_tokenizer_ids_are_the_same(trained):
-    texts = [*DOCUMENTS.values(), *probes.texts()]
+    texts = [*DOCUMENTS.values(), *probe_texts.texts()]
     assert encode(tokenizer_of(trained, 10, "tokie"), texts) == expect(trained, texts, 10)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -55,11 +56,10 @@ def _variants() -> tuple[str, ...]:
 def _key(encoder: str, heads: Mapping[str, str | Path] | None, embed_only: bool) -> str:
     """Changes with everything that the bundle is made of."""
     folder = Path(encoder)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    source = [(name, status.st_size, status.st_mtime_ns) for name, status in _files(folder)]
     checkpoints = {name: sha256_of(Path(file)) for name, file in (heads or {}).items()}
     parts = [
-        str(folder.resolve()) if files else encoder,
+        str(folder.resolve()) if source else encoder,
         source,
         checkpoints,
         embed_only,
@@ -67,3 +67,12 @@ def _key(encoder: str, heads: Mapping[str, str | Path] | None, embed_only: bool)
         _variants(),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Every file below `folder`, which is all that jql-export may read, in the folders of modules as well."""
+    # rglob enters no folder that is a link.
+    for file in sorted({*folder.rglob("*"), *folder.glob("*/*")}):
+        name = file.relative_to(folder)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            yield name.as_posix(), file.stat()

@@ -76,11 +76,11 @@ class JQLAnnotator(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
                     yield document
 
     def _engine(self, rank: int) -> Engine:
-        path = self.bundle or exported(self.embedder_model_id, self.regression_head_checkpoints)
+        bundle = Bundle.open(self.bundle or exported(self.embedder_model_id, self.regression_head_checkpoints))
         wanted = self.device_overwrite or "auto"
         wanted = f"cuda:{wanted}" if wanted.isdigit() else wanted
-        devices = choose(Bundle.open(path), wanted, self.variant, self.tolerance).devices
-        return Engine(path, devices[rank % len(devices)], self.variant, self.threads, self.tolerance)
+        devices = choose(bundle, wanted, self.variant, self.tolerance).devices
+        return Engine(bundle, devices[rank % len(devices)], self.variant, self.threads, self.tolerance)
 
     def _scored(
         self, engine: Engine, data: DocumentsPipeline, pool: ThreadPoolExecutor
