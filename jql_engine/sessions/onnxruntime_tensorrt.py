@@ -21,7 +21,7 @@ from jql_engine.data import Batch, BatchOutput
 from jql_engine.engine_files import EngineOptions, writable
 from jql_engine.errors import DeviceError
 from jql_engine.profiles import INPUTS, OUTPUTS, Profile, budget_for, profiles_of
-from jql_engine.sessions import Session
+from jql_engine.sessions import Fallback
 from jql_engine.sessions.overflow import Overflow
 from jql_engine.sessions.tensorrt import full_batch, run_in_parts
 
@@ -42,7 +42,7 @@ class OnnxRuntimeTensorRTSession:
         device: int = 0,
         options: EngineOptions | None = None,
         report: Callable[[str], None] = lambda _: None,
-        open_fp32: Callable[[], Session] | None = None,
+        fallback: Fallback | None = None,
     ) -> None:
         """Build the engines or find them in the provider's cache; raises DeviceError where the provider is not active.
 
@@ -55,7 +55,7 @@ class OnnxRuntimeTensorRTSession:
                 "--via onnxruntime builds engines its own way; of their options only --engine-cache counts"
             )
         self.variant, self.n_parallel = variant, 1
-        self._overflow = Overflow(variant, open_fp32)
+        self._overflow = Overflow(variant, fallback)
         self.budget = budget_for(bundle, options.batch_tokens)
         self._pad_id = bundle.manifest.tokenizer.pad
         folder = writable((options.folder or bundle.path / "engines") / f"onnxruntime-{ort.__version__}")
@@ -71,6 +71,11 @@ class OnnxRuntimeTensorRTSession:
     def n_overflowed(self) -> int:
         """See Session."""
         return self._overflow.n_documents
+
+    @property
+    def fallback(self) -> Fallback | None:
+        """See Session."""
+        return self._overflow.fallback
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; see Session."""

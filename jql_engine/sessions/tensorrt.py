@@ -22,7 +22,7 @@ from jql_engine.engine_files import EngineOptions, engine_for, write_aside
 from jql_engine.errors import DeviceError
 from jql_engine.gpu import Buffer, Gpu
 from jql_engine.profiles import INPUTS, OUTPUTS, Interface, Profile
-from jql_engine.sessions import Session
+from jql_engine.sessions import Fallback
 from jql_engine.sessions.overflow import Overflow
 from jql_engine.tensorrt import RTX, Library, deserialize
 
@@ -37,7 +37,7 @@ class TensorRTSession:
         device: int = 0,
         options: EngineOptions | None = None,
         report: Callable[[str], None] = lambda _: None,
-        open_fp32: Callable[[], Session] | None = None,
+        fallback: Fallback | None = None,
     ) -> None:
         """Open the engine that fits GPU number `device`, or build it once; `report` is told how that goes.
 
@@ -50,7 +50,7 @@ class TensorRTSession:
             bundle, variant, gpu.compute_capability, gpu.name, options or EngineOptions(), report
         )
         self.variant, self.n_parallel = variant, 1
-        self._overflow = Overflow(variant, open_fp32)
+        self._overflow = Overflow(variant, fallback)
         self._pad_id = bundle.manifest.tokenizer.pad
         self._lock = threading.Lock()  # buffers, workspace and stream are those of one batch
         self._execution = _Execution(gpu, library, file, self.budget)
@@ -64,6 +64,11 @@ class TensorRTSession:
     def n_overflowed(self) -> int:
         """See Session."""
         return self._overflow.n_documents
+
+    @property
+    def fallback(self) -> Fallback | None:
+        """See Session."""
+        return self._overflow.fallback
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; see Session. One that is larger than its profile is computed in parts."""
