@@ -33,7 +33,7 @@ class Tolerance:
     embedding: float  # documents up to LONG_TOKENS tokens
     embedding_long: float  # longer ones: attention sums more terms
     score: float
-    batch: float  # a score computed alone against the same in a batch
+    batch: float  # a score computed alone against the same in a batch: on a GPU other kernels compute it
 
 
 @dataclass(frozen=True, slots=True)

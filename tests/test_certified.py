@@ -6,7 +6,8 @@ import gc
 import shutil
 import weakref
 from collections import Counter
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,27 @@ def test_a_graph_is_certified_before_its_first_batch(gpu_bundles, family, evalua
     assert session.variant == FP16 and session.budget.layout == "packed"
     assert said[:-1] == [f"{FP32}, for documents that overflow fp16, is certified"]
     assert said[-1].startswith(f"{FP16} on cuda:0 is certified: within ")
+
+
+def test_only_on_a_gpu_a_score_alone_may_differ_by_as_much_as_from_the_reference(gpu_bundles):
+    limits = {name: variant.tolerance for name, variant in gpu_bundles["gte"].manifest.variants.items()}
+    assert limits["cpu-fp32"] == asdict(TOLERANCES["fp32"]) and limits["cpu-fp32"]["batch"] == 1e-5
+    assert limits[FP32] == limits["cpu-fp32"] | {"batch": limits[FP32]["score"]}
+
+
+@pytest.mark.parametrize(("difference", "holds"), [(3e-5, True), (2e-4, False)])
+def test_a_kernel_for_few_rows_may_sum_in_another_order(gpu_bundles, evaluated, monkeypatch, difference, holds):
+    run = cuda.CudaExecutor.run
+
+    def other_kernel(executor, batch):
+        output = run(executor, batch)
+        output.scores[:] += difference if len(batch.rows) == 1 else 0
+        return output
+
+    monkeypatch.setattr(cuda.CudaExecutor, "run", other_kernel)
+    monkeypatch.setattr(cuda.CudaExecutor, "budget", 10_000)  # in a batch no document is alone
+    with nullcontext() if holds else pytest.raises(ParityError, match=f"variant {FP32} .*: batch differs by 2"):
+        opened(gpu_bundles["gte"], FP32)
 
 
 @pytest.mark.parametrize("part", ["embedding", "scores"])
