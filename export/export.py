@@ -30,7 +30,7 @@ from jql_engine.bundle import (
 )
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import BundleError
-from jql_engine.parity import certify, write_probes
+from jql_engine.parity import Tolerance, certify, write_probes
 from jql_engine.sessions import ON_GPU, open_variant
 from jql_engine.tokens import Tokenizer, prove_fast
 from jql_export import probes
@@ -43,7 +43,7 @@ from jql_export.hub import Checkpoint
 from jql_export.reference import Reference
 from jql_export.settings import KNOWN_POOLING, check_texts, max_tokens_of, pooling_of
 from jql_export.tokenizer import write_tokenizer
-from jql_export.tolerances import TOLERANCES
+from jql_export.tolerances import tolerance_of
 from jql_export.variants import VARIANTS
 
 
@@ -127,7 +127,7 @@ def _certify(
             report(f"parity of {name}: every GPU that opens it will certify it first, with {PROBES}")
             continue
         with explained(encoder_onnx) if encoder_onnx and name == FOREIGN else nullcontext():
-            figures = certify(open_variant(draft, name), tokens, expected, TOLERANCES[variant.precision])
+            figures = certify(open_variant(draft, name), tokens, expected, Tolerance(**variant.tolerance))
         report(f"parity of {name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
         certified[name] = replace(variant, parity=figures)
     return certified
@@ -168,7 +168,7 @@ def _manifest(
 
 def _variant(name: str) -> Variant:
     kind = VARIANTS["standard-fp32" if name == FOREIGN else name]  # the same inputs, and for no runtime in particular
-    tolerance = asdict(TOLERANCES[kind.precision])
+    tolerance = asdict(tolerance_of(kind.precision, kind.provider))
     graph = f"{name}.onnx" if name == FOREIGN else kind.graph
     return Variant(f"graphs/{graph}", kind.layout, kind.precision, kind.provider, tolerance, parity={})
 

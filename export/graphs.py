@@ -10,7 +10,7 @@ from pathlib import Path
 from jql_engine.bundle import Manifest
 from jql_engine.data import TokenBatch
 from jql_engine.errors import BundleError, DeviceError
-from jql_engine.sessions.openvino import obstacle
+from jql_engine.sessions.openvino import unavailable_reason
 from jql_export.checkpoint import FAMILIES, EncoderSpec, EncoderWeights, read_config, read_encoder
 from jql_export.foreign import VARIANT as FOREIGN
 from jql_export.foreign import ForeignEncoder, Shape, read_foreign, read_shape, write_foreign
@@ -41,7 +41,7 @@ def read_sources(directory: Path, variants: Sequence[str], encoder_onnx: Path | 
             "variant cuda-fp16 needs cuda-fp32 beside it, for what leaves the range of fp16; add --variant cuda-fp32"
         )
     for name in variants:
-        if VARIANTS[name].provider == "openvino" and (reason := obstacle(VARIANTS[name].precision)):
+        if VARIANTS[name].provider == "openvino" and (reason := unavailable_reason(VARIANTS[name].precision)):
             raise DeviceError(f"variant {name} cannot be certified here: {reason}")
     known = read_config(directory).get("model_type") in FAMILIES
     weights = read_encoder(directory) if variants or known else None

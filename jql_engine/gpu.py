@@ -133,6 +133,23 @@ class Gpu:
         return values[0] if values else None
 
 
+def check_runtime() -> None:
+    """Raise DeviceError where cuda-python is missing, or is for a newer CUDA than the NVIDIA driver; takes no GPU."""
+    runtime = _runtime()
+    status, _ = runtime.cudaGetDeviceCount()
+    if int(status):
+        needed, given = (version[1] for version in (runtime.cudaRuntimeGetVersion(), runtime.cudaDriverGetVersion()))
+        raise DeviceError(
+            f"cuda-python is for CUDA {_release(needed)}, the NVIDIA driver for CUDA {_release(given)}: "
+            f"{runtime.cudaGetErrorString(status)[1].decode()} (CUDA error {int(status)}); install a newer driver"
+        )
+
+
+def _release(version: int) -> str:
+    """13.4 for CUDA's 13040; 0.0 where there is none."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def _runtime() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")

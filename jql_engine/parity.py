@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from jql_engine.bundle import PROBES, Bundle
 from jql_engine.data import Budget, TokenBatch
 from jql_engine.errors import BundleError, ParityError
 from jql_engine.execution import execute
-from jql_engine.sessions import DEFAULTS, ON_GPU, Session, SessionOptions, open_variant
+from jql_engine.sessions import DEFAULTS, ON_GPU, Fallback, Session, SessionOptions, open_variant
 from jql_engine.sessions.buffered import OutOfMemoryError
 from jql_engine.sessions.choice import Choice
 
@@ -32,7 +33,7 @@ class Tolerance:
     embedding: float  # documents up to LONG_TOKENS tokens
     embedding_long: float  # longer ones: attention sums more terms
     score: float
-    batch: float  # a score computed alone against the same in a batch
+    batch: float  # a score computed alone against the same in a batch: on a GPU other kernels compute it
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +76,19 @@ def open_certified(
 ) -> Session:
     """Load the graph of `choice` on `device`, and certify it before its first batch.
 
-    On a GPU, which export did not have, with all probe documents, and the graph for what overflows there once it is
-    needed; of OpenVINO, which was once seen to compute something else in one session than in the next, with the short
+    On a GPU, which export did not have, with all probe documents, and likewise the graph for documents that overflow
+    there; of OpenVINO, which was once seen to compute something else in one session than in the next, with the short
     ones.
 
     Raises ParityError where this machine computes something else than the reference, and what `open_variant` raises.
     """
-    variants = bundle.manifest.variants
-
-    def limits(name: str) -> Tolerance:
-        return Tolerance(**variants[name].tolerance)
-
-    def check(opened: Session) -> dict[str, Any]:
-        probes = read_probes(bundle)
-        try:
-            return certify(opened, *probes, limits(opened.variant))
-        except OutOfMemoryError:  # the graph for what overflows has what another session leaves
-            return certify(opened, *_short(*probes), limits(opened.variant))
-
-    session = open_variant(bundle, choice.variant, device, options, report, check)
-    if variants[choice.variant].provider == "openvino":
-        certify(session, *_short(*read_probes(bundle)), limits(choice.variant))
-    if variants[choice.variant].provider in ON_GPU:
-        figures = check(session)
+    info = bundle.manifest.variants[choice.variant]
+    session = open_variant(bundle, choice.variant, device, options, report)
+    if info.provider == "openvino":
+        certify(session, *_short(*read_probes(bundle)), Tolerance(**info.tolerance))
+    if info.provider in ON_GPU:
+        _certify_fallback(bundle, session.fallback, report)  # first: a probe document may overflow
+        figures = certify(session, *read_probes(bundle), Tolerance(**info.tolerance))
         found = figures.get("max_abs_score", figures["max_abs_embedding"])
         if choice.tolerance is not None and found > choice.tolerance:
             raise ParityError(
@@ -106,6 +97,27 @@ def open_certified(
             )
         report(f"{choice.variant} on {device} is certified: within {found:.1e} of the fp32 reference")
     return session
+
+
+def _certify_fallback(bundle: Bundle, fallback: Fallback | None, report: Callable[[str], None]) -> None:
+    """Certify the graph for documents that overflow, beside the session that it is for, and give its memory back.
+
+    Most jobs never need it, and to keep it would take four bytes a weight and room for the longest document. The first
+    overflow opens it again, in seconds and without the probes: the process, GPU, library, graph file and largest batch
+    are the same, and so are the kernels. A graph for the CPU was certified at export.
+    """
+    if fallback is None or (info := bundle.manifest.variants[fallback.variant]).provider not in ON_GPU:
+        return
+    probes, tolerance, session = read_probes(bundle), Tolerance(**info.tolerance), fallback.open()
+    try:
+        certify(session, *probes, tolerance)
+        short = False
+    except OutOfMemoryError:  # it has what the other session leaves
+        short = True
+    if short:
+        gc.collect()  # of the error, in a cycle with the thread's future: its frames would keep the session
+        certify(session, *_short(*probes), tolerance)
+    report(f"{fallback.variant}, for documents that overflow fp16, is certified")
 
 
 def _short(tokens: TokenBatch, expected: Expected) -> tuple[TokenBatch, Expected]:

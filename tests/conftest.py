@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from jql_engine.bundle import Bundle
 from jql_engine.engine import Engine
 from jql_engine.errors import DeviceError
-from jql_engine.sessions.choice import every_gpu
+from jql_engine.sessions.devices import every_gpu, gpu_without_driver
 from jql_export import probes
 from jql_export.checkpoint import read_encoder
 from jql_export.export import Checkpoint, export_bundle
@@ -35,7 +35,7 @@ def _has_gpu() -> bool:
 
 
 HAS_GPU = _has_gpu()
-without_gpu = pytest.mark.skipif(HAS_GPU, reason="this machine has an NVIDIA GPU")
+without_gpu = pytest.mark.skipif(HAS_GPU or gpu_without_driver() is not None, reason="this machine has an NVIDIA GPU")
 # Variants that ONNX Runtime's CPU provider can run.
 ON_CPU = [name for name, kind in VARIANTS.items() if kind.provider in ("cpu", "any")]
 POOLING = {"gte": "cls", "bert": "mean", "xlm-roberta": "cls"}

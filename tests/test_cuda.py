@@ -17,7 +17,7 @@ from benchmarks.operators import OPERATORS
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import BundleError, DeviceError
-from jql_engine.sessions import buffered, cuda, layouts, onnxruntime_cuda
+from jql_engine.sessions import Fallback, buffered, cuda, layouts, onnxruntime_cuda
 from jql_engine.sessions.buffered import BufferedSession, Capacity, OutOfMemoryError, halves, token_budget
 from jql_engine.sessions.layouts import pack
 from jql_engine.sessions.overflow import select
@@ -221,7 +221,9 @@ def test_documents_that_overflow_are_computed_again_in_fp32_and_counted(overflow
         opened.append(ReferenceExecutor(bundle.graph("cuda-fp32")))
         return BufferedSession("cuda-fp32", opened[-1], 300)
 
-    session = BufferedSession("cuda-fp16", ReferenceExecutor(bundle.graph("cuda-fp16")), 300, open_fp32)
+    session = BufferedSession(
+        "cuda-fp16", ReferenceExecutor(bundle.graph("cuda-fp16")), 300, Fallback("cuda-fp32", open_fp32)
+    )
     found = compute(session, tokens, threads=4)
     assert_scores(found[broken], expected.scores[broken])
     assert_scores(found[~broken], expected.scores[~broken], "fp16")
@@ -231,7 +233,9 @@ def test_documents_that_overflow_are_computed_again_in_fp32_and_counted(overflow
 
 def test_the_fp32_session_is_opened_for_an_overflow_only(gte):
     bundle, tokens, expected = gte
-    session = BufferedSession("cuda-fp16", ReferenceExecutor(bundle.graph("cuda-fp16")), 300, pytest.fail)
+    session = BufferedSession(
+        "cuda-fp16", ReferenceExecutor(bundle.graph("cuda-fp16")), 300, Fallback("cuda-fp32", pytest.fail)
+    )
     assert_scores(compute(session, tokens), expected.scores, "fp16")
     assert session.n_overflowed == 0
 
@@ -248,7 +252,8 @@ def test_an_overflow_that_scores_hide_is_seen_in_the_embedding():
         def run(self, batch):
             return BatchOutput(*(np.ones((len(batch.rows), n), np.float32) for n in (1, 2)))
 
-    session = BufferedSession("cuda-fp16", Hiding(), 300, lambda: BufferedSession("cuda-fp32", Sound(), 300))
+    fallback = Fallback("cuda-fp32", lambda: BufferedSession("cuda-fp32", Sound(), 300))
+    session = BufferedSession("cuda-fp16", Hiding(), 300, fallback)
     output = session.run(batch_of([2, 3]))
     assert output.scores.tolist() == [[1], [1]] and output.embeddings.tolist() == [[1, 1], [1, 1]]
     assert session.n_overflowed == 2

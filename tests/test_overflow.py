@@ -8,7 +8,7 @@ import pytest
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import DeviceError
-from jql_engine.sessions import DEFAULTS, _opens_fp32, open_variant
+from jql_engine.sessions import DEFAULTS, Fallback, _tensorrt_fallback, open_variant
 from jql_engine.sessions.overflow import Overflow
 from jql_engine.tokens import Tokenizer
 from jql_export import probes
@@ -27,8 +27,8 @@ def documents(bundle):
     return batch, BatchOutput(scores[batch.rows], embeddings[batch.rows])
 
 
-def opens_fp32(bundle):
-    return _opens_fp32(bundle, 0, DEFAULTS, lambda _: None, pytest.fail)
+def fallback(bundle):
+    return _tensorrt_fallback(bundle, 0, DEFAULTS, lambda _: None)
 
 
 def broken(output, documents, value=np.nan, part="embeddings"):
@@ -41,7 +41,7 @@ def broken(output, documents, value=np.nan, part="embeddings"):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_computed_again_on_the_cpu(bundle, documents, value, part):
     batch, expected = documents
-    overflow = Overflow("tensorrt-fp16", opens_fp32(bundle))
+    overflow = Overflow("tensorrt-fp16", fallback(bundle))
     found = overflow.mend(batch, broken(expected, [0, 3, len(batch.rows) - 1], value, part))
     np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=1e-5)
     np.testing.assert_allclose(found.embeddings, expected.embeddings, rtol=0, atol=1e-6)
@@ -50,27 +50,28 @@ def test_what_is_not_finite_is_computed_again_on_the_cpu(bundle, documents, valu
 
 def test_what_will_mend_an_overflow_is_said(bundle):
     said = []
-    assert _opens_fp32(bundle, 0, DEFAULTS, said.append, pytest.fail)().variant == "cpu-fp32"
-    assert said == ["documents whose values leave fp16 will be computed again by cpu-fp32 on the CPU"]
+    found = _tensorrt_fallback(bundle, 0, DEFAULTS, said.append)
+    assert found.variant == found.open().variant == "cpu-fp32"
+    assert said == ["documents that overflow fp16 will be recomputed in fp32 by cpu-fp32 on the CPU"]
 
 
 def test_a_padded_batch_is_mended_alike(bundle, documents):
     packed, expected = documents
     batch = Batch(packed.rows, packed.ids, packed.offsets, int(np.diff(packed.offsets).max()))
-    found = Overflow("tensorrt-fp16", opens_fp32(bundle)).mend(batch, broken(expected, [1, 2]))
+    found = Overflow("tensorrt-fp16", fallback(bundle)).mend(batch, broken(expected, [1, 2]))
     np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=1e-5)
 
 
 def test_the_session_is_opened_once_and_only_for_an_overflow(bundle, documents):
     batch, expected = documents
-    assert Overflow("cuda-fp16", pytest.fail).mend(batch, expected) is expected
+    assert Overflow("cuda-fp16", Fallback("cpu-fp32", pytest.fail)).mend(batch, expected) is expected
     opened = []
 
     def open_fp32():
         opened.append(open_variant(bundle, "cpu-fp32"))
         return opened[-1]
 
-    overflow = Overflow("cuda-fp16", open_fp32)
+    overflow = Overflow("cuda-fp16", Fallback("cpu-fp32", open_fp32))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: overflow.mend(batch, broken(expected, [i])), range(8)))
     assert len(opened) == 1 and overflow.n_documents == 8
@@ -92,4 +93,4 @@ def test_what_fp32_gives_must_be_finite(documents):
             return broken(BatchOutput(np.zeros((len(part.rows), 2)), np.zeros((len(part.rows), 32))), [0])
 
     with pytest.raises(DeviceError, match=r"2 of the \d+ documents .* in fp32 as well; check the weights"):
-        Overflow("cuda-fp16", Broken).mend(batch, broken(expected, [4, 5]))
+        Overflow("cuda-fp16", Fallback("cuda-fp32", Broken)).mend(batch, broken(expected, [4, 5]))

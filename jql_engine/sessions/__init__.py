@@ -47,12 +47,25 @@ class Session(Protocol):
 
     @property
     def n_overflowed(self) -> int:
-        """Documents whose values left fp16 and that were computed again in fp32, so far."""
+        """Documents that overflowed fp16 and were recomputed in fp32, so far."""
+        ...
+
+    @property
+    def fallback(self) -> Fallback | None:
+        """What recomputes them; None where no document overflows, or where nothing is more exact."""
         ...
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch planned under `budget`; may be called from several threads."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """The graph for documents that overflow fp16; each call of `open` loads it anew."""
+
+    variant: str
+    open: Callable[[], Session]
 
 
 def check_options(bundle: Bundle, variant: str, options: SessionOptions) -> None:
@@ -69,12 +82,10 @@ def open_variant(
     device: str = "cpu",
     options: SessionOptions = DEFAULTS,
     report: Callable[[str], None] = lambda _: None,
-    check: Callable[[Session], object] = lambda _: None,
 ) -> Session:
     """Load the graph `variant` on `device` (cpu, cuda:N) with the session it was written for.
 
-    `report` is told what takes minutes; `check` may refuse a session that is opened on the GPU later, for documents
-    whose values leave fp16. Raises DeviceError where device or library are not usable.
+    `report` is told what takes minutes. Raises DeviceError where device or library are not usable.
     """
     provider, number = bundle.manifest.variants[variant].provider, int(device.partition(":")[2] or 0)
     check_options(bundle, variant, options)
@@ -85,42 +96,38 @@ def open_variant(
     if provider == "cuda":
         from jql_engine.sessions.cuda import open_cuda
 
-        return open_cuda(bundle, variant, number, check=check)
+        return open_cuda(bundle, variant, number)
     if provider == "tensorrt":
         from jql_engine.sessions.tensorrt import TensorRTSession
 
-        open_fp32 = _opens_fp32(bundle, number, options, report, check)
-        return TensorRTSession(bundle, variant, number, options.engines, report, open_fp32)
+        fallback = _tensorrt_fallback(bundle, number, options, report)
+        return TensorRTSession(bundle, variant, number, options.engines, report, fallback)
     from jql_engine.sessions.cpu import CpuSession
 
     return CpuSession(bundle, variant, options.threads)
 
 
-def _opens_fp32(
-    bundle: Bundle,
-    number: int,
-    options: SessionOptions,
-    report: Callable[[str], None],
-    check: Callable[[Session], object],
-) -> Callable[[], Session] | None:
-    """Opens what computes the documents that overflow in TensorRT: ONNX Runtime's CUDA graph, else that for the CPU.
+def _tensorrt_fallback(
+    bundle: Bundle, number: int, options: SessionOptions, report: Callable[[str], None]
+) -> Fallback | None:
+    """What recomputes documents that overflow in TensorRT: ONNX Runtime's CUDA graph, else that for the CPU.
 
-    `report` is told which one, `check` may refuse it on the GPU; None where the bundle has neither.
+    `report` is told which one; None where the bundle has neither.
     """
     from jql_engine.sessions.choice import runnable
 
-    def opening(name: str, kind: str) -> Callable[[], Session]:
+    def fallback(name: str, kind: str) -> Fallback:
         if kind == "cpu":
-            return lambda: open_variant(bundle, name, options=SessionOptions(threads=options.threads))
+            return Fallback(name, lambda: open_variant(bundle, name, options=SessionOptions(threads=options.threads)))
         from jql_engine.sessions.cuda import open_small  # imports ONNX Runtime, which need not be here
 
-        return lambda: open_small(bundle, name, number, check)
+        return Fallback(name, lambda: open_small(bundle, name, number))
 
     variants = bundle.manifest.variants
     for kind, provider in (("cuda", "cuda"), ("cpu", "cpu"), ("cpu", "any")):
         for name in runnable(bundle, kind):
             if (variants[name].provider, variants[name].precision) == (provider, "fp32"):
                 where = f"cuda:{number}" if kind == "cuda" else "the CPU"
-                report(f"documents whose values leave fp16 will be computed again by {name} on {where}")
-                return opening(name, kind)
+                report(f"documents that overflow fp16 will be recomputed in fp32 by {name} on {where}")
+                return fallback(name, kind)
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from jql_engine.data import Batch, BatchOutput, Budget, Layout
 from jql_engine.errors import DeviceError
-from jql_engine.sessions import Session
+from jql_engine.sessions import Fallback
 from jql_engine.sessions.layouts import packed_fields, padded_fields, size_of, used_bytes
 from jql_engine.sessions.overflow import Overflow, select
 
@@ -76,7 +75,7 @@ class BufferedSession:
     """Runs batches of any size on an executor; see Session.
 
     Where the device runs out of memory the budget halves and the batch is computed in halves, down to one document.
-    What leaves fp16 is computed again: see Overflow.
+    Documents that overflow fp16 are recomputed: see Overflow.
     """
 
     n_parallel = 2  # one packs and is copied while the other is computed
@@ -86,19 +85,24 @@ class BufferedSession:
         variant: str,
         executor: Executor,
         budget: int,
-        open_fp32: Callable[[], Session] | None = None,
+        fallback: Fallback | None = None,
         mends: bool = True,
     ) -> None:
-        """`budget`: tokens of a batch; `open_fp32`: see Overflow; without `mends` output may hold NaN."""
+        """`budget`: tokens of a batch; `fallback`: see Overflow; without `mends` output may hold NaN."""
         self.variant = variant
         self.budget = Budget(budget, executor.capacity.layout)
-        self._executor, self._overflow, self._mends = executor, Overflow(variant, open_fp32), mends
+        self._executor, self._overflow, self._mends = executor, Overflow(variant, fallback), mends
         self._lock = threading.Lock()
 
     @property
     def n_overflowed(self) -> int:
-        """Documents that were computed again in fp32."""
+        """See Session."""
         return self._overflow.n_documents
+
+    @property
+    def fallback(self) -> Fallback | None:
+        """See Session."""
+        return self._overflow.fallback
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; raises OutOfMemoryError where a document alone is too large for the device."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import re
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jql_engine.bundle import Bundle, Variant
 from jql_engine.errors import BundleError, DeviceError
+from jql_engine.gpu import check_runtime
 from jql_engine.sessions import CHUNK_BYTES, ON_GPU
+from jql_engine.sessions.devices import every_gpu, gpu_without_driver
 from jql_engine.tensorrt import load_library
 
 DEVICE = re.compile(r"auto|cpu|cuda|cuda:\d+(,cuda:\d+)*")
@@ -32,6 +33,7 @@ SPEED = {
 TOLERANCE = 2e-2
 # The same of an embedding, in a bundle without heads; as certified of bf16.
 EMBEDDING_TOLERANCE = 5e-3
+OR_CPU = "or take the CPU: --device cpu, in Python device='cpu'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +53,10 @@ class Choice:
 def choose(bundle: Bundle, device: str, variant: str | None = None, tolerance: float | None = None) -> Choice:
     """The devices and the graph that `device` stands for: cpu, cuda (every GPU), cuda:0,cuda:2, or auto.
 
-    `auto` is the GPU where one can be used and the bundle has a graph for it. `variant` None takes the fastest graph
-    that is installed and whose scores were found within `tolerance` (None: TOLERANCE) of the fp32 reference; int8, and
-    bf16 on a GPU, only where a tolerance asks for it. Raises DeviceError where a device is not active, BundleError
-    where the bundle has no such graph; never another device than asked.
+    `auto` is the GPU where the machine has one and the bundle a graph for it, else the CPU. `variant` None takes the
+    fastest graph that is installed and whose scores were found within `tolerance` (None: TOLERANCE) of the fp32
+    reference; int8, and bf16 on a GPU, only where a tolerance asks for it. Raises DeviceError where a device that was
+    asked for, or a GPU that `auto` found, cannot be used; BundleError where the bundle has no such graph.
     """
     if not DEVICE.fullmatch(device):
         raise DeviceError(f"device {device!r} is unknown; known are auto, cpu, cuda, cuda:N and cuda:N,cuda:M")
@@ -76,7 +78,7 @@ def runnable(bundle: Bundle, kind: str) -> list[str]:
     """The variants that run on a kind of device here, the fastest first."""
     variants = bundle.manifest.variants.items()
     found = [name for how in SPEED[kind] for name, v in variants if (v.provider, v.precision) == how]
-    return [name for name in found if _obstacle(bundle.manifest.variants[name]) is None]
+    return [name for name in found if unavailable_reason(bundle.manifest.variants[name]) is None]
 
 
 def _fastest(bundle: Bundle, kind: str, tolerance: float | None) -> str:
@@ -84,7 +86,8 @@ def _fastest(bundle: Bundle, kind: str, tolerance: float | None) -> str:
     for how in SPEED[kind]:
         for name, variant in variants.items():
             if (variant.provider, variant.precision) == how:
-                if not (reason := _obstacle(variant) or _unasked(variant, tolerance) or _too_far(variant, tolerance)):
+                reason = unavailable_reason(variant) or needs_opt_in(variant, tolerance)
+                if not (reason := reason or exceeds_tolerance(variant, tolerance)):
                     return name
                 reasons[name] = reason
     others = {name: f"written for {v.provider}, {v.precision}" for name, v in variants.items() if name not in reasons}
@@ -101,17 +104,17 @@ def _named(bundle: Bundle, kind: str, name: str, tolerance: float | None) -> str
         raise BundleError(
             f"{bundle.path} has no variant {name} for {kind}; it has {have}: export again with the --variant you need"
         )
-    if tolerance is not None and (reason := _too_far(variants[name], tolerance)):
+    if tolerance is not None and (reason := exceeds_tolerance(variants[name], tolerance)):
         raise BundleError(f"variant {name}: {reason}; ask for another variant or allow more with --tolerance")
     return name
 
 
-def _obstacle(variant: Variant) -> str | None:
+def unavailable_reason(variant: Variant) -> str | None:
     """Why a graph cannot run on this machine, and what to do; None where it can."""
     if variant.provider == "openvino":
-        from jql_engine.sessions.openvino import obstacle
+        from jql_engine.sessions import openvino
 
-        return obstacle(variant.precision)
+        return openvino.unavailable_reason(variant.precision)
     if variant.provider != "tensorrt" and importlib.util.find_spec("onnxruntime") is None:
         extra = "gpu" if variant.provider in ON_GPU else "cpu"
         return f"the package onnxruntime is not installed; pip install 'jql-engine[{extra}]'"
@@ -124,6 +127,8 @@ def _obstacle(variant: Variant) -> str | None:
             check_built(onnxruntime.get_available_providers(), 0)
         elif variant.provider == "tensorrt":
             load_library()
+        if variant.provider in ON_GPU:
+            check_runtime()
     except DeviceError as error:
         return str(error)
     return None
@@ -131,17 +136,39 @@ def _obstacle(variant: Variant) -> str | None:
 
 def _best_kind(bundle: Bundle, variant: str | None, tolerance: float | None) -> str:
     """What a named variant is for; else cuda where a GPU is there and a graph for it would be taken, else cpu."""
+    variants = bundle.manifest.variants
     if variant is not None:
-        info = bundle.manifest.variants.get(variant)
-        return "cuda" if info and info.provider in ON_GPU else "cpu"
-    if not all(_unasked(bundle.manifest.variants[name], tolerance) for name in runnable(bundle, "cuda")):
-        with suppress(DeviceError):
-            every_gpu("auto")
-            return "cuda"
-    return "cpu"
+        return "cuda" if variant in variants and variants[variant].provider in ON_GPU else "cpu"
+    for_gpus = {name: v for name, v in variants.items() if (v.provider, v.precision) in SPEED["cuda"]}
+    wanted = {name: v for name, v in for_gpus.items() if not needs_opt_in(v, tolerance)}
+    return "cuda" if wanted and _has_gpu_for(wanted) else "cpu"
 
 
-def _unasked(variant: Variant, tolerance: float | None) -> str | None:
+def _has_gpu_for(graphs: Mapping[str, Variant]) -> bool:
+    """Whether this machine has a GPU; raises DeviceError where it can run none of the graphs.
+
+    Without a word the CPU would take weeks for the work of hours.
+    """
+    try:
+        gpus = ", ".join(every_gpu("auto"))
+    except DeviceError as error:
+        if (gpu := gpu_without_driver()) is None:
+            return False
+        raise DeviceError(
+            f"{error}, while the kernel sees an NVIDIA GPU ({gpu}): mend the driver, or give this container or job its "
+            f"GPU, {OR_CPU}"
+        ) from error
+    reasons = {name: unavailable_reason(graph) for name, graph in graphs.items()}
+    if all(reasons.values()):
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise DeviceError(
+            f"device auto: the NVIDIA driver shows {gpus}, and no graph of the bundle can run there ({why}): mend "
+            f"that, {OR_CPU}"
+        )
+    return True
+
+
+def needs_opt_in(variant: Variant, tolerance: float | None) -> str | None:
     """Why a graph is not taken without being asked for: it is far from the fp32 reference, or is on the whole."""
     if variant.precision == "int8" and tolerance is None:
         return "int8 is taken only where --tolerance or --variant asks for it"
@@ -151,7 +178,7 @@ def _unasked(variant: Variant, tolerance: float | None) -> str | None:
     return None
 
 
-def _too_far(variant: Variant, tolerance: float | None) -> str | None:
+def exceeds_tolerance(variant: Variant, tolerance: float | None) -> str | None:
     """Why a graph is not as close to the fp32 reference as asked; a GPU's is measured when it is opened."""
     if variant.provider in ON_GPU:
         return None
@@ -166,18 +193,3 @@ def _too_far(variant: Variant, tolerance: float | None) -> str | None:
     if worst <= limit:
         return None
     return f"its {what} differ by up to {worst:.3g} from the fp32 reference, allowed is {limit:.3g}"
-
-
-def every_gpu(device: str) -> tuple[str, ...]:
-    """The GPUs that CUDA shows this process, CUDA_VISIBLE_DEVICES respected; asked of the driver itself."""
-    count = ctypes.c_int(0)
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    except OSError as error:
-        raise DeviceError(f"device {device} was requested; the NVIDIA driver cannot be loaded ({error})") from error
-    if status or not count.value:
-        raise DeviceError(
-            f"device {device} was requested; the NVIDIA driver shows no GPU (error {status}, {count.value} devices)"
-        )
-    return tuple(f"cuda:{number}" for number in range(count.value))

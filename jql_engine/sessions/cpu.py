@@ -18,7 +18,7 @@ class CpuSession:
     def __init__(self, bundle: Bundle, variant: str, threads: int | None = None) -> None:
         """Load the graph, its weights memory-mapped; `threads` None takes every core this process may use."""
         info = bundle.manifest.variants[variant]
-        self.variant, self.n_overflowed = variant, 0
+        self.variant, self.n_overflowed, self.fallback = variant, 0, None
         self.budget = Budget(BATCH_TOKENS, info.layout)
         self._pad_id = bundle.manifest.tokenizer.pad
         self._takes_mask = info.layout == "padded"

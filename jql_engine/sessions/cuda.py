@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -19,7 +18,7 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.gpu import Buffer, Gpu
-from jql_engine.sessions import Session
+from jql_engine.sessions import Fallback
 from jql_engine.sessions.buffered import (
     BufferedSession,
     Capacity,
@@ -37,16 +36,8 @@ N_SLOTS = 2
 FATAL = 4  # of ONNX Runtime's log: a shortage is met, and any other error raised
 
 
-def open_cuda(
-    bundle: Bundle,
-    variant: str,
-    device: int = 0,
-    budget: int | None = None,
-    check: Callable[[Session], object] = lambda _: None,
-) -> BufferedSession:
+def open_cuda(bundle: Bundle, variant: str, device: int = 0, budget: int | None = None) -> BufferedSession:
     """Load a graph on GPU number `device`; `budget`, tokens of a batch, follows from free memory if None.
-
-    `check` may refuse the graph for documents whose values leave fp16, which is opened once there is one.
 
     ONNX Runtime keeps every block that it ever took: where batches grow little by little, each new largest one takes
     its blocks anew. So the largest comes first; where it does not fit, all is given back, and half the budget tried.
@@ -59,8 +50,8 @@ def open_cuda(
         executor = CudaExecutor(bundle, variant, device, budget)
         shortage = _shortage(executor, max_tokens)
         if shortage is None:
-            open_fp32 = None if twin is None else lambda: open_small(bundle, twin, device, check)
-            return BufferedSession(variant, executor, executor.budget, open_fp32)
+            fallback = None if twin is None else Fallback(twin, lambda: open_small(bundle, twin, device))
+            return BufferedSession(variant, executor, executor.budget, fallback)
         executor.close()
         if executor.budget <= max_tokens:
             raise DeviceError(too_large(variant, max_tokens, shortage))
@@ -76,15 +67,15 @@ def _shortage(executor: CudaExecutor, max_tokens: int) -> str | None:
     return None
 
 
-def open_small(bundle: Bundle, variant: str, device: int, check: Callable[[Session], object]) -> BufferedSession:
-    """The graph for what overflows, beside another session, with what memory that leaves; `check` may refuse it.
+def open_small(bundle: Bundle, variant: str, device: int) -> BufferedSession:
+    """The graph for what overflows, beside another session, with what memory that leaves.
 
-    It takes a document at a time where there is no room for more, and passes on what it computes as it is.
+    It takes a document at a time where there is no room for more, and passes on what it computes as it is. Raises
+    BundleError where the bundle is no longer the one that was opened, hours ago, and whose graph was certified then.
     """
+    bundle.check_still_there()
     executor = CudaExecutor(bundle, variant, device, bundle.manifest.max_tokens)
-    session = BufferedSession(variant, executor, executor.budget, mends=False)
-    check(session)
-    return session
+    return BufferedSession(variant, executor, executor.budget, mends=False)
 
 
 def fp32_twin(bundle: Bundle, variant: str) -> str | None:

@@ -17,7 +17,7 @@ BATCH_TOKENS = 1024
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 
 
-def obstacle(precision: str) -> str | None:
+def unavailable_reason(precision: str) -> str | None:
     """Why a graph of `precision` cannot run with OpenVINO here, and what to do; None where it can."""
     if importlib.util.find_spec("openvino") is None:
         return "the package openvino is not installed; pip install 'jql-engine[openvino]'"
@@ -45,11 +45,11 @@ class OpenVinoSession:
         Raises DeviceError: openvino is not installed, or the CPU lacks the precision of the variant.
         """
         info = bundle.manifest.variants[variant]
-        if reason := obstacle(info.precision):
+        if reason := unavailable_reason(info.precision):
             raise DeviceError(f"variant {variant}: {reason}")
         import openvino
 
-        self.variant, self.n_overflowed = variant, 0
+        self.variant, self.n_overflowed, self.fallback = variant, 0, None
         self.budget = Budget(BATCH_TOKENS, info.layout)
         self._pad_id = bundle.manifest.tokenizer.pad
         # Two streams were 7 % faster on two cores; once, in about a hundred sessions, one gave wrong scores (2026.4).

@@ -1,9 +1,8 @@
-"""Documents whose values leave fp16 come out as NaN: they are computed again in fp32."""
+"""Documents that overflow fp16 come out as NaN: they are recomputed in fp32."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, TokenBatch
 from jql_engine.errors import DeviceError
-from jql_engine.sessions import Session
+from jql_engine.sessions import Fallback, Session
 
 NO_BETTER = (
     "no more exact variant of this bundle runs here. Of an fp16 graph: export one in fp32 beside it. Else: check the "
@@ -20,12 +19,12 @@ NO_BETTER = (
 
 
 class Overflow:
-    """Mends the output of a session, and counts what it computed again; may be called from several threads."""
+    """Mends the output of a session, and counts what it recomputed; may be called from several threads."""
 
-    def __init__(self, variant: str, open_fp32: Callable[[], Session] | None) -> None:
-        """`open_fp32` opens the session for what overflows in `variant`; None: there is no better."""
-        self.n_documents = 0
-        self._variant, self._open_fp32 = variant, open_fp32
+    def __init__(self, variant: str, fallback: Fallback | None) -> None:
+        """`fallback`: what recomputes documents that overflow in `variant`, opened at the first; None: nothing can."""
+        self.n_documents, self.fallback = 0, fallback
+        self._variant = variant
         self._fp32: Session | None = None
         self._lock = threading.Lock()
 
@@ -35,9 +34,9 @@ class Overflow:
         if not (broken := ~_finite(output)).any():
             return output
         with self._lock:
-            if self._open_fp32 is None:
+            if self.fallback is None:
                 raise self._error(broken, NO_BETTER)
-            self._fp32 = self._fp32 or self._open_fp32()
+            self._fp32 = self._fp32 or self.fallback.open()
         mended = _compute(self._fp32, select(batch, broken))
         if not _finite(mended).all():
             raise self._error(broken, "in fp32 as well; check the weights of encoder and heads")

@@ -23,7 +23,7 @@ from jql_engine.engine_files import EngineFile, EngineOptions, engine_for
 from jql_engine.errors import CacheError, DeviceError
 from jql_engine.gpu import Buffer, Gpu
 from jql_engine.profiles import INPUTS, OUTPUTS, Interface, Profile
-from jql_engine.sessions import Session
+from jql_engine.sessions import Fallback
 from jql_engine.sessions.overflow import Overflow
 from jql_engine.tensorrt import RTX, Library, deserialize
 
@@ -38,7 +38,7 @@ class TensorRTSession:
         device: int = 0,
         options: EngineOptions | None = None,
         report: Callable[[str], None] = lambda _: None,
-        open_fp32: Callable[[], Session] | None = None,
+        fallback: Fallback | None = None,
     ) -> None:
         """Open the engine that fits GPU number `device`, or build it once; `report` is told how that goes.
 
@@ -51,7 +51,7 @@ class TensorRTSession:
         library, self.budget, engine = engine_for(bundle, variant, gpu.compute_capability, gpu.name, options, report)
         kernels = options.cache / f"{engine.sha256[:32]}.kernels" if library.name == RTX else None
         self.variant, self.n_parallel = variant, 1
-        self._overflow = Overflow(variant, open_fp32)
+        self._overflow = Overflow(variant, fallback)
         self._pad_id = bundle.manifest.tokenizer.pad
         self._lock = threading.Lock()  # buffers, workspace and stream are those of one batch
         self._execution = _Execution(gpu, library, engine, self.budget, kernels)
@@ -65,6 +65,11 @@ class TensorRTSession:
     def n_overflowed(self) -> int:
         """See Session."""
         return self._overflow.n_documents
+
+    @property
+    def fallback(self) -> Fallback | None:
+        """See Session."""
+        return self._overflow.fallback
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; see Session. One that is larger than its profile is computed in parts."""

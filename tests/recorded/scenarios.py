@@ -29,7 +29,9 @@ from jql_engine.engine import Engine
 from jql_engine.errors import EngineError
 from jql_engine.execution import execute
 from jql_engine.gpu import Gpu
-from jql_engine.sessions.choice import choose
+from jql_engine.parity import Tolerance, certify, open_certified, read_probes
+from jql_engine.sessions import Session
+from jql_engine.sessions.choice import Choice, choose
 from jql_engine.sessions.cuda import open_cuda
 from jql_engine.sessions.layouts import carve, fields_of, pack, used_bytes
 from jql_engine.sessions.onnxruntime_cuda import load
@@ -172,6 +174,17 @@ def closed(bundle: str) -> dict[str, Any]:
     return {"alive": alive, "gone": record.used(1), "device": cudart.cudaGetDevice()[1]}
 
 
+def certified(bundle: str) -> list[int]:
+    """Bytes on the GPU once a session is certified, its fallback too, and once one is open that ran the same alone."""
+    record, opened, used = Record(), Bundle.open(bundle), []
+    session: Session = open_certified(opened, Choice(("cuda:0",), "cuda-fp16"), "cuda:0")
+    used.append(record.used())
+    del session
+    session = open_cuda(opened, "cuda-fp16")
+    certify(session, *read_probes(opened), Tolerance(**opened.manifest.variants["cuda-fp16"].tolerance))
+    return [*used, record.used()]
+
+
 def chosen(bundle: str, tolerance: float | None = None) -> str:
     """What is taken where nothing is asked for."""
     try:
@@ -253,6 +266,7 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         second_gpu,
         engine,
         closed,
+        certified,
         chosen,
         benchmark,
         alternatives,
