@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from jql_engine.data import ChunkDone, StageSeconds
 from jql_engine.errors import OutputError
+from jql_engine.printing import redact
 
 TERMINAL_SECONDS = 0.5
 LOG_SECONDS = 30.0  # between lines where stderr is a file
@@ -92,7 +93,7 @@ class Meter:
     def say(self, line: str) -> None:
         """A sentence of its own, below the live line."""
         start = "\r\x1b[K" if self.stream.isatty() else ""
-        self.stream.write(f"{start}{line}\n")
+        self.stream.write(f"{start}{redact(line)}\n")
         self.stream.flush()
 
     def close(self) -> None:
@@ -156,4 +157,4 @@ class RunLog:
             "memory_bytes": done.memory_bytes,
         }
         with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            stream.write(redact(json.dumps(line, ensure_ascii=False)) + "\n")
