@@ -15,6 +15,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
 from jql_engine.errors import EngineError
+from jql_engine.storage import RetryPolicy, current_retries, set_retries
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -77,7 +78,7 @@ class Child:
     def _start(self) -> None:
         context = get_context("spawn")  # a forked copy of Arrow's threads would hang
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, current_retries()), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -98,7 +99,8 @@ def in_threads(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
         pool.shutdown(wait=False, cancel_futures=True)  # one may sleep between two attempts
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, retries: RetryPolicy) -> None:
+    set_retries(retries)
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the job decides when this process ends
         signal.signal(ignored, signal.SIG_IGN)
     with suppress(EOFError, OSError):  # the job is gone

@@ -11,10 +11,14 @@ from typing import Annotated, Literal
 import typer
 
 from jql_engine.errors import EngineError
+from jql_engine.printing import redact
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-RESCORE_TAKES = {"rescore", "bundle", "out", "overwrite", "rank", "world_size", "workers", "metrics"}
+RESCORE_TAKES = {
+    "rescore", "bundle", "out", "overwrite", "assume_unchanged", "rank", "world_size", "workers", "metrics",
+    "retry_minutes",
+}  # fmt: skip
 
 
 @app.command()
@@ -62,9 +66,15 @@ def run(
     limit: Annotated[int | None, typer.Option(min=1, help="Score the first documents only.")] = None,
     chunk_rows: Annotated[int, typer.Option(min=1, help="Most rows that are committed together.")] = 20_000,
     metrics: Annotated[Path | None, typer.Option(help="Append a line of JSON for each chunk to this file.")] = None,
+    retry_minutes: Annotated[
+        float, typer.Option(min=0, help="How long a remote file system that fails is asked again.")
+    ] = 10.0,
     plan: Annotated[bool, typer.Option("--plan", help="Say how long it will take and what it will cost.")] = False,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of this machine, for --plan.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over: compute what is there again.")] = False,
+    assume_unchanged: Annotated[
+        bool, typer.Option("--assume-unchanged", help="Go on with files whose server does not tell if they changed.")
+    ] = False,
 ) -> None:
     """Score the documents of files: one row out for each row in, in the same order."""
     from jql_engine.bundle import Bundle
@@ -76,12 +86,14 @@ def run(
     from jql_engine.ranks import rank_of
     from jql_engine.run import Job
     from jql_engine.sessions import SessionOptions
+    from jql_engine.storage import RetryPolicy, set_retries
 
     _check_usage(context)
+    set_retries(RetryPolicy(retry_minutes))
     sources = tuple(inputs or [rescore or ""])
     job = Job(
         sources, out or "", text_column, id_column, overwrite, output, embeddings, limit, chunk_rows,
-        rank_of(rank, world_size, os.environ),
+        rank_of(rank, world_size, os.environ), assume_unchanged,
     )  # fmt: skip
     engines = EngineOptions(engine_cache, not no_build, library)
     machine = Machine(device, variant, workers, tolerance, SessionOptions(threads, engines))
@@ -93,7 +105,7 @@ def run(
             summary = apply_heads(job, opened, workers or 1, RunLog(metrics), stop)
         else:
             summary = score(job, opened, machine, RunLog(metrics), stop)
-    print(json.dumps(summary, ensure_ascii=False), flush=True)  # noqa: T201
+    print(redact(json.dumps(summary, ensure_ascii=False)), flush=True)  # noqa: T201
     raise typer.Exit(1 if summary.get("unfinished") else 0)
 
 
@@ -125,8 +137,8 @@ def main() -> None:
     try:
         app()
     except StopError as error:
-        print(f"\njql-run: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        print(redact(f"\njql-run: {error}"), file=sys.stderr, flush=True)  # noqa: T201
         os._exit(1)  # a thread may be in the middle of an execution that nobody waits for
     except EngineError as error:
-        print(f"jql-run: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        print(redact(f"jql-run: {error}"), file=sys.stderr, flush=True)  # noqa: T201
         sys.exit(1)

@@ -102,6 +102,11 @@ def _run(
 ) -> dict[str, Any]:
     meter = Meter(work.n_docs, max(1, min(len(specs), len(work.tasks))), started=began)
     meter.say(_beginning(job, bundle, on, work))
+    if n_untraceable := sum(not target.file.source.is_traceable for target in work.targets):
+        meter.say(
+            f"jql-run: of {n_untraceable:,} files the server tells neither an entity tag nor a time: a change of one "
+            "that keeps its size will not be noticed"
+        )
     for note in [*notes, *(f"{file.reason}; going on with the other files" for file in work.unreadable)]:
         meter.say(f"jql-run: {note}")
 

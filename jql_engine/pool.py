@@ -26,6 +26,7 @@ from typing import Protocol, TypeAlias
 from jql_engine.data import Chunk, ChunkDone, Failure, Task
 from jql_engine.errors import EngineError
 from jql_engine.output import Target
+from jql_engine.storage import RetryPolicy, current_retries, set_retries
 
 IN_FLIGHT = 4  # tasks a worker holds, so that each of its stages has one
 DEATHS = 2  # of workers on one chunk, after which it is given up
@@ -269,7 +270,7 @@ def _file(task: Task) -> int:
 def _start(spec: Spec) -> _Process:
     context = get_context("spawn")  # a forked copy of Arrow's and ONNX Runtime's threads would hang
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, spec), daemon=True)
+    process = context.Process(target=work, args=(theirs, spec, current_retries()), daemon=True)
     process.start()
     theirs.close()
     return _Process(spec, process, ours)
@@ -283,8 +284,9 @@ def _send(worker: _Process, message: object) -> bool:
     return True
 
 
-def work(connection: Connection, spec: Spec) -> None:
+def work(connection: Connection, spec: Spec, retries: RetryPolicy) -> None:
     """The main function of a worker process."""
+    set_retries(retries)
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the job decides when a worker stops
         signal.signal(ignored, signal.SIG_IGN)
     tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()

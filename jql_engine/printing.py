@@ -7,8 +7,8 @@ import re
 # What stands before the "@" of these names no user but a container or a repository.
 PLACES = {"abfs", "abfss", "az", "wasb", "wasbs", "github"}
 USER = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://[^\s/?#\"\\]*@")
-# To the next blank or quotation mark: a message that goes on behind it loses at most its closing bracket.
-QUERY = re.compile(r"\b(https?://[^\s?#\"\\]*\?)[^\s\"\\]+", re.IGNORECASE)
+# To the next blank or quotation mark, without the punctuation of the sentence around it.
+QUERY = re.compile(r"\b(https?://[^\s?#\"\\]*\?)[^\s\"\\]*[^\s\"\\:;,.)'\]>]", re.IGNORECASE)
 
 
 def redact(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from jql_engine.data import ChunkDone, StageSeconds
 from jql_engine.errors import OutputError
+from jql_engine.printing import redact
 
 TERMINAL_SECONDS = 0.5
 LOG_SECONDS = 30.0  # between lines where stderr is a file
@@ -92,7 +93,7 @@ class Meter:
     def say(self, line: str) -> None:
         """A sentence of its own, below the live line."""
         start = "\r\x1b[K" if self.stream.isatty() else ""
-        self.stream.write(f"{start}{line}\n")
+        self.stream.write(f"{start}{redact(line)}\n")
         self.stream.flush()
 
     def close(self) -> None:
@@ -120,11 +121,12 @@ class Meter:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunLog:
-    """Appends one line of JSON for every chunk to a file."""
+    """Appends one line of JSON for every chunk to a file, until that fails; the job goes on without it."""
 
     file: Path | None
+    failure: str | None = None  # why no more lines are written
 
     def check(self) -> None:
         """Raise OutputError where the file cannot be written."""
@@ -135,8 +137,8 @@ class RunLog:
             raise OutputError(f"--metrics {self.file} cannot be written: {error.strerror}") from error
 
     def record(self, done: ChunkDone, names: list[str]) -> None:
-        """`names` of the files in the chunk."""
-        if self.file is None:
+        """Write the line of a chunk of the files `names`."""
+        if self.file is None or self.failure is not None:
             return
         segments = [
             {"file": name, "start": segment.start, "stop": segment.stop}
@@ -155,5 +157,11 @@ class RunLog:
             "failures": [failure.message for failure in done.failures],
             "memory_bytes": done.memory_bytes,
         }
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(redact(json.dumps(line, ensure_ascii=False)) + "\n")
+        except OSError as error:
+            self.failure = (
+                f"--metrics {self.file} cannot be written: {error.strerror}; free some space: lines are missing from "
+                f"{line['time']} on, the scores are not affected"
+            )

@@ -20,7 +20,7 @@ from jql_engine.check import check_names, check_output
 from jql_engine.claim import Claim
 from jql_engine.data import Chunk, ChunkDone, Task, embedding_type, score_schema
 from jql_engine.dataset import InputFile, SourceFile, find_files, split
-from jql_engine.errors import BundleError, InputError, PartsError, UnreadableError
+from jql_engine.errors import BundleError, InputError, OutputError, PartsError, UnreadableError
 from jql_engine.formats import open_file
 from jql_engine.frozen import FrozenListing, freeze
 from jql_engine.output import (
@@ -61,6 +61,7 @@ class Job:
     limit: int | None = None  # score the first documents only
     chunk_rows: int = CHUNK_ROWS
     rank: Rank = field(default_factory=Rank)
+    assume_unchanged: bool = False  # go on with sources of which nothing tells whether they have changed
 
     @property
     def embedding_dtype(self) -> np.dtype[Any] | None:
@@ -162,12 +163,26 @@ def plan(
     try:
         with explained(claim.out / PARTS, "listed"):
             leftovers = find_leftovers(claim.out)
+        if not (job.overwrite or job.assume_unchanged):
+            begun = [source for source in mine if source.relative.text in leftovers.parts]
+            _check_traceable([*finished, *begun])
         _tidy(claim.out, [*mine, *finished], through.union(mine) if job.overwrite else through, leftovers)
         tasks = list(_tasks(job, targets, chunk_bytes, {} if job.overwrite else leftovers.parts, child))
     except BaseException:
         claim.release()
         raise
     return Work(claim, targets, tasks, len(finished), unreadable, shared)
+
+
+def _check_traceable(sources: Sequence[SourceFile]) -> None:
+    """Raise OutputError where what was scored before may be another content by now."""
+    for source in sources:
+        if not source.is_traceable:
+            raise OutputError(
+                f"{source.location} was scored before, wholly or in part, and its server tells neither an entity tag "
+                "nor a time of it, so whether it has changed is not known; give --assume-unchanged if it has not, or "
+                "--overwrite to start over"
+            )
 
 
 def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog) -> Outcome:
@@ -181,7 +196,7 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
             assembly.begin(number, work.targets[number])
         for done in chunks_done:
             meter.record(done)
-            log.record(done, [ledger.name(segment.file) for segment in done.task.chunk.segments])
+            _log(log, done, ledger, meter)
             for number in ledger.record(done):
                 assembly.begin(number, work.targets[number])
             for number, reason in assembly.failures(wait=False):
@@ -197,7 +212,16 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
     unfinished = [*work.unreadable, *ledger.failed.values()]
     if work.listing is not None and not unfinished:
         work.listing.finish()
-    return Outcome(len(ledger.done()), [*unfinished, *(work.listing.gone if work.listing else [])])
+    unfinished += work.listing.gone if work.listing else []
+    unfinished += [Unfinished(str(log.file), log.failure)] if log.failure else []
+    return Outcome(len(ledger.done()), unfinished)
+
+
+def _log(log: RunLog, done: ChunkDone, ledger: _Ledger, meter: Meter) -> None:
+    failed = log.failure
+    log.record(done, [ledger.name(segment.file) for segment in done.task.chunk.segments])
+    if log.failure != failed:
+        meter.say(f"jql-run: {log.failure}")
 
 
 class _Ledger:

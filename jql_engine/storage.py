@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, TypeVar
 
@@ -23,12 +24,11 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from jql_engine.errors import EngineError
+from jql_engine.printing import redact
 
 Location: TypeAlias = Path | UPath
 T = TypeVar("T")
 
-# Seconds between attempts on a remote file system, each drawn from half of it to all: 7 attempts in about a minute.
-BACK_OFF = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Waiting changes none of these. A ValueError is not among them: what network libraries raise where half an answer came,
 # JSONDecodeError for one, is one too.
 FINAL = (
@@ -68,9 +68,40 @@ def locate(text: str | Path | UPath) -> Location:
     try:
         location = UPath(text)
         path = location.path if location.fs else ""
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # every file system has errors of its own; some connect already
         raise EngineError(f"{text} cannot be used: {error}") from error
     return Path(path) if location.protocol in ("file", "local") else location
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """For how long a remote file system that fails is asked again."""
+
+    minutes: float = 10.0
+    first: float = 1.0  # seconds to the second attempt; every pause is twice as long as the one before
+    longest: float = 32.0
+
+    def pauses(self) -> Iterator[float]:
+        """Seconds to wait before each attempt, drawn from half a pause to all of it, until the time is over."""
+        end, pause = time.monotonic() + 60 * self.minutes, self.first
+        while (left := end - time.monotonic()) > 0:
+            yield min(left, pause * random.uniform(0.5, 1))
+            pause = min(2 * pause, self.longest)
+
+
+# Of this process. Where a retry is needed nobody knows of the command line, and every call would hand it through.
+_retries = RetryPolicy()
+
+
+def set_retries(policy: RetryPolicy) -> None:
+    """Let `retry` follow `policy` in this process; for the beginning of a process."""
+    global _retries
+    _retries = policy
+
+
+def current_retries() -> RetryPolicy:
+    """The policy of this process, for those that it starts."""
+    return _retries
 
 
 def is_remote(location: Location) -> bool:
@@ -80,23 +111,23 @@ def is_remote(location: Location) -> bool:
 
 def retry(location: Location, function: Callable[[], T]) -> T:
     """`function()`, again after a while where a remote file system failed in a way that may pass."""
-    for seconds in BACK_OFF if is_remote(location) else ():
+    pauses = _retries.pauses() if is_remote(location) else iter(())
+    while True:
         try:
             return function()
         except Exception as error:  # every file system has errors of its own
-            if _is_final(error):
+            seconds = None if _is_final(error) else next(pauses, None)
+            if seconds is None:
                 raise
-            seconds *= random.uniform(0.5, 1)
             report_wait(location, error, seconds)
             time.sleep(seconds)
-    return function()
 
 
 def report_wait(location: Location, error: Exception, seconds: float) -> None:
     """Say on stderr what went wrong and when it is tried again."""
     start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the live line
     what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
-    sys.stderr.write(f"{start}jql-run: {location}: {what}; again in {seconds:.2g} s\n")
+    sys.stderr.write(f"{start}{redact(f'jql-run: {location}: {what}; again in {seconds:.2g} s')}\n")
     sys.stderr.flush()
 
 

@@ -390,7 +390,7 @@ class ShutFolder(MemoryFileSystem):
 @pytest.fixture
 def shut(monkeypatch):
     fsspec.register_implementation("shut", ShutFolder, clobber=True)
-    monkeypatch.setattr(storage, "BACK_OFF", (0.001,))
+    monkeypatch.setattr(storage, "_retries", storage.RetryPolicy(minutes=0.02 / 60, first=1e-3))
     fs = fsspec.filesystem("shut")
     for name in ("good/a.parquet", "good/bad/b.parquet", "top.parquet"):
         fs.pipe_file(f"/corpus/{name}", b"x")

@@ -332,7 +332,7 @@ class FlakyPath(MemoryPath):
 @pytest.fixture
 def flaky(monkeypatch):
     """A folder on a file system that fails on request, and waits that take no time."""
-    monkeypatch.setattr(storage, "BACK_OFF", (1e-3,) * 4)
+    monkeypatch.setattr(storage, "_retries", storage.RetryPolicy(minutes=0.5 / 60, first=1e-3))
     monkeypatch.setattr(formats, "READ_BYTES", 2_000)
     monkeypatch.setattr(formats, "BUFFER_BYTES", 1_000)
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)

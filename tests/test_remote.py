@@ -27,6 +27,7 @@ from s3fs import S3FileSystem
 from upath import UPath
 
 from jql_engine import Bundle, EngineError, storage
+from jql_engine.dataset import find_files
 from jql_engine.errors import InputError, OutputError
 from jql_engine.launch import Machine, score
 from jql_engine.progress import RunLog
@@ -52,7 +53,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(storage, "BACK_OFF", (0.01,) * 4)
+    monkeypatch.setattr(storage, "_retries", storage.RetryPolicy(minutes=0.5 / 60, first=0.01))
     monkeypatch.setattr(S3FileSystem, "retries", 1)  # of s3fs itself, which waits up to 2 s
     forget()
     yield
@@ -431,7 +432,7 @@ def test_a_file_that_stays_out_of_reach_is_named_and_the_rest_is_done(s3, bundle
     s3.fault = failing("GET", "/bucket/in/a.parquet", "drop")
     summary = run(bundle, "s3://bucket/out", "s3://bucket/in")
     waits = [line for line in capsys.readouterr().err.splitlines() if "; again in " in line]
-    assert len(waits) == len(storage.BACK_OFF)
+    assert len(waits) > 1
     assert all(line.startswith("jql-run: s3://bucket/in/a.parquet: ") for line in waits)
     assert [file["file"] for file in summary["unfinished"]] == ["s3://bucket/in/a.parquet"]
     assert "s3://bucket/in/a.parquet cannot be read" in summary["unfinished"][0]["reason"]
@@ -519,6 +520,74 @@ def test_without_credentials_nothing_is_waited_for(s3, bundle, corpus, tmp_path,
     assert waits == []
 
 
+def test_no_secret_of_a_url_is_shown(client, bundle, corpus, tmp_path):
+    """A pre-signed URL that works, one that is refused, one with a password and one of a server that is away."""
+    with servers.files(corpus) as server:
+        server.fault = lambda request: "forbidden" if "/x.parquet" in request.path else None
+        host, query = server.url.removeprefix("http://"), "?X-Amz-Credential=me%2Fs3&X-Amz-Signature=5ecre7"
+        for given, code in (
+            ([f"{server.url}/a.parquet{query}"], 0),
+            ([f"{server.url}/a.parquet{query}", f"{server.url}/lines.jsonl.gz{query}"], 0),
+            ([f"{server.url}/b=1/x.parquet/part-0.parquet{query}"], 1),
+            ([f"http://me:5ecre7@{host}/missing.parquet{query}"], 1),
+            ([f"http://me:5ecre7@127.0.0.1:9/a.parquet{query}"], 1),
+            (["ftp://me:5ecre7@127.0.0.1:9/a.parquet"], 1),
+        ):
+            out, log = tmp_path / f"out{len(given)}{code}", tmp_path / "log"
+            start = [*command(bundle, str(out), *given), "--metrics", str(log), "--retry-minutes", "0.02"]
+            done = subprocess.run(start, capture_output=True, text=True, timeout=60)
+            assert done.returncode == code, done.stderr
+            assert "127.0.0.1" in done.stdout + done.stderr + (log.read_text() if log.exists() else "")
+            assert "Traceback" not in done.stderr
+            for text in (
+                done.stdout,
+                done.stderr,
+                *(file.read_text("latin-1") for file in tmp_path.rglob("*") if file.is_file()),
+            ):
+                assert "5ecre7" not in text and "X-Amz" not in text
+
+
+def test_the_keys_of_a_bucket_cannot_lead_out_of_the_output(s3, bundle, local, tmp_path):
+    """S3 takes any key; the odd ones are named, the others are scored."""
+    odd = ["in//tmp/x.parquet", "in/sub/../../x.parquet", "in/./x.parquet", "in//x.parquet", "in/sub//x.parquet"]
+    client = boto3.client("s3")
+    body = pq.read_table(write(tmp_path / "a.parquet", 20, 0))
+    upload(tmp_path)
+    for key in odd:
+        client.copy_object(Bucket="bucket", Key=key, CopySource="bucket/in/a.parquet")
+    for given in ("s3://bucket/in", "s3://bucket/in/", "s3://bucket/in/**/*.parquet"):
+        summary = run(bundle, tmp_path / "out", given, overwrite=True)
+        assert {one["file"] for one in summary["unfinished"]} == {f"s3://bucket/{key}" for key in odd}
+        assert all("cannot be the name of a file" in one["reason"] for one in summary["unfinished"])
+        assert summary["files"] == 1 and summary["documents"] == body.num_rows
+        assert [file.name for file in (tmp_path / "out").rglob("*") if file.is_file()] == ["a.parquet"]
+    found = find_files(["s3://bucket/in/*/x.parquet", "s3://bucket/in/*.parquet"])
+    assert {one.file for one in found.refused} == {"s3://bucket/in//", "s3://bucket/in/./x.parquet"}
+    assert [file.relative.text for file in found.files] == ["a.parquet"]
+    with pytest.raises(InputError, match="cannot be the name of a file"):
+        find_files(["s3://bucket/in/sub"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "out"]
+
+
+@pytest.mark.parametrize("given", ["in", "in/**/*.parquet", "in/*/*.parquet", "in/*.parquet"])
+def test_a_bucket_that_cannot_be_listed_is_an_error(s3, given, tmp_path):
+    """The second page of a listing fails, or one folder of a glob's."""
+    write(tmp_path / "a.parquet", 10, 0)
+    write(tmp_path / "b" / "c.parquet", 10, 0)
+    upload(tmp_path)
+    lists = []
+
+    def second_listing(request: Request) -> Fault | None:
+        if request.method == "GET" and "list-type" in request.query:
+            lists.append(request.query)
+            return "forbidden" if len(lists) >= (2 if "*/*." in given and "**" not in given else 1) else None
+        return None
+
+    s3.fault = second_listing
+    with pytest.raises(InputError, match="cannot be listed"):
+        find_files([f"s3://bucket/{given}"])
+
+
 @pytest.mark.parametrize("query", ["", "?download=true"])
 def test_files_of_a_web_server(client, bundle, corpus, local, tmp_path, query):
     with servers.files(corpus) as server:
@@ -571,4 +640,4 @@ def test_a_dataset_of_the_hub_that_one_may_not_read_is_named_at_once(client, bun
         start = command(bundle, str(tmp_path / "out"), "hf://datasets/someone/corpus")
         done = subprocess.run(start, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "403" in done.stderr and "; again in " not in done.stderr
-    assert len(server.requests) < len(storage.BACK_OFF), [request.path for request in server.requests]
+    assert len(server.requests) < 6, [request.path for request in server.requests]
