@@ -22,7 +22,7 @@ from jql_engine.storage import OBJECT_STORES, Location, retry, version_from, ver
 T = TypeVar("T")
 Places: TypeAlias = frozenset[int]  # how far a path has come in a pattern; several where there is a "**"
 NOTHING_THERE = "it is a link to nothing; remove it, or mount what it leads to"
-NAMELESS = "the name of a folder is empty; rename what is in it"
+NAMELESS = "a folder in it has an empty name and cannot be listed; rename what is in that"
 SPECIAL = "it is neither a file nor a folder"
 REMOTE_LINK = "it is a link that is not followed on this file system; give what it leads to as an input"
 
