@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jql_engine.bundle import Bundle
-from jql_engine.data import Batch, ChunkDone
+from jql_engine.data import ChunkDone
 from jql_engine.errors import DeviceError
 from jql_engine.estimate import estimate_work
 from jql_engine.parity import open_certified
@@ -104,13 +104,10 @@ def _beginning(job: Job, bundle: Bundle, choice: Choice, work: Work) -> str:
 def _in_this_process(
     job: Job, bundle: Bundle, choice: Choice, options: SessionOptions, work: Work, meter: Meter, stop: threading.Event
 ) -> Generator[ChunkDone]:
-    def executed(batch: Batch) -> None:
-        meter.executed(len(batch.rows), batch.n_tokens, batch.n_padding)
-
     say = lambda line: meter.say(f"jql-run: {line}")  # noqa: E731
     session = open_certified(bundle, choice, choice.devices[0], options, say)
     worker = Worker(
-        bundle, session, Tokenizer.of(bundle), dict(enumerate(work.targets)), job.embedding_dtype, stop, executed
+        bundle, session, Tokenizer.of(bundle), dict(enumerate(work.targets)), job.embedding_dtype, stop, meter.executed
     )
     return worker.run(work.tasks)
 

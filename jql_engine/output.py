@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from jql_engine.data import EMBEDDING, Segment
 from jql_engine.dataset import InputFile, SourceFile, fixed_part, fixed_part_of_url, identity
+from jql_engine.dictionaries import decode, is_text
 from jql_engine.errors import EngineError, OutputError, PartsError
 from jql_engine.reading import Cursor, check_unchanged
 from jql_engine.storage import (
@@ -104,9 +105,11 @@ class Target:
         schema = self.part_schema
         if len(schema) > scores.num_columns:
             empty = pa.chunked_array([], schema.field(0).type)
-            scores = scores.add_column(0, schema.field(0), empty if ids is None else ids)
+            scores = scores.add_column(0, schema.field(0).name, empty if ids is None else ids)
         sink = pa.BufferOutputStream()
-        pq.write_table(scores.cast(schema), sink, compression="zstd", use_dictionary=with_dictionary(schema))
+        with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=with_dictionary(schema)) as out:
+            for rows in decode(scores, schema, GROUP_BYTES):
+                out.write_table(rows)
         with explained(self.final):
             part = self.parts / part_name(segment.start, segment.stop)
             write(self.final if self.is_whole(segment) else part, sink.getvalue(), self.aside)
@@ -150,7 +153,9 @@ class Target:
         for start, stop in sorted(part for part in (rows_of(name) for _, name in list_files(self.parts)) if part):
             if start != row:
                 raise PartsError(f"{self.parts} lacks rows {row} to {start}; start the same command again")
-            yield _read_part(self.parts / part_name(start, stop))
+            yield from decode(
+                _read_part(self.parts / part_name(start, stop), self.part_schema), self.part_schema, GROUP_BYTES
+            )
             row = stop
         if row != self.file.n_rows:
             raise PartsError(f"{self.parts} lacks rows {row} to {self.file.n_rows}; start the same command again")
@@ -167,9 +172,12 @@ class Target:
                 yield pa.table(arrays, schema=pa.schema([*batch.schema, *self.scores]))
 
 
-def _read_part(part: Location) -> pa.Table:
+def _read_part(part: Location, schema: pa.Schema) -> pa.Table:
+    """The rows of a part; texts, which only the ids are, as dictionaries."""
+    texts = [field.name for field in schema if is_text(field.type)]
+
     def read() -> pa.Table:
-        with open_parquet(part) as file:
+        with open_parquet(part, dictionaries=texts) as file:
             return file.read()
 
     try:

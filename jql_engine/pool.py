@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from jql_engine.bundle import Bundle
-from jql_engine.data import Batch, ChunkDone, Failure, Task
+from jql_engine.data import ChunkDone, Failure, Task
 from jql_engine.errors import EngineError
 from jql_engine.output import Target
 from jql_engine.parity import open_certified
@@ -344,9 +344,9 @@ class _Progress:
         self._send, self._sent = send, time.monotonic()
         self._sum = Executed(0, 0, 0)
 
-    def executed(self, batch: Batch) -> None:
+    def executed(self, documents: int, tokens: int, padding: int) -> None:
         s = self._sum
-        self._sum = Executed(s.documents + len(batch.rows), s.tokens + batch.n_tokens, s.padding + batch.n_padding)
+        self._sum = Executed(s.documents + documents, s.tokens + tokens, s.padding + padding)
         if time.monotonic() - self._sent >= PROGRESS_SECONDS:
             self.flush()
 

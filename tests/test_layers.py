@@ -20,7 +20,7 @@ EXPORT_ONLY = {"torch", "transformers", "jql_export"}
 # From the bottom to the top; a part may import what is below it.
 LAYERS = [
     {"errors"},
-    {"data", "storage", "interrupt"},
+    {"data", "storage", "interrupt", "dictionaries"},
     {"names"},
     {"bundle", "truncation", "pipeline", "dataset"},
     {"gpu", "profiles"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"execution", "reading"},
     {"parity"},
     {"engine"},
-    {"output"},
+    {"output", "distinct"},
     {"worker", "run"},
     {"pool", "rescore", "estimate"},
     {"launch"},
