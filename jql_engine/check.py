@@ -12,6 +12,7 @@ import pyarrow as pa
 from jql_engine.dataset import InputFile, SourceFile, fixed_part, fixed_part_of_url, identity
 from jql_engine.errors import OutputError
 from jql_engine.output import Kind
+from jql_engine.parts import PARTS
 from jql_engine.storage import Location, is_remote, locate, remove_file, write
 
 PROBE = ".jql-run"  # always the same name: where a run is killed beside it, the next one removes it
@@ -21,6 +22,12 @@ def check_output(out: Location, inputs: Sequence[str], sources: Sequence[SourceF
     """Create the folder `out` and make sure that this job may write there; raises OutputError."""
     for given in inputs:
         _check_apart(out, given)
+    for source in sources:
+        if source.relative.segments[0] == PARTS:
+            raise OutputError(
+                f"the scores of {source.location} would lie in {PARTS}, where unfinished scores are; give the folder "
+                "that it is in as an input"
+            )
     places = {identity(source.location) for source in sources}
     for source in sources:
         if (target := identity(source.relative.below(out))) in places:

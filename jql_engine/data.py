@@ -60,13 +60,6 @@ class DocumentBatch:
         assert self.texts.type == pa.large_string(), self.texts.type
 
     @classmethod
-    def concat(cls, parts: Sequence[DocumentBatch]) -> DocumentBatch:
-        """Join batches in their order."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(np.concatenate([part.rows for part in parts]), pa.concat_arrays([part.texts for part in parts]))
-
-    @classmethod
     def of(cls, texts: pa.LargeStringArray, first: int = 0) -> DocumentBatch:
         """Number `texts` from `first`."""
         return cls(np.arange(first, first + len(texts), dtype=np.int64), texts)
@@ -77,9 +70,10 @@ class Piece:
     """A few consecutive rows of one chunk, as they were read."""
 
     segment: Segment
-    documents: DocumentBatch  # rows number the documents of the chunk
+    first: int  # number of the first of the rows in the chunk
+    texts: pa.DictionaryArray  # [N], distinct values of large_string; null where there is no text to score
     ids: pa.ChunkedArray | None  # [N], the column that goes into the output as it is
-    n_invalid: int  # texts that are not UTF-8; null in `documents`
+    n_invalid: int  # texts that are not UTF-8; null in `texts`
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +159,32 @@ class TokenBatch:
             np.concatenate([np.empty(0, np.bool_), *(part.truncated for part in parts)]),
         )
 
-    def without(self, rows: NDArray[np.int64]) -> TokenBatch:
-        """The documents whose rows are not among `rows`."""
-        kept, lengths = ~np.isin(self.rows, rows), self.lengths
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[kept])])
-        return TokenBatch(self.rows[kept], self.ids[np.repeat(kept, lengths)], offsets, self.truncated[kept])
+    def take(self, documents: NDArray[np.int64]) -> TokenBatch:
+        """The documents at places `documents`, in that order; each as often as it is named."""
+        if np.array_equal(documents, np.arange(len(self.rows))):
+            return self
+        lengths = self.lengths[documents]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        places = np.repeat(self.offsets[documents] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return TokenBatch(self.rows[documents], self.ids[places], offsets, self.truncated[documents])
+
+    def distinct(self) -> tuple[TokenBatch, NDArray[np.int64]]:
+        """Documents of different ids, rows counted from 0, and the row [N] among them of each document here.
+
+        They are in the order in which they come first; truncated where any of the equal ones is.
+        """
+        width = self.ids.itemsize
+        buffers = [None, pa.py_buffer(self.offsets * width), pa.py_buffer(np.ascontiguousarray(self.ids))]
+        found = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self.rows), buffers).dictionary_encode()
+        index = found.indices.to_numpy().astype(np.int64)
+        n_docs = len(found.dictionary)
+        if n_docs == len(self.rows):
+            return TokenBatch(np.arange(n_docs), self.ids, self.offsets, self.truncated), index
+        _, offsets, ids = found.dictionary.buffers()
+        ends = np.frombuffer(offsets, np.int64, n_docs + 1) // width
+        truncated = np.zeros(n_docs, np.bool_)
+        truncated[index[self.truncated]] = True
+        return TokenBatch(np.arange(n_docs), np.frombuffer(ids, np.int32, int(ends[-1])), ends, truncated), index
 
     def slice(self, document: int) -> TokenBatch:
         """One document."""
@@ -291,6 +306,18 @@ class ScoreBatch:
         embeddings = None if keep is None else np.full((n_docs, keep[0]), np.nan, keep[1])
         return cls(tokens.rows, values, embeddings, tokens.lengths.astype(np.int32), tokens.truncated)
 
+    @classmethod
+    def concat(cls, parts: Sequence[ScoreBatch]) -> ScoreBatch:
+        """Join batches in their order, rows counted from 0."""
+        kept: list[Any] = [part.embeddings for part in parts if part.embeddings is not None]
+        return cls(
+            np.arange(sum(len(part.rows) for part in parts)),
+            np.concatenate([part.values for part in parts]),
+            np.concatenate(kept) if kept else None,
+            np.concatenate([part.n_tokens for part in parts]),
+            np.concatenate([part.truncated for part in parts]),
+        )
+
     def put(self, rows: NDArray[np.int64], output: BatchOutput) -> None:
         """Store the `output` of the documents `rows` [B]."""
         index = np.searchsorted(self.rows, rows)
@@ -319,14 +346,23 @@ class Scores:
     @classmethod
     def spread(cls, batch: ScoreBatch, heads: Sequence[str], n_docs: int) -> Scores:
         """The scores of all `n_docs` documents of a chunk, rows that `batch` lacks marked as not valid."""
-        values = np.full((n_docs, len(heads)), np.nan, np.float32)
-        n_tokens, truncated, valid = np.zeros(n_docs, np.int32), np.zeros(n_docs, np.bool_), np.zeros(n_docs, np.bool_)
-        values[batch.rows], n_tokens[batch.rows] = batch.values, batch.n_tokens
-        truncated[batch.rows], valid[batch.rows] = batch.truncated, True
+        index, truncated = np.full(n_docs, -1, np.int64), np.zeros(n_docs, np.bool_)
+        index[batch.rows], truncated[batch.rows] = np.arange(len(batch.rows)), batch.truncated
+        return cls.of_documents(batch, heads, index, truncated)
+
+    @classmethod
+    def of_documents(
+        cls, batch: ScoreBatch, heads: Sequence[str], index: NDArray[np.int64], truncated: NDArray[np.bool_]
+    ) -> Scores:
+        """For each of n rows the scores of document `index` [n] of `batch`, -1 for none; `truncated` [n] as it is."""
+        valid = index >= 0
+        values = np.full((len(index), len(heads)), np.nan, np.float32)
+        n_tokens = np.zeros(len(index), np.int32)
+        values[valid], n_tokens[valid] = batch.values[index[valid]], batch.n_tokens[index[valid]]
         embeddings = None
         if batch.embeddings is not None:
-            embeddings = np.zeros((n_docs, batch.embeddings.shape[1]), batch.embeddings.dtype)
-            embeddings[batch.rows] = batch.embeddings
+            embeddings = np.zeros((len(index), batch.embeddings.shape[1]), batch.embeddings.dtype)
+            embeddings[valid] = batch.embeddings[index[valid]]
         return cls(tuple(heads), values, n_tokens, truncated, valid, embeddings)
 
     def to_table(self) -> pa.Table:

@@ -45,6 +45,11 @@ class SourceFile:
     version: str  # changes when the content does
 
     @property
+    def found(self) -> tuple[int, str]:
+        """What `storage.version_of` said of it when it was found."""
+        return self.size, self.version
+
+    @property
     def format(self) -> Format:
         """By its name."""
         return SUFFIXES.get(self.suffix, "parquet")

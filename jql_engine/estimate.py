@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -68,10 +69,13 @@ def _sample(files: Sequence[InputFile], tokenizer: Tokenizer) -> tuple[TokenBatc
         if cursor is None or cursor.file is not file:
             cursor = Cursor(file, start, file_columns(file))
         cursor.skip(start - cursor.row)
-        texts = as_text(pa.Table.from_batches(list(cursor.take(n_rows)))[file.text_column])[0]
-        batches.append(tokenizer.encode(DocumentBatch.of(texts, n_sampled)))
+        for batch in cursor.take(n_rows):
+            texts = as_text(pa.Table.from_batches([batch])[file.text_column])[0]
+            documents = texts.indices.drop_null().to_numpy().astype(np.int64)
+            batches.append(tokenizer.encode(DocumentBatch.of(texts.dictionary)).take(documents))
         n_sampled += n_rows
-    return TokenBatch.concat(batches), n_sampled
+    tokens = TokenBatch.concat(batches)
+    return replace(tokens, rows=np.arange(len(tokens.rows))), n_sampled
 
 
 def _places(files: Sequence[InputFile]) -> Iterator[tuple[InputFile, int, int]]:
@@ -108,7 +112,7 @@ def _probe(session: Session, tokens: TokenBatch) -> float:
 
 
 def _compute(session: Session, tokens: TokenBatch, index: NDArray[np.int64]) -> int:
-    part = TokenBatch.concat([tokens.slice(int(i)) for i in np.sort(index)])
+    part = tokens.take(np.sort(index))
     for _ in execute(session, part):
         pass
     return len(part.ids)

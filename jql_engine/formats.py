@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.json as pj
 import pyarrow.parquet as pq
 
 from jql_engine.dataset import SUFFIXES, InputFile, SourceFile, check_columns
+from jql_engine.dictionaries import compact
 from jql_engine.errors import EngineError, UnreadableError
 from jql_engine.storage import Location, is_remote, open_parquet, open_read, retry
 
-READ_ROWS = 2_048  # rows decoded at a time, at most
-READ_BYTES = 4 << 20  # decoded at a time, by the row group's own statistics; lines of JSON parsed at a time
+READ_ROWS = 2_048  # rows handed out at a time, at most
+READ_BYTES = 4 << 20  # handed out at a time, by the row group's own statistics; lines of JSON parsed at a time
+DECODED_BYTES = 32 << 20  # decoded at a time, at most, if each row has the largest of all values
+DECODED_ROWS = (
+    64  # decoded at a time where the size of values is not known to be less than DECODED_BYTES / DECODED_ROWS
+)
+# How a page begins that is a dictionary (parquet.thrift, PageHeader): fields 1 and 2, its type and its size unpacked.
+DICTIONARY_PAGE = re.compile(rb"\x15\x04\x15([\x80-\xff]{0,4}[\x00-\x7f])", re.DOTALL)
+DICTIONARY_HEADER = 8  # bytes
 BUFFER_BYTES = 1 << 20  # compressed bytes read at a time; without it a whole row group is held
 
 
@@ -48,7 +57,8 @@ def _found(source: SourceFile) -> str:
 def batches(file: InputFile, start: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     """Rows of `file` from `start` to its end, a few at a time; `columns` None gives all of a parquet file.
 
-    Whatever the file system or pyarrow raises comes out as it is.
+    Text may come as a dictionary where `columns` are given. Whatever the file system or pyarrow raises comes out as it
+    is; InputError where the file was changed since it was found.
     """
     if start >= file.n_rows:
         return
@@ -76,21 +86,98 @@ def _describe_parquet(source: SourceFile, text_column: str, id_column: str | Non
 
 
 def _parquet_batches(file: InputFile, first: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-    schema = file.schema if columns is None else pa.schema([file.schema.field(name) for name in columns])
-    with open_parquet(file.source.location, BUFFER_BYTES) as parquet:
-        for group in range(first, len(file.group_rows)):
-            footer = parquet.metadata.row_group(group)
-            size = file.group_bytes[group] if columns is not None else _size(footer)
-            n_rows = min(READ_ROWS, max(1, READ_BYTES * footer.num_rows // max(1, size)))
-            for batch in parquet.iter_batches(n_rows, row_groups=[group], columns=columns):
-                # All of them by position: two may have one name.
-                arrays = batch.columns if columns is None else [batch.column(name) for name in schema.names]
-                yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+    with open_read(file.source.location, file.source.found) as stream:
+        footer = pq.read_metadata(stream)
+        for number in range(first, len(file.group_rows)):
+            group = _Group(stream, footer, number)
+            if columns is None:
+                for batch in group.batches():
+                    # All of them by position: two may have one name.
+                    yield pa.RecordBatch.from_arrays(batch.columns, schema=file.schema)
+            else:
+                yield from _joined(group.batches(columns), columns)
 
 
-def _size(group: pq.RowGroupMetaData) -> int:
-    """Uncompressed bytes of all columns; writers differ in what they give as the total."""
-    return sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
+class _Group:
+    """A row group, read so many rows at a time that what they hold is bounded once it is decoded.
+
+    Encoded bytes bound that of most encodings alone. Of a dictionary each row may have the largest value, and with
+    DELTA_BYTE_ARRAY almost all of the row before.
+    """
+
+    def __init__(self, stream: BinaryIO, footer: pq.FileMetaData, number: int) -> None:
+        self._stream, self._footer, self._number = stream, footer, number
+        self._group = footer.row_group(number)
+        self._leaves = [self._group.column(i) for i in range(self._group.num_columns)]
+
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """All rows, a few at a time; with `columns` those, of which text may come as dictionaries."""
+        leaves = [leaf for leaf in self._leaves if columns is None or _is_part(leaf, columns)]
+        dictionaries = [leaf.path_in_schema for leaf in leaves if columns is not None and self._is_dictionary(leaf)]
+        decoded = [leaf for leaf in leaves if leaf.path_in_schema not in dictionaries]
+        size = sum(leaf.total_uncompressed_size for leaf in leaves)
+        widest = sum(self._widest(leaf) * leaf.num_values for leaf in decoded) // max(1, self._group.num_rows)
+        n_rows = min(READ_ROWS, READ_BYTES * self._group.num_rows // max(1, size), DECODED_BYTES // max(1, widest))
+        options: Any = {"buffer_size": BUFFER_BYTES, "pre_buffer": False, "read_dictionary": dictionaries}
+        with pq.ParquetFile(self._stream, metadata=self._footer, **options) as parquet:
+            yield from parquet.iter_batches(max(1, n_rows), row_groups=[self._number], columns=columns)
+
+    def _is_dictionary(self, leaf: pq.ColumnChunkMetaData) -> bool:
+        """Whether all of the values are in the dictionary, and it is not too large to be handed out with each batch.
+
+        Arrow adds what comes after a dictionary that was full to it, and hands out all of it each time: of 20,000
+        texts of 4 kB, of which the first megabyte is in a dictionary, that took 311 MB and 3 to 30 times as long.
+        """
+        size = self._dictionary_bytes(leaf)
+        others = leaf.total_uncompressed_size - size
+        return leaf.physical_type == "BYTE_ARRAY" and 0 < size <= DECODED_BYTES and others <= 8 * leaf.num_values
+
+    def _widest(self, leaf: pq.ColumnChunkMetaData) -> int:
+        """Bytes that one decoded value may have, where the mean does not tell."""
+        if leaf.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
+            return 0
+        size: int = leaf.total_uncompressed_size
+        if "DELTA_BYTE_ARRAY" in leaf.encodings:
+            return size
+        return min(size, max(DECODED_BYTES // DECODED_ROWS, self._dictionary_bytes(leaf)))
+
+    def _dictionary_bytes(self, leaf: pq.ColumnChunkMetaData) -> int:
+        """Of the dictionary's values; 0 where there is none, all of the column where that is not known."""
+        size: int = leaf.total_uncompressed_size
+        if not {"RLE_DICTIONARY", "PLAIN_DICTIONARY"}.intersection(leaf.encodings):
+            return 0
+        if leaf.dictionary_page_offset is None or size <= DECODED_BYTES // DECODED_ROWS:
+            return size
+        self._stream.seek(leaf.dictionary_page_offset)
+        header = DICTIONARY_PAGE.match(self._stream.read(DICTIONARY_HEADER))
+        return size if header is None else min(size, _zigzag(header[1]))
+
+
+def _is_part(leaf: pq.ColumnChunkMetaData, columns: Sequence[str]) -> bool:
+    return any(f"{leaf.path_in_schema}.".startswith(f"{name}.") for name in columns)
+
+
+def _zigzag(encoded: bytes) -> int:
+    """A number as Thrift's compact protocol writes it."""
+    value = sum((byte & 0x7F) << 7 * i for i, byte in enumerate(encoded))
+    return value >> 1
+
+
+def _joined(batches: Iterable[pa.RecordBatch], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Consecutive batches together, up to READ_ROWS or READ_BYTES; of dictionaries only the values that are used."""
+    together: list[pa.RecordBatch] = []
+    n_rows = n_bytes = 0
+    for batch in batches:
+        arrays = [batch.column(name) for name in columns]
+        arrays = [compact(array) if pa.types.is_dictionary(array.type) else array for array in arrays]
+        batch = pa.RecordBatch.from_arrays(arrays, names=list(columns))
+        if together and (n_rows + batch.num_rows > READ_ROWS or n_bytes + batch.nbytes > READ_BYTES):
+            yield from pa.Table.from_batches(together).combine_chunks().to_batches()
+            together, n_rows, n_bytes = [], 0, 0
+        together.append(batch)
+        n_rows, n_bytes = n_rows + batch.num_rows, n_bytes + batch.nbytes
+    if together:
+        yield from pa.Table.from_batches(together).combine_chunks().to_batches()
 
 
 def _describe_lines(source: SourceFile, text_column: str, id_column: str | None) -> InputFile:
@@ -134,7 +221,7 @@ def _line_batches(file: InputFile, first: int, columns: Sequence[str] | None) ->
     assert columns is not None
     schema = pa.schema([file.schema.field(name) for name in columns])
     location, before = file.source.location, sum(file.group_rows[:first])
-    with _opened(location) as stream:
+    with _opened(location, file.source.found) as stream:
         _skip(stream, sum(file.group_bytes[:first]))
         for size in file.group_bytes[first:]:
             block = _exactly(stream, size)
@@ -159,9 +246,9 @@ def _blocks(location: Location) -> Iterator[bytes]:
 
 
 @contextmanager
-def _opened(location: Location) -> Iterator[pa.NativeFile]:
+def _opened(location: Location, expected: tuple[int, str] | None = None) -> Iterator[pa.NativeFile]:
     kind = {".gz": "gzip", ".zst": "zstd"}.get(Path(location.name.partition("?")[0]).suffix)
-    with open_read(location) as raw, pa.input_stream(raw, compression=kind) as stream:
+    with open_read(location, expected) as raw, pa.input_stream(raw, compression=kind) as stream:
         yield stream
 
 

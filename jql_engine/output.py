@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from jql_engine.data import EMBEDDING, Segment
 from jql_engine.dataset import InputFile, SourceFile
+from jql_engine.dictionaries import decode, is_text
 from jql_engine.errors import EngineError, OutputError, PartsError
 from jql_engine.parts import PARTS, Part, Settings, aside_for, key_of, parts_folder
 from jql_engine.reading import Cursor, check_unchanged
@@ -103,9 +104,11 @@ class Target:
         schema = self.part_schema
         if len(schema) > scores.num_columns:
             empty = pa.chunked_array([], schema.field(0).type)
-            scores = scores.add_column(0, schema.field(0), empty if ids is None else ids)
+            scores = scores.add_column(0, schema.field(0).name, empty if ids is None else ids)
         sink = pa.BufferOutputStream()
-        pq.write_table(scores.cast(schema), sink, compression="zstd", use_dictionary=with_dictionary(schema))
+        with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=with_dictionary(schema)) as out:
+            for rows in decode(scores, schema, GROUP_BYTES):
+                out.write_table(rows)
         content = sink.getvalue()
         with explained(self.final):
             if self.is_whole(segment):
@@ -158,12 +161,12 @@ class Target:
         return pa.schema([*source, *self.scores], metadata=metadata)
 
     def _tables(self) -> Iterator[pa.Table]:
-        row, key = 0, self.key
+        row, key, schema = 0, self.key, self.part_schema
         names = (Part.parse(name) for _, name in list_files(self.parts))
         for part in sorted(part for part in names if part is not None and part.key == key):
             if part.start != row:
                 raise PartsError(f"{self.parts} lacks rows {row} to {part.start}; start the same command again")
-            yield _read_part(self.parts / part.name)
+            yield from decode(_read_part(self.parts / part.name, schema), schema, GROUP_BYTES)
             row = part.stop
         if row != self.file.n_rows:
             raise PartsError(f"{self.parts} lacks rows {row} to {self.file.n_rows}; start the same command again")
@@ -180,9 +183,12 @@ class Target:
                 yield pa.table(arrays, schema=pa.schema([*batch.schema, *self.scores]))
 
 
-def _read_part(part: Location) -> pa.Table:
+def _read_part(part: Location, schema: pa.Schema) -> pa.Table:
+    """The rows of a part; texts, which only the ids are, as dictionaries."""
+    texts = [field.name for field in schema if is_text(field.type)]
+
     def read() -> pa.Table:
-        with open_parquet(part) as file:
+        with open_parquet(part, dictionaries=texts) as file:
             return file.read()
 
     try:

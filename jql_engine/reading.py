@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from typing import Protocol, TypeAlias
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from jql_engine.data import ChunkEnd, DocumentBatch, Failure, Piece, Segment, Task
+from jql_engine.data import ChunkEnd, Failure, Piece, Segment, Task
 from jql_engine.dataset import InputFile, SourceFile
+from jql_engine.dictionaries import compact, encode
 from jql_engine.errors import InputError
-from jql_engine.formats import batches
-from jql_engine.storage import is_remote, retry, version_of
+from jql_engine.formats import READ_BYTES, batches
+from jql_engine.storage import check_version, is_remote, retry, version_of
+
+FILES_AHEAD = 8
+Begin: TypeAlias = Callable[[], Iterable[Piece]]
 
 
 class Files(Protocol):
@@ -28,24 +36,66 @@ def read(files: Files, tasks: Iterable[Task]) -> Iterator[Piece | ChunkEnd]:
 
     A segment that cannot be read is named at the end of its chunk, and nothing more is read of its file.
     """
-    cursor: Cursor | None = None
+    pool = ThreadPoolExecutor(FILES_AHEAD, thread_name_prefix="open")
+    in_order = _InOrder(files)
     failed: dict[int, Failure] = {}
-    for task in tasks:
-        first, failures = 0, []
-        for segment in task.chunk.segments:
-            file, n_rows = files[segment.file], segment.stop - segment.start
-            try:
-                if segment.file in failed:
-                    raise InputError(failed[segment.file].message)
-                if cursor is None or cursor.file is not file or cursor.row > segment.start:
-                    cursor = Cursor(file, segment.start, file_columns(file))
-                cursor.skip(segment.start - cursor.row)
-                yield from _pieces(cursor, segment, first)
-            except InputError as error:
-                failures.append(Failure(segment, str(error)))
-                failed[segment.file], cursor = failures[-1], None
-            first += n_rows
-        yield ChunkEnd(task, tuple(failures))
+    try:
+        for task in tasks:
+            segments, failures = task.chunk.segments, []
+            for segment, begin in in_order.one(*segments) if len(segments) == 1 else _ahead(files, segments, pool):
+                try:
+                    if segment.file in failed:
+                        raise InputError(failed[segment.file].message)
+                    yield from begin()
+                except InputError as error:
+                    failures.append(Failure(segment, str(error)))
+                    failed[segment.file] = failures[-1]
+            yield ChunkEnd(task, tuple(failures))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # one may sleep between two attempts
+
+
+class _InOrder:
+    """Segments of large files one by one: the next goes on where the last one ended."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._cursor: Cursor | None = None
+
+    def one(self, segment: Segment) -> Iterator[tuple[Segment, Begin]]:
+        yield segment, partial(self._pieces, segment)
+
+    def _pieces(self, segment: Segment) -> Iterator[Piece]:
+        file, cursor = self._files[segment.file], self._cursor
+        if cursor is None or cursor.file is not file or cursor.row > segment.start:
+            cursor = Cursor(file, segment.start, file_columns(file))
+        self._cursor = None
+        cursor.skip(segment.start - cursor.row)
+        yield from _pieces(cursor, segment, 0)
+        self._cursor = cursor
+
+
+def _ahead(files: Files, segments: Sequence[Segment], pool: ThreadPoolExecutor) -> Iterator[tuple[Segment, Begin]]:
+    """Segments of small files in their order, the next FILES_AHEAD being opened: elsewhere each waits for an answer."""
+    waiting: deque[tuple[Segment, Begin]] = deque()
+    first = 0
+    for segment in segments:
+        waiting.append((segment, pool.submit(_begin, files[segment.file], segment, first).result))
+        first += segment.stop - segment.start
+        if len(waiting) > FILES_AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _begin(file: InputFile, segment: Segment, first: int) -> Iterator[Piece]:
+    """The rows of `segment`; READ_BYTES of them are read at once, the others as they are asked for."""
+    pieces = _pieces(Cursor(file, segment.start, file_columns(file)), segment, first)
+    read: list[Piece] = []
+    size = 0
+    while size < READ_BYTES and (piece := next(pieces, None)) is not None:
+        read.append(piece)
+        size += piece.texts.nbytes
+    return chain(read, pieces)
 
 
 def file_columns(file: InputFile) -> list[str]:
@@ -62,7 +112,6 @@ class Cursor:
         self._columns = columns
         self._batches: Iterator[pa.RecordBatch] | None = None
         self._pending: pa.RecordBatch | None = None
-        self._broke_off = False
 
     def take(self, n_rows: int) -> Iterator[pa.RecordBatch]:
         """The next `n_rows` rows, a few at a time; raises InputError."""
@@ -102,22 +151,18 @@ class Cursor:
         return batch
 
     def _next(self) -> pa.RecordBatch | None:
-        source = self.file.source
         if self._batches is None:
-            if self._broke_off or isinstance(source.location, Path):  # elsewhere it is a request for every file
-                check_unchanged(source)
             self._batches = batches(self.file, self.row, self._columns)
         try:
             return next(self._batches, None)
         except BaseException:
-            self._batches, self._broke_off = None, True  # the next attempt opens the file again, at this row
+            self._batches = None  # the next attempt opens the file again, at this row
             raise
 
 
 def check_unchanged(source: SourceFile) -> None:
     """Raise InputError where a file is not the one that was found when the run began."""
-    if version_of(source.location) != (source.size, source.version):
-        raise InputError(f"{source.location} was changed during the run; start the same command again")
+    check_version(source.location, version_of(source.location), source.found)
 
 
 def _pieces(cursor: Cursor, segment: Segment, first: int) -> Iterator[Piece]:
@@ -127,25 +172,28 @@ def _pieces(cursor: Cursor, segment: Segment, first: int) -> Iterator[Piece]:
         table = pa.Table.from_batches([batch])
         texts, n_invalid = as_text(table[cursor.file.text_column])
         ids = None if id_column is None else table[id_column]
-        yield Piece(segment, DocumentBatch.of(texts, first), ids, n_invalid)
+        yield Piece(segment, first, texts, ids, n_invalid)
         first += batch.num_rows
 
 
-def as_text(column: pa.ChunkedArray) -> tuple[pa.LargeStringArray, int]:
-    """The column as text, and how many values are not UTF-8; those become null."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+def as_text(column: pa.ChunkedArray) -> tuple[pa.DictionaryArray, int]:
+    """The column as distinct texts (large_string), and how many values are not UTF-8; those become null."""
+    encoded = encode(column.cast(pa.large_string()) if pa.types.is_null(column.type) else column)
     # Arrow checks UTF-8 when it turns bytes into text, but takes a column declared as text at its word.
-    raw = column.cast(pa.large_binary())
+    raw = encoded.dictionary.cast(pa.large_binary())
     try:
-        return pa.concat_arrays([pa.array([], pa.large_string()), *raw.cast(pa.large_string()).chunks]), 0
+        return pa.DictionaryArray.from_arrays(encoded.indices, raw.cast(pa.large_string())), 0
     except pa.ArrowInvalid:
         decoded = [_decode(value) for value in raw.to_pylist()]
-        return pa.array(decoded, pa.large_string()), decoded.count(None) - column.null_count
+    valid = pa.array([text is not None for text in decoded]).take(encoded.indices)
+    indices = pc.if_else(valid, encoded.indices, None)
+    texts = pa.array([text or "" for text in decoded], pa.large_string())
+    found = compact(pa.DictionaryArray.from_arrays(indices, texts))
+    return found, found.null_count - encoded.null_count
 
 
-def _decode(value: bytes | None) -> str | None:
+def _decode(value: bytes) -> str | None:
     try:
-        return None if value is None else value.decode()
+        return value.decode()
     except UnicodeDecodeError:
         return None

@@ -20,6 +20,7 @@ from jql_engine.bundle import Bundle
 from jql_engine.claim import Claim
 from jql_engine.data import EMBEDDING, ChunkDone, ChunkEnd, Failure, Segment, StageSeconds, Task, score_column
 from jql_engine.dataset import InputFile, SourceFile
+from jql_engine.dictionaries import encode, is_text
 from jql_engine.errors import BundleError, EngineError, InputError, UnreadableError
 from jql_engine.output import METADATA_KEY, Target, is_finished
 from jql_engine.pipeline import StageTime, pipeline
@@ -232,10 +233,11 @@ class Rescorer:
         vectors = batch.column(EMBEDDING)
         null = vectors.is_null().to_numpy(zero_copy_only=False)
         scores = self.heads.score(_matrix(vectors, null))
-        by_name = {name: batch.column(name) for name in batch.schema.names}
+        # Texts of an appended output as distinct values, until they are written.
+        by_name = {name: _kept(batch.column(name)) for name in batch.schema.names}
         for i, head in enumerate(self.heads.names):
             by_name[score_column(head)] = pa.array(np.ascontiguousarray(scores[:, i]), mask=null)
-        return pa.table([by_name[name] for name in columns.names], schema=columns)
+        return pa.table({name: by_name[name] for name in columns.names})
 
     def _write(self, items: Iterator[tuple[Segment, pa.Table] | ChunkEnd]) -> Iterator[tuple[ChunkEnd, int]]:
         tables: dict[Segment, list[pa.Table]] = {}
@@ -253,6 +255,10 @@ class Rescorer:
                 target.commit(segment, pa.concat_tables(found), None)
             tables = {}
             yield item, n_docs
+
+
+def _kept(column: pa.Array) -> pa.Array:
+    return encode(pa.chunked_array([column])) if is_text(column.type) else column
 
 
 def _matrix(vectors: pa.FixedSizeListArray, null: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -13,17 +13,17 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeAlias, TypeVar
+from typing import Any, BinaryIO, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from jql_engine.errors import EngineError
+from jql_engine.errors import EngineError, InputError
 from jql_engine.printing import redact
 
 Location: TypeAlias = Path | UPath
@@ -164,22 +164,54 @@ def version_from(info: dict[str, object]) -> tuple[int, str]:
     return (size if isinstance(size, int) else -1), version
 
 
-def open_read(location: Location) -> BinaryIO:
-    """A file to read from, at its beginning; opening and reading are for the caller to `retry` together."""
+def check_version(location: Location, found: tuple[int, str], expected: tuple[int, str]) -> None:
+    """Raise InputError where a file is not the one of which `version_of` gave what is `expected`."""
+    if found != expected:
+        raise InputError(f"{location} was changed during the run; start the same command again")
+
+
+def open_read(location: Location, expected: tuple[int, str] | None = None) -> BinaryIO:
+    """A file to read from, at its beginning; opening and reading are for the caller to `retry` together.
+
+    Raises InputError where it has not the size and version `expected`.
+    """
     if isinstance(location, Path):
-        return location.open("rb")
-    stream: BinaryIO = location.fs.open(location.path, "rb", block_size=REMOTE_BLOCK)
+        stream: BinaryIO = location.open("rb")
+    else:
+        stream = location.fs.open(location.path, "rb", block_size=REMOTE_BLOCK)
+    try:
+        if expected is not None:
+            check_version(location, _version_of_opened(location, stream), expected)
+    except BaseException:
+        stream.close()
+        raise
     return stream
 
 
-@contextmanager
-def open_parquet(location: Location, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
-    """A parquet file; `buffer_size` bytes of a column are read at a time, 0 means a whole column chunk."""
+def _version_of_opened(location: Location, stream: BinaryIO) -> tuple[int, str]:
+    """Of the file that was opened, whatever its name stands for by now."""
     if isinstance(location, Path):
-        with pq.ParquetFile(location, buffer_size=buffer_size, pre_buffer=False) as file:
+        status = os.fstat(stream.fileno())
+        return status.st_size, str(status.st_mtime_ns)
+    # Object stores said it in answer to the opening; for the others it is a request.
+    found = version_from(getattr(stream, "details", None) or {})
+    return found if found[1] != UNKNOWN else version_from(location.fs.info(location.path))
+
+
+@contextmanager
+def open_parquet(
+    location: Location, buffer_size: int = 0, dictionaries: Sequence[str] = ()
+) -> Iterator[pq.ParquetFile]:
+    """A parquet file; `buffer_size` bytes of a column are read at a time, 0 means a whole column chunk.
+
+    `dictionaries`: columns of text to be read as such.
+    """
+    options: Any = {"buffer_size": buffer_size, "pre_buffer": False, "read_dictionary": dictionaries}
+    if isinstance(location, Path):
+        with pq.ParquetFile(location, **options) as file:
             yield file
     else:
-        with open_read(location) as stream, pq.ParquetFile(stream, buffer_size=buffer_size, pre_buffer=False) as file:
+        with open_read(location) as stream, pq.ParquetFile(stream, **options) as file:
             yield file
 
 

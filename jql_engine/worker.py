@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import resource
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from jql_engine.bundle import Bundle
 from jql_engine.claim import Claim
-from jql_engine.data import (
-    Batch,
-    ChunkDone,
-    ChunkEnd,
-    DocumentBatch,
-    Piece,
-    ScoreBatch,
-    Scores,
-    Segment,
-    StageSeconds,
-    Task,
-    TokenBatch,
-)
+from jql_engine.data import Chunk, ChunkDone, ChunkEnd, Piece, ScoreBatch, Scores, Segment, StageSeconds, Task
 from jql_engine.dataset import InputFile
+from jql_engine.dictionaries import Column
+from jql_engine.distinct import ChunkDocuments, DistinctDocuments
 from jql_engine.execution import execute
 from jql_engine.output import Target
 from jql_engine.parity import open_certified
@@ -39,7 +30,6 @@ from jql_engine.sessions.choice import Choice
 from jql_engine.tokens import Tokenizer
 
 T = TypeVar("T")
-TOGETHER_BYTES = 4 << 20  # text in one call of the tokenizer
 WRITERS = 8  # small files written at once: creating one waits for the disk, or for the network
 STAGES = ("read", "tokenise", "execute", "write")
 
@@ -66,11 +56,7 @@ class Scoring:
         self.bundle.check_still_there()
         session = open_certified(self.bundle, self.choice, self.device, self.options, say)
         tokenizer = Tokenizer.of(self.bundle)
-
-        def count(batch: Batch) -> None:
-            executed(len(batch.rows), batch.n_tokens, batch.n_padding)
-
-        return Worker(self.bundle, session, tokenizer, targets, self.claim, self.embeddings, stop, count).run
+        return Worker(self.bundle, session, tokenizer, targets, self.claim, self.embeddings, stop, executed).run
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +70,8 @@ class Worker:
     claim: Claim
     embeddings: np.dtype[Any] | None = None  # the type in which embeddings are kept
     stop: threading.Event = field(default_factory=threading.Event)  # set: finish the chunk in hand and no other
-    executed: Callable[[Batch], None] = lambda _: None  # told of every batch
+    # Told of every batch: rows that have its documents, tokens of all of these rows, padding that was computed.
+    executed: Callable[[int, int, int], None] = lambda *_: None
 
     def run(self, tasks: Iterable[Task]) -> Generator[ChunkDone]:
         """Score the chunks of `tasks` and commit them; yield each once it is done.
@@ -102,39 +89,48 @@ class Worker:
     def _read(self, tasks: Iterator[Task]) -> Iterator[Piece | ChunkEnd]:
         return read(_Files(self.targets), self._until_stopped(tasks))
 
-    def _tokenise(self, items: Iterator[Piece | ChunkEnd]) -> Iterator[_Chunk]:
-        pieces: list[Piece] = []
-        waiting: list[DocumentBatch] = []  # together, so that the tokenizer's threads get enough to do
-        tokens: list[TokenBatch] = []
-        size = 0
+    def _tokenise(self, items: Iterator[Piece | ChunkEnd]) -> Iterator[DistinctDocuments | _Chunk]:
+        """The distinct documents of each chunk, in slices, then what else is kept of it."""
+        chunk = _ChunkInHand(self.tokenizer)
         for item in items:
             if isinstance(item, Piece):
-                pieces.append(item)
-                waiting.append(item.documents)
-                size += item.documents.texts.nbytes
-            if waiting and (isinstance(item, ChunkEnd) or size > TOGETHER_BYTES):
-                tokens.append(self.tokenizer.encode(DocumentBatch.concat(waiting)))
-                waiting, size = [], 0
-            if isinstance(item, ChunkEnd):
-                yield _Chunk.of(item, pieces, TokenBatch.concat(tokens))
-                pieces, tokens = [], []
+                yield from chunk.add(item)
+            else:
+                yield from chunk.finish(item)
+                chunk = _ChunkInHand(self.tokenizer)
 
-    def _execute(self, chunks: Iterator[_Chunk]) -> Iterator[tuple[_Chunk, ScoreBatch]]:
+    def _execute(self, items: Iterator[DistinctDocuments | _Chunk]) -> Iterator[tuple[_Chunk, ScoreBatch]]:
+        parts: list[ScoreBatch] = []  # of the chunk in hand
+        padding, overflowed = 0, self.session.n_overflowed
+        for item in items:
+            if self.stop.is_set() and not parts:
+                return
+            if isinstance(item, DistinctDocuments):
+                scores, n_padding = self._score(item)
+                parts.append(scores)
+                padding += n_padding
+                continue
+            item.padding, item.overflowed = padding, self.session.n_overflowed - overflowed
+            yield item, ScoreBatch.concat(parts)
+            parts, padding, overflowed = [], 0, self.session.n_overflowed
+
+    def _score(self, documents: DistinctDocuments) -> tuple[ScoreBatch, int]:
+        """Scores of `documents`, and the padding that was computed."""
         keep = None if self.embeddings is None else (self.bundle.manifest.encoder.hidden_size, self.embeddings)
-        for chunk in self._until_stopped(chunks):
-            scores = ScoreBatch.empty(chunk.tokens, len(self.bundle.heads), keep)
-            overflowed = self.session.n_overflowed
-            for batch, output in execute(self.session, chunk.tokens):
-                scores.put(batch.rows, output)
-                chunk.padding += batch.n_padding
-                self.executed(batch)
-            chunk.overflowed = self.session.n_overflowed - overflowed
-            yield chunk, scores
+        scores, padding = ScoreBatch.empty(documents.tokens, len(self.bundle.heads), keep), 0
+        for batch, output in execute(self.session, documents.tokens):
+            scores.put(batch.rows, output)
+            padding += batch.n_padding
+            n_rows = documents.n_rows[batch.rows]
+            self.executed(int(n_rows.sum()), int(n_rows @ np.diff(batch.offsets)), batch.n_padding)
+        return scores, padding
 
     def _write(self, items: Iterator[tuple[_Chunk, ScoreBatch]]) -> Iterator[_Chunk]:
         with ThreadPoolExecutor(WRITERS, thread_name_prefix="write") as pool:
-            for chunk, scores in items:
-                table = Scores.spread(scores, self.bundle.heads, chunk.end.task.chunk.n_docs).to_table()
+            for chunk, batch in items:
+                scores = Scores.of_documents(batch, self.bundle.heads, chunk.index, chunk.truncated)
+                chunk.tokens = int(scores.n_tokens.sum())
+                table = scores.to_table()
 
                 def commit(place: tuple[Segment, int], chunk: _Chunk = chunk, table: pa.Table = table) -> None:
                     segment, first = place
@@ -162,53 +158,70 @@ class _Files:
         return self.targets[number].file
 
 
+class _ChunkInHand:
+    """What is kept of a chunk's pieces while they come."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._documents = ChunkDocuments(tokenizer)
+        self._ids: dict[Segment, Column] = defaultdict(Column)
+        self._n_invalid: Counter[Segment] = Counter()
+
+    def add(self, piece: Piece) -> Iterator[DistinctDocuments]:
+        if piece.ids is not None:
+            self._ids[piece.segment].add(piece.ids)
+        self._n_invalid[piece.segment] += piece.n_invalid
+        return self._documents.add(piece.first, piece.texts)
+
+    def finish(self, end: ChunkEnd) -> Iterator[DistinctDocuments | _Chunk]:
+        """The rest, less the segments that failed on the way."""
+        failed = {failure.segment for failure in end.failures}
+        places = list(_places(end.task.chunk))
+        dropped = [slice(first, first + s.stop - s.start) for s, first in places if s in failed]
+        yield self._documents.finish(end.task.chunk.n_docs, dropped)
+        ids = {segment: rows for segment, column in self._ids.items() if (rows := column.rows()) is not None}
+        n_invalid = sum(n for segment, n in self._n_invalid.items() if segment not in failed)
+        yield _Chunk(end, self._documents.index, self._documents.truncated, ids, n_invalid)
+
+
 @dataclass(slots=True)
 class _Chunk:
     """A chunk between its stages."""
 
     end: ChunkEnd
-    tokens: TokenBatch
+    index: NDArray[np.int64]  # [n]: which of the chunk's distinct documents each row has, -1 for none
+    truncated: NDArray[np.bool_]  # [n]
     ids: dict[Segment, pa.ChunkedArray]
     n_invalid: int
     padding: int = 0
     overflowed: int = 0
-
-    @classmethod
-    def of(cls, end: ChunkEnd, pieces: Sequence[Piece], tokens: TokenBatch) -> _Chunk:
-        """Join what was read, less the segments that failed on the way."""
-        failed = {failure.segment for failure in end.failures}
-        for piece in pieces:
-            if piece.segment in failed:
-                tokens = tokens.without(piece.documents.rows)
-        kept = [piece for piece in pieces if piece.segment not in failed]
-        ids: dict[Segment, list[pa.Array]] = defaultdict(list)
-        for piece in kept:
-            ids[piece.segment] += [] if piece.ids is None else piece.ids.chunks
-        joined = {segment: pa.chunked_array(chunks) for segment, chunks in ids.items() if chunks}
-        return cls(end, tokens, joined, sum(piece.n_invalid for piece in kept))
+    tokens: int = 0  # of all rows
 
     def segments(self) -> Iterator[tuple[Segment, int]]:
         """Every segment that was read whole, and the number of its first row in the chunk."""
         failed = {failure.segment for failure in self.end.failures}
-        first = 0
-        for segment in self.end.task.chunk.segments:
-            if segment not in failed:
-                yield segment, first
-            first += segment.stop - segment.start
+        return ((segment, first) for segment, first in _places(self.end.task.chunk) if segment not in failed)
 
     def done(self, stages: dict[str, StageSeconds]) -> ChunkDone:
-        """The figures."""
+        """What was done."""
         n_docs = sum(segment.stop - segment.start for segment, _ in self.segments())
         return ChunkDone(
             self.end.task,
             self.end.failures,
             documents=n_docs,
-            null_documents=n_docs - len(self.tokens.rows),
+            null_documents=n_docs - int((self.index >= 0).sum()),
             invalid_utf8=self.n_invalid,
-            truncated=int(self.tokens.truncated.sum()),
-            tokens=len(self.tokens.ids),
+            truncated=int(self.truncated.sum()),
+            tokens=self.tokens,
             padding=self.padding,
             memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             stages=stages,
             overflowed=self.overflowed,
         )
+
+
+def _places(chunk: Chunk) -> Iterator[tuple[Segment, int]]:
+    """The segments of a chunk, and the number of the first row of each."""
+    first = 0
+    for segment in chunk.segments:
+        yield segment, first
+        first += segment.stop - segment.start

@@ -20,7 +20,7 @@ EXPORT_ONLY = {"torch", "transformers", "jql_export"}
 # From the bottom to the top; a part may import what is below it.
 LAYERS = [
     {"errors", "printing"},
-    {"cache", "data", "storage", "interrupt"},
+    {"cache", "data", "storage", "interrupt", "dictionaries"},
     {"names", "listing"},
     {"bundle", "truncation", "pipeline", "dataset", "probe_texts", "tokenizer_libraries"},
     {"gpu", "profiles"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"execution", "reading"},
     {"parity"},
     {"engine"},
-    {"parts", "apart"},
+    {"parts", "apart", "distinct"},
     {"output"},
     {"check", "claim", "frozen"},
     {"run", "worker"},

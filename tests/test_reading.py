@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -48,14 +47,19 @@ def read_all(files: Sequence[InputFile], chunks: Iterable[Chunk]) -> list[tuple[
 
 def texts_of(found: list[tuple[list[Piece], ChunkEnd]]) -> list[str | None]:
     assert not [end.failures for _, end in found if end.failures]
-    return [text for pieces, _ in found for piece in pieces for text in piece.documents.texts.to_pylist()]
+    return [text for pieces, _ in found for piece in pieces for text in piece.texts.to_pylist()]
+
+
+def rows_of(pieces: Sequence[Piece]) -> list[int]:
+    """The numbers of their rows."""
+    return [row for piece in pieces for row in range(piece.first, piece.first + len(piece.texts))]
 
 
 def one(file: InputFile) -> tuple[list[str | None], list[object], int]:
     """Texts, ids and number of invalid texts of a file."""
     [(pieces, end)] = read_all([file], [Chunk((Segment(0, 0, file.n_rows),))])
     assert end.failures == ()
-    texts = [text for piece in pieces for text in piece.documents.texts.to_pylist()]
+    texts = [text for piece in pieces for text in piece.texts.to_pylist()]
     ids = [value for piece in pieces if piece.ids is not None for value in piece.ids.to_pylist()]
     return texts, ids, sum(piece.n_invalid for piece in pieces)
 
@@ -86,10 +90,9 @@ def test_pieces_hold_the_rows_of_their_chunks_wherever_reading_starts(tmp_path_f
     assert [end.task for _, end in found] == tasks_of(chunks)
     for pieces, end in found:
         expected = [row for s in end.task.chunk.segments for row in rows[s.file][s.start : s.stop]]
-        assert [t for piece in pieces for t in piece.documents.texts.to_pylist()] == [row["text"] for row in expected]
+        assert [t for piece in pieces for t in piece.texts.to_pylist()] == [row["text"] for row in expected]
         assert [i for piece in pieces for i in piece.ids.to_pylist()] == [row["id"] for row in expected]
-        numbers = np.concatenate([np.empty(0), *(piece.documents.rows for piece in pieces)])
-        assert numbers.tolist() == list(range(end.task.chunk.n_docs))
+        assert rows_of(pieces) == list(range(end.task.chunk.n_docs))
         assert {piece.segment for piece in pieces} <= set(end.task.chunk.segments) and end.failures == ()
 
 
@@ -110,7 +113,7 @@ def test_pieces_are_small_however_large_the_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "READ_BYTES", 100_000)
     file = opened(write(tmp_path / "a.parquet", [f"{i:06}" + "x" * 10_000 for i in range(200)]))
     [(pieces, _)] = read_all([file], [Chunk((Segment(0, 0, 200),))])
-    assert max(piece.documents.texts.nbytes for piece in pieces) < 300_000
+    assert max(piece.texts.nbytes for piece in pieces) < 300_000
 
 
 KINDS = [
@@ -174,9 +177,9 @@ def test_a_damaged_file_is_named_and_the_others_go_on(tmp_path):
     whole = [
         piece for pieces, end in found for piece in pieces if piece.segment not in {f.segment for f in end.failures}
     ]
-    assert [t for piece in whole for t in piece.documents.texts.to_pylist()] == texts[:2_000] + texts
-    shared = [piece.documents.rows for piece in found[4][0] if piece.segment.file == 1]
-    assert np.concatenate(shared).tolist() == list(range(1_000, 3_000))  # the failed rows keep their numbers
+    assert [t for piece in whole for t in piece.texts.to_pylist()] == texts[:2_000] + texts
+    shared = [piece for piece in found[4][0] if piece.segment.file == 1]
+    assert rows_of(shared) == list(range(1_000, 3_000))  # the failed rows keep their numbers
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path, monkeypatch):
@@ -365,8 +368,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke_off(flaky, tmp_path
         [file], [Chunk((Segment(0, 0, 700),)), Chunk((Segment(0, 700, 2_999),)), Chunk((Segment(0, 2_999, 3_000),))]
     )
     assert texts_of(found) == texts
-    rows = [piece.documents.rows.tolist() for piece in found[1][0]]
-    assert [row for part in rows for row in part] == list(range(2_299))
+    assert rows_of(found[1][0]) == list(range(2_299))
     assert FlakyFileSystem.n_opened > len(broken) and FlakyFileSystem.reads == []
 
 
