@@ -14,9 +14,12 @@ from tokenizers import Tokenizer as OracleTokenizer
 from jql_engine.bundle import TokenizerInfo
 from jql_engine.data import DocumentBatch
 from jql_engine.errors import TokenizerError
-from jql_engine.tokens import Tokenizer
+from jql_engine.panics import panic_is
+from jql_engine.tokens import Tokenizer, read_oracle
 
 UNLIMITED = 1 << 40
+# Saved are the ids up to the largest, with four bytes of memory for each one that no piece has.
+LARGEST_ID = 1 << 24
 
 
 def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
@@ -29,14 +32,12 @@ def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
         raise TokenizerError(
             f"{file} is missing; write it with AutoTokenizer.from_pretrained(...).save_pretrained({str(source)!r})"
         )
-    try:
-        oracle = OracleTokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TokenizerError(f"{file} is no tokenizer that `tokenizers` can read: {error}") from error
-    oracle.no_truncation()
-    oracle.no_padding()
+    oracle = read_oracle(file)
+    if (largest := max(oracle.get_vocab().values(), default=0)) > LARGEST_ID:
+        raise TokenizerError(f"{file} has the id {largest}, and no embedding table that many rows; it is damaged")
     oracle.save(str(target))
-    prefix, suffix = _around(oracle)
+    with panic_is(TokenizerError, f"{file} cannot tokenize a text"):
+        prefix, suffix = _around(oracle)
     if not prefix + suffix:
         raise TokenizerError(f"{file} puts no special token around a text; an empty text would have no token to pool")
     added = sorted(token.content for token in oracle.get_added_tokens_decoder().values())

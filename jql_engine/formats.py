@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from jql_engine.dataset import SUFFIXES, InputFile, SourceFile, check_columns
 from jql_engine.errors import EngineError, UnreadableError
-from jql_engine.storage import Location, is_remote, open_parquet, open_read, retry
+from jql_engine.storage import Location, open_parquet, open_read, retry
 
 READ_ROWS = 2_048  # rows decoded at a time, at most
 READ_BYTES = 4 << 20  # decoded at a time, by the row group's own statistics; lines of JSON parsed at a time
@@ -27,16 +27,30 @@ def open_file(source: SourceFile, text_column: str, id_column: str | None = None
     `id_column` None takes the column `id` if there is one.
     """
     describe = _describe_parquet if source.format == "parquet" else _describe_lines
-    try:
+    with unreadable(f"{source.location} cannot be read", f"{_found(source)} is not a complete {source.format} file"):
         return retry(source.location, lambda: describe(source, text_column, id_column))
-    except EngineError:
+
+
+@contextmanager
+def unreadable(failed: str, damaged: str) -> Iterator[None]:
+    """Raise whatever a file system, pyarrow or Python raises inside as an UnreadableError.
+
+    What damage leads to cannot be foreseen: a footer's names alone give UnicodeDecodeError in places of pyarrow that
+    differ between its releases. Not our own beliefs, and not a machine out of memory; an allocation that pyarrow
+    refuses is mostly a length that was damaged.
+    """
+    try:
+        yield
+    except (EngineError, AssertionError):
         raise
     except (pa.ArrowException, OSError, EOFError) as error:
-        raise UnreadableError(f"{_found(source)} is not a complete {source.format} file: {error}") from error
+        raise UnreadableError(f"{damaged}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{damaged}: {error.object!r} is a name in it, and no UTF-8") from error
+    except MemoryError:
+        raise
     except Exception as error:
-        if not is_remote(source.location):
-            raise
-        raise UnreadableError(f"{source.location} cannot be read: {type(error).__name__}: {error}") from error
+        raise UnreadableError(f"{failed}: {type(error).__name__}: {error}") from error
 
 
 def _found(source: SourceFile) -> str:
@@ -71,7 +85,14 @@ def _describe_parquet(source: SourceFile, text_column: str, id_column: str | Non
     id_column = check_columns(source.location, schema, text_column, id_column)
     leaves = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path == text_column]
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    sizes = tuple(group.column(leaves[0]).total_uncompressed_size for group in groups)
+    texts = [group.column(leaves[0]) for group in groups]
+    for number, (group, column) in enumerate(zip(groups, texts, strict=True)):
+        if not 0 <= group.num_rows == column.num_values or column.total_uncompressed_size < 0:
+            raise UnreadableError(
+                f"{source.location} is damaged: row group {number} has {group.num_rows} rows and {column.num_values} "
+                f"texts in {column.total_uncompressed_size} bytes"
+            )
+    sizes = tuple(column.total_uncompressed_size for column in texts)
     return InputFile(source, text_column, id_column, schema, tuple(g.num_rows for g in groups), sizes)
 
 
@@ -81,11 +102,14 @@ def _parquet_batches(file: InputFile, first: int, columns: Sequence[str] | None)
         for group in range(first, len(file.group_rows)):
             footer = parquet.metadata.row_group(group)
             size = file.group_bytes[group] if columns is not None else _size(footer)
-            n_rows = min(READ_ROWS, max(1, READ_BYTES * footer.num_rows // max(1, size)))
+            n_rows, missing = min(READ_ROWS, max(1, READ_BYTES * footer.num_rows // max(1, size))), footer.num_rows
             for batch in parquet.iter_batches(n_rows, row_groups=[group], columns=columns):
                 # All of them by position: two may have one name.
                 arrays = batch.columns if columns is None else [batch.column(name) for name in schema.names]
                 yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+                missing -= batch.num_rows
+            if missing:  # the rows after it would be taken for others
+                raise EOFError(f"row group {group} lacks {missing} of the {footer.num_rows} rows that its footer says")
 
 
 def _size(group: pq.RowGroupMetaData) -> int:

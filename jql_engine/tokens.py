@@ -25,6 +25,7 @@ from tokenizers import Tokenizer as OracleTokenizer
 from jql_engine.bundle import Bundle, TokenizerInfo
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import TokenizerError
+from jql_engine.panics import panic_is
 from jql_engine.truncation import Shortener, shortener
 
 Ragged = tuple[NDArray[np.int32], NDArray[np.int64]]  # ids [T] and lengths [N]
@@ -57,7 +58,8 @@ class Tokenizer:
         self._tokenizer = read_oracle(file)
         self._oracle = oracle_encoder(self._tokenizer)
         self._huge = max(HUGE, HUGE_PER_TOKEN * max_tokens)
-        self._fast = fast_encoder(file) if info.fast else None
+        with panic_is(TokenizerError, f"{file} is no tokenizer that tokie can read"):
+            self._fast = fast_encoder(file) if info.fast else None
         literal = "|".join(re.escape(token) for token in info.added_tokens)
         self._literal = literal or None
 
@@ -72,7 +74,8 @@ class Tokenizer:
         if texts.null_count:
             present = texts.is_valid()
             rows, texts = rows[present.to_numpy(zero_copy_only=False)], texts.filter(present)
-        return self._close(rows, *self._content(self._shorten(texts)))
+        with panic_is(TokenizerError, "a document cannot be tokenized"):
+            return self._close(rows, *self._content(self._shorten(texts)))
 
     @cached_property
     def _shortener(self) -> Shortener | None:
@@ -148,10 +151,14 @@ class Tokenizer:
 
 def read_oracle(file: Path) -> OracleTokenizer:
     """The Hugging Face tokenizer of `file`, which cuts and pads nothing; raises TokenizerError."""
+    failed = f"{file} is no tokenizer that `tokenizers` can read"
     try:
-        tokenizer = OracleTokenizer.from_file(str(file))
+        with panic_is(TokenizerError, failed):
+            tokenizer = OracleTokenizer.from_file(str(file))
+    except TokenizerError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception
-        raise TokenizerError(f"{file} is no tokenizer that `tokenizers` can read: {error}") from error
+        raise TokenizerError(f"{failed}: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
