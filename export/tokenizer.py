@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as OracleTokenizer
 from jql_engine.bundle import TokenizerInfo
 from jql_engine.data import DocumentBatch
 from jql_engine.errors import TokenizerError
-from jql_engine.panics import panic_is
+from jql_engine.rust import rust_errors
 from jql_engine.tokens import Tokenizer, read_oracle
 
 UNLIMITED = 1 << 40
@@ -36,7 +36,7 @@ def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
     if (largest := max(oracle.get_vocab().values(), default=0)) > LARGEST_ID:
         raise TokenizerError(f"{file} has the id {largest}, and no embedding table that many rows; it is damaged")
     oracle.save(str(target))
-    with panic_is(TokenizerError, f"{file} cannot tokenize a text"):
+    with rust_errors(TokenizerError, f"{file} cannot tokenize a text"):
         prefix, suffix = _around(oracle)
     if not prefix + suffix:
         raise TokenizerError(f"{file} puts no special token around a text; an empty text would have no token to pool")

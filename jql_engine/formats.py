@@ -252,6 +252,8 @@ def _array(location: Location, values: list[Any], before: int, field: pa.Field) 
             # Lone surrogates become bytes that are not UTF-8, as they are in a damaged parquet file.
             encoded = [value if value is None else value.encode(errors="surrogatepass") for value in values]
             return pa.array(encoded, pa.binary()).view(pa.string())
+        if _would_round(values, field.type):
+            raise TypeError("a fraction among integers")
         return pa.array(values, field.type)
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         if len(values) > 1:  # which one?
@@ -261,3 +263,15 @@ def _array(location: Location, values: list[Any], before: int, field: pa.Field) 
         raise UnreadableError(
             f"{location}: document {before + 1}: {field.name!r} is a {type(values[0]).__name__}, expected {expected}"
         ) from error
+
+
+def _would_round(values: list[Any], kind: pa.DataType) -> bool:
+    """Whether a number with a fraction would become an integer, as pyarrow makes it without a word."""
+    if pa.types.is_integer(kind):
+        return any(isinstance(value, float) and not value.is_integer() for value in values)
+    if pa.types.is_list(kind):
+        return any(_would_round(value, kind.value_type) for value in values if isinstance(value, list))
+    if pa.types.is_struct(kind):
+        objects = [value for value in values if isinstance(value, dict)]
+        return any(_would_round([value.get(field.name) for value in objects], field.type) for field in kind)
+    return False

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer as OracleTokenizer
 from jql_engine.bundle import Bundle, TokenizerInfo
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import TokenizerError
-from jql_engine.panics import panic_is
+from jql_engine.rust import rust_errors
 from jql_engine.truncation import Shortener, shortener
 
 Ragged = tuple[NDArray[np.int32], NDArray[np.int64]]  # ids [T] and lengths [N]
@@ -58,7 +58,7 @@ class Tokenizer:
         self._tokenizer = read_oracle(file)
         self._oracle = oracle_encoder(self._tokenizer)
         self._huge = max(HUGE, HUGE_PER_TOKEN * max_tokens)
-        with panic_is(TokenizerError, f"{file} is no tokenizer that tokie can read"):
+        with rust_errors(TokenizerError, f"{file} is no tokenizer that tokie can read"):
             self._fast = fast_encoder(file) if info.fast else None
         literal = "|".join(re.escape(token) for token in info.added_tokens)
         self._literal = literal or None
@@ -74,7 +74,7 @@ class Tokenizer:
         if texts.null_count:
             present = texts.is_valid()
             rows, texts = rows[present.to_numpy(zero_copy_only=False)], texts.filter(present)
-        with panic_is(TokenizerError, "a document cannot be tokenized"):
+        with rust_errors(TokenizerError, "a document cannot be tokenized"):
             return self._close(rows, *self._content(self._shorten(texts)))
 
     @cached_property
@@ -151,14 +151,8 @@ class Tokenizer:
 
 def read_oracle(file: Path) -> OracleTokenizer:
     """The Hugging Face tokenizer of `file`, which cuts and pads nothing; raises TokenizerError."""
-    failed = f"{file} is no tokenizer that `tokenizers` can read"
-    try:
-        with panic_is(TokenizerError, failed):
-            tokenizer = OracleTokenizer.from_file(str(file))
-    except TokenizerError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TokenizerError(f"{failed}: {error}") from error
+    with rust_errors(TokenizerError, f"{file} is no tokenizer that `tokenizers` can read"):
+        tokenizer = OracleTokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

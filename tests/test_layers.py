@@ -20,7 +20,7 @@ EXPORT_ONLY = {"torch", "transformers", "jql_export"}
 # From the bottom to the top; a part may import what is below it.
 LAYERS = [
     {"errors"},
-    {"data", "storage", "interrupt", "fields", "panics"},
+    {"data", "storage", "interrupt", "fields", "rust"},
     {"names"},
     {"bundle", "truncation", "pipeline", "dataset"},
     {"gpu", "profiles"},

@@ -27,8 +27,8 @@ CONVERSIONS = [
     lambda t: torch.nn.Parameter(t), lambda t: t[None], lambda t: t.reshape(-1), lambda t: t[:0], lambda t: t.T,
     lambda t: t * float("nan"), lambda t: t * float("inf"), lambda t: t.expand(3, *t.shape), lambda t: t.tolist(),
     lambda t: t.to(torch.float8_e4m3fn), lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
-    lambda t: [None for _ in t], lambda t: t[..., ::2], lambda t: t.clone().requires_grad_(), lambda t: t.sum(), lambda t: {"x": t},
-    lambda t: t.numpy(), lambda t: t * 1e30 * 1e30, lambda t: t.double() * 1e300,
+    lambda t: [None for _ in t], lambda t: t[..., ::2], lambda t: t.clone().requires_grad_(), lambda t: t.sum(),
+    lambda t: {"x": t}, lambda t: t.numpy(), lambda t: t * 1e30 * 1e30, lambda t: t.double() * 1e300,
 ]  # fmt: skip
 KEYS = ["layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias", "layer3.weight", "", 5, None, ("a", 1), b"x"]
 

@@ -125,7 +125,7 @@ def _similar(rng: random.Random, value: Any) -> Any:
         return rng.choice([value + "x", value[:-1], value.upper(), [value], f"../{value}", value + "/", value + "\0"])
     if isinstance(value, list):
         return rng.choice([value * 2, value[:-1], [value], value[::-1], dict(enumerate(map(str, value)))])
-    return rng.choice([list(value), list(value.items()), {"x": value}, dict(list(value.items())[:-1])])
+    return rng.choice([list(value), list(map(list, value.items())), {"x": value}, dict(list(value.items())[:-1])])
 
 
 # Thrift's compact protocol (https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md), as far
