@@ -21,6 +21,7 @@ from jql_export.tensors import WORD, Adapter, Array, Linear, Norm, TensorFile, r
 HUB_PATTERNS = ["*.json", "*/config.json", "model*.safetensors", "pytorch_model.bin"]
 # The adapter of jina-embeddings-v3 that JQL's embedder asks for; it puts no instruction before the text.
 LORA_TASK = "text-matching"
+MOST = 1e30  # of what is computed with in fp32, which ends at 3e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def read_encoder(directory: Path) -> EncoderWeights:
     family = config.get("model_type")
     if is_jina_v3(config):
         return _read_jina_v3(directory, config)
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise CheckpointError(
             f"{directory}: model_type {family!r} is not supported; known are {', '.join(sorted(FAMILIES))}"
         )
@@ -169,7 +170,7 @@ def _adapter(directory: Path, config: Mapping[str, Any]) -> Adapter:
         raise CheckpointError(
             f"{directory}: config.json has lora_adaptations = {tasks!r}, expected a list with {LORA_TASK!r}"
         )
-    if instruction := (config.get("task_instructions") or {}).get(LORA_TASK):
+    if instruction := _object(directory, config, "task_instructions").get(LORA_TASK):
         raise CheckpointError(
             f"{directory}: config.json has task_instructions[{LORA_TASK!r}] = {instruction!r}, to be put before every "
             "text; supported is none"
@@ -237,7 +238,7 @@ def _spec(
         positions="absolute" if frequencies is None else "rope",
         mlp=mlp,
         max_positions=max_positions,
-        norm_epsilon=float(config.get("layer_norm_eps", 1e-12)),
+        norm_epsilon=_positive(directory, {"layer_norm_eps": 1e-12, **config}, "layer_norm_eps"),
         pad_id=_number(directory, config, "pad_token_id"),
         inverse_frequencies=frequencies,
     )
@@ -256,17 +257,15 @@ def _scaled_frequencies(directory: Path, config: Mapping[str, Any], types: tuple
     Type `ntk` is fixed NTK scaling (https://kexue.fm/archives/9706, equation 6): base times factor, all frequencies
     divided by factor^(2/d). Alibaba-NLP/new-impl applies it at every length, short texts too.
     """
-    rope = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta"),
-        **(config.get("rope_scaling") or {}),
-    }
+    scaling = _object(directory, config, "rope_scaling")
+    rope = _object(directory, config, "rope_parameters") or {"rope_theta": config.get("rope_theta"), **scaling}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in types or not rope.get("rope_theta"):
         raise CheckpointError(
             f"{directory}: config.json has RoPE type {kind!r} with theta {rope.get('rope_theta')}; "
             f"supported is the type {' or '.join(map(repr, types))} with a theta"
         )
-    theta, head_size = float(rope["rope_theta"]), _head_size(directory, config)
+    theta, head_size = _positive(directory, rope, "rope_theta"), _head_size(directory, config)
     if kind == "default":
         return _frequencies(theta, head_size)
     _expect(directory, rope, "mixed_b", None)
@@ -298,6 +297,10 @@ def _finish(
     embedding_norm: str = "embeddings.LayerNorm",
 ) -> EncoderWeights:
     d = spec.hidden_size
+    if spec.pad_id >= tensors.vocab_size:
+        raise CheckpointError(
+            f"{tensors.path}: config.json has pad_token_id = {spec.pad_id}, the vocabulary has {tensors.vocab_size} ids"
+        )
     types = tensors.table("embeddings.token_type_embeddings", n_types, d) if n_types else None
     position = None
     if first_position is not None:
@@ -323,9 +326,16 @@ def _number(directory: Path, config: Mapping[str, Any], key: str) -> int:
 
 def _positive(directory: Path, config: Mapping[str, Any], key: str) -> float:
     value = config.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < MOST:
         raise CheckpointError(f"{directory}: config.json has {key} = {value!r}, expected a positive number")
     return float(value)
+
+
+def _object(directory: Path, config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{directory}: config.json has {key} = {value!r}, expected an object")
+    return value
 
 
 def _expect(directory: Path, config: Mapping[str, Any], key: str, *allowed: object) -> None:

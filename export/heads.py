@@ -66,13 +66,24 @@ def read_head(name: str, file: Path, source: str | None = None, revision: str | 
     if missing:
         found = ", ".join(map(str, state)) or "nothing"
         raise HeadError(f"head {name}: {file} lacks {', '.join(missing)}; its state_dict holds {found}")
-    if extra := sorted(set(state) - set(EXPECTED)):
+    if extra := sorted(map(str, set(state) - set(EXPECTED))):
         raise HeadError(f"head {name}: {file} holds {', '.join(extra)} besides {', '.join(EXPECTED)}")
-    w1, b1, w2, b2 = (state[key].to(torch.float32).numpy() for key in EXPECTED)
-    if w1.ndim != 2 or w2.shape != (1, len(w1)) or b1.shape != (len(w1),) or b2.shape != (1,):
+    w1, b1, w2, b2 = (_fp32(name, file, key, state[key]) for key in EXPECTED)
+    if w1.ndim != 2 or not w1.size or w2.shape != (1, len(w1)) or b1.shape != (len(w1),) or b2.shape != (1,):
         shapes = ", ".join(f"{key} {list(state[key].shape)}" for key in EXPECTED)
         raise HeadError(f"head {name}: {file} has {shapes}; expected [K, D], [K], [1, K], [1]")
     return HeadWeights(name, Linear(w1, b1), Linear(w2, b2), sha256_of(file), source, revision)
+
+
+def _fp32(name: str, file: Path, key: str, tensor: torch.Tensor) -> Array:
+    """A weight as an array; raises HeadError for what holds no finite floating-point numbers."""
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+        what = "without values" if tensor.is_meta else f"{tensor.layout}".removeprefix("torch.")
+        raise HeadError(f"head {name}: {file}: {key} is a {what} tensor of {tensor.dtype}, expected plain numbers")
+    array: Array = tensor.detach().to(torch.float32).numpy()
+    if not np.isfinite(array).all():
+        raise HeadError(f"head {name}: {file}: {key} holds NaN, or what is infinite in fp32; train the head again")
+    return array
 
 
 def check_heads(heads: Sequence[HeadWeights], hidden_size: int) -> None:
@@ -136,7 +147,7 @@ def _load(name: str, file: Path) -> dict[str, Any]:
             f"state_dict alone with torch.save if you trust it. ({str(error).splitlines()[0]})"
         ) from error
     except Exception as error:  # a damaged zip, a truncated stream: torch raises many kinds
-        raise HeadError(f"head {name}: {file} is no checkpoint that torch can read: {error}") from error
+        raise HeadError(f"head {name}: {file} is no checkpoint that torch can read: {error!r}") from error
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         raise HeadError(f"head {name}: {file} holds a {type(checkpoint).__name__}, expected a state_dict")

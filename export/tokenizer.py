@@ -10,10 +10,14 @@ from tokenizers import Tokenizer as OracleTokenizer
 
 from jql_engine.bundle import TokenizerInfo
 from jql_engine.errors import CheckpointError, TokenizerError
+from jql_engine.rust import rust_errors
+from jql_engine.tokenizer_libraries import parse_oracle
 from jql_export.settings import read_settings
 
 # transformers' classes that take tokenizer.json as it is, whatever tokenizer_config.json says of lower case.
 TAKE_THE_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Saved are the ids up to the largest, with four bytes of memory for each one that no piece has.
+LARGEST_ID = 1 << 24
 
 
 def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
@@ -27,15 +31,15 @@ def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
         raise TokenizerError(
             f"{file} is missing; write it with AutoTokenizer.from_pretrained(...).save_pretrained({str(source)!r})"
         )
-    try:
-        oracle = OracleTokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TokenizerError(f"{file} is no tokenizer that `tokenizers` can read: {error}") from error
+    oracle = parse_oracle(file)
+    if (largest := max(oracle.get_vocab().values(), default=0)) > LARGEST_ID:
+        raise TokenizerError(f"{file} has the id {largest}, and no embedding table that many rows; it is damaged")
     _check_config(source, read_settings(source / "tokenizer_config.json", dict), oracle)
     oracle.no_truncation()
     oracle.no_padding()
     oracle.save(str(target))
-    prefix, suffix = _around(oracle)
+    with rust_errors(TokenizerError, f"{file} cannot tokenize a text"):
+        prefix, suffix = _around(oracle)
     if not prefix + suffix:
         raise TokenizerError(f"{file} puts no special token around a text; an empty text would have no token to pool")
     added = sorted(token.content for token in oracle.get_added_tokens_decoder().values())

@@ -68,15 +68,18 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from jql_engine.data import Layout
 from jql_engine.errors import BundleError, UnsafeNameError
+from jql_engine.fields import decode
 from jql_engine.names import RelativeName
 
 FORMAT = 1
 MANIFEST = "bundle.json"
 PROBES = "probes.safetensors"
+TOKENIZER = "tokenizer.json"
+MOST = 2**31 - 1  # of sizes and ids, which graphs and runtimes hold in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,10 @@ class EncoderInfo:
     files: dict[str, str]  # name -> sha256
     unused_tensors: list[str]
 
+    def __post_init__(self) -> None:
+        _check_range("encoder.layers", self.layers, 1)
+        _check_range("encoder.hidden_size", self.hidden_size, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class HeadInfo:
@@ -101,6 +108,9 @@ class HeadInfo:
     sha256: str
     source: str | None = None  # repository and file on the hub
     revision: str | None = None  # commit there
+
+    def __post_init__(self) -> None:
+        _check_range(f"hidden_size of head {self.name!r}", self.hidden_size, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +124,12 @@ class TokenizerInfo:
     lone_space: int | None
     added_tokens: list[str]
 
+    def __post_init__(self) -> None:
+        for token in (*self.prefix, *self.suffix, self.pad, self.lone_space or 0):
+            _check_range("an id in tokenizer", token, 0)
+        if "" in self.added_tokens:
+            raise ValueError("tokenizer.added_tokens holds an empty text, which is in every document")
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:
@@ -124,11 +140,11 @@ class Variant:
     precision: str
     provider: str
     tolerance: dict[str, float]
-    parity: dict[str, Any]
+    parity: dict[str, float]
 
     def __post_init__(self) -> None:
-        if self.layout not in get_args(Layout):
-            raise BundleError(f"layout {self.layout!r} is unknown; known are {', '.join(get_args(Layout))}")
+        if self.parity and not any(name.startswith(("max_abs_score", "max_abs_embedding")) for name in self.parity):
+            raise ValueError(f"parity of {self.graph} has no max_abs_score or max_abs_embedding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,23 +176,25 @@ class Manifest:
     created_with: dict[str, str]
     engines: dict[str, EngineKey] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _check_range("format", self.format, 1)
+        _check_range("max_tokens", self.max_tokens, 1 + len(self.tokenizer.prefix) + len(self.tokenizer.suffix))
+        if not self.tokenizer.prefix + self.tokenizer.suffix:
+            raise ValueError("tokenizer has no prefix and no suffix: an empty text would have no token to pool")
+        names = [head.name for head in self.heads]
+        if "" in names or len(set(names)) < len(names):
+            raise ValueError(f"heads are named {names}, expected one name each")
+        if self.pooling not in ("cls", "mean"):
+            raise ValueError(f"pooling is {self.pooling!r}, expected 'cls' or 'mean'")
+        for name, file in self.files.items():
+            if type(file.get("bytes")) is not int or type(file.get("sha256")) is not str:
+                raise ValueError(f"files.{name} is {file}, expected bytes, an integer, and sha256, a string")
+
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Manifest:
-        """Build from decoded JSON; KeyError and TypeError name what is missing or too much."""
-        return cls(
-            **{
-                **fields,
-                "encoder": EncoderInfo(**fields["encoder"]),
-                "heads": [HeadInfo(**head) for head in fields["heads"]],
-                "tokenizer": TokenizerInfo(**fields["tokenizer"]),
-                "variants": {name: Variant(**variant) for name, variant in fields["variants"].items()},
-                "files": {
-                    name: {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])}
-                    for name, file in fields["files"].items()
-                },
-                "engines": {name: EngineKey(**key) for name, key in fields.get("engines", {}).items()},
-            }
-        )
+        """Build from decoded JSON; ValueError names what is missing, too much, or of another type or range."""
+        manifest: Manifest = decode(cls, fields, "manifest")
+        return manifest
 
     def to_json(self) -> str:
         """The text of bundle.json."""
@@ -230,7 +248,7 @@ class Bundle:
     def encoder_hash(self) -> str:
         """Of all that decides about an embedding: bundles that share it give the same vectors, whatever their heads."""
         m = self.manifest
-        parts = [m.encoder.files, m.pooling, m.max_tokens, m.files["tokenizer.json"]["sha256"]]
+        parts = [m.encoder.files, m.pooling, m.max_tokens, m.files[TOKENIZER]["sha256"]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def read(self, name: str) -> bytes:
@@ -266,7 +284,7 @@ def sha256_of(file: Path) -> str:
 def _parse(path: Path, raw: bytes) -> Manifest:
     try:
         fields = json.loads(raw)
-        version = fields["format"]
+        version = fields.get("format", FORMAT) if isinstance(fields, dict) else FORMAT
         if not isinstance(version, int) or version > FORMAT:
             raise BundleError(
                 f"{path} has bundle format {version}; this jql-engine reads up to {FORMAT}: "
@@ -274,16 +292,21 @@ def _parse(path: Path, raw: bytes) -> Manifest:
             )
         manifest = Manifest.parse(fields)
         _check_names(path, manifest)
-        return manifest
     except BundleError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{path / MANIFEST} is damaged ({error!r}); export the bundle again") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path / MANIFEST} is damaged: {error}; export the bundle again") from error
+    return manifest
+
+
+def _check_range(name: str, value: int, least: int) -> None:
+    if not least <= value <= MOST:
+        raise ValueError(f"{name} is {value}, expected {least} to {MOST}")
 
 
 def _check_names(path: Path, manifest: Manifest) -> None:
     """Raise BundleError for a file outside of the bundle, and for a graph or an engine that is not among the files."""
-    needed = [*(variant.graph for variant in manifest.variants.values()), *manifest.engines]
+    needed = [TOKENIZER, *(variant.graph for variant in manifest.variants.values()), *manifest.engines]
     for name in [*manifest.files, *needed]:
         try:
             RelativeName(name)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from jql_engine.dataset import SUFFIXES, InputFile, SourceFile, check_columns
 from jql_engine.dictionaries import compact
 from jql_engine.errors import EngineError, UnreadableError
-from jql_engine.storage import Location, is_remote, open_parquet, open_read, retry
+from jql_engine.storage import Location, open_parquet, open_read, retry
 
 READ_ROWS = 2_048  # rows handed out at a time, at most
 READ_BYTES = 4 << 20  # handed out at a time, by the row group's own statistics; lines of JSON parsed at a time
@@ -36,16 +36,30 @@ def open_file(source: SourceFile, text_column: str, id_column: str | None = None
     `id_column` None takes the column `id` if there is one.
     """
     describe = _describe_parquet if source.format == "parquet" else _describe_lines
-    try:
+    with unreadable(f"{source.location} cannot be read", f"{_found(source)} is not a complete {source.format} file"):
         return retry(source.location, lambda: describe(source, text_column, id_column))
-    except EngineError:
+
+
+@contextmanager
+def unreadable(failed: str, damaged: str) -> Iterator[None]:
+    """Raise whatever a file system, pyarrow or Python raises inside as an UnreadableError.
+
+    What damage leads to cannot be foreseen: a footer's names alone give UnicodeDecodeError in places of pyarrow that
+    differ between its releases. Not our own beliefs, and not a machine out of memory; an allocation that pyarrow
+    refuses is mostly a length that was damaged.
+    """
+    try:
+        yield
+    except (EngineError, AssertionError):
         raise
     except (pa.ArrowException, OSError, EOFError) as error:
-        raise UnreadableError(f"{_found(source)} is not a complete {source.format} file: {error}") from error
+        raise UnreadableError(f"{damaged}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{damaged}: {error.object!r} is a name in it, and no UTF-8") from error
+    except MemoryError:
+        raise
     except Exception as error:
-        if not is_remote(source.location):
-            raise
-        raise UnreadableError(f"{source.location} cannot be read: {type(error).__name__}: {error}") from error
+        raise UnreadableError(f"{failed}: {type(error).__name__}: {error}") from error
 
 
 def _found(source: SourceFile) -> str:
@@ -81,7 +95,14 @@ def _describe_parquet(source: SourceFile, text_column: str, id_column: str | Non
     id_column = check_columns(source.location, schema, text_column, id_column)
     leaves = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path == text_column]
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    sizes = tuple(group.column(leaves[0]).total_uncompressed_size for group in groups)
+    texts = [group.column(leaves[0]) for group in groups]
+    for number, (group, column) in enumerate(zip(groups, texts, strict=True)):
+        if not 0 <= group.num_rows == column.num_values or column.total_uncompressed_size < 0:
+            raise UnreadableError(
+                f"{source.location} is damaged: row group {number} has {group.num_rows} rows and {column.num_values} "
+                f"texts in {column.total_uncompressed_size} bytes"
+            )
+    sizes = tuple(column.total_uncompressed_size for column in texts)
     return InputFile(source, text_column, id_column, schema, tuple(g.num_rows for g in groups), sizes)
 
 
@@ -120,7 +141,13 @@ class _Group:
         n_rows = min(READ_ROWS, READ_BYTES * self._group.num_rows // max(1, size), DECODED_BYTES // max(1, widest))
         options: Any = {"buffer_size": BUFFER_BYTES, "pre_buffer": False, "read_dictionary": dictionaries}
         with pq.ParquetFile(self._stream, metadata=self._footer, **options) as parquet:
-            yield from parquet.iter_batches(max(1, n_rows), row_groups=[self._number], columns=columns)
+            missing = self._group.num_rows
+            for batch in parquet.iter_batches(max(1, n_rows), row_groups=[self._number], columns=columns):
+                missing -= batch.num_rows
+                yield batch
+        if missing:  # the rows after it would be taken for others
+            n_rows = self._group.num_rows
+            raise EOFError(f"row group {self._number} lacks {missing} of the {n_rows} rows that its footer says")
 
     def _is_dictionary(self, leaf: pq.ColumnChunkMetaData) -> bool:
         """Whether all of the values are in the dictionary, and it is not too large to be handed out with each batch.
@@ -315,6 +342,8 @@ def _array(location: Location, values: list[Any], before: int, field: pa.Field) 
             # Lone surrogates become bytes that are not UTF-8, as they are in a damaged parquet file.
             encoded = [value if value is None else value.encode(errors="surrogatepass") for value in values]
             return pa.array(encoded, pa.binary()).view(pa.string())
+        if _would_round(values, field.type):
+            raise TypeError("a fraction among integers")
         return pa.array(values, field.type)
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         if len(values) > 1:  # which one?
@@ -324,3 +353,15 @@ def _array(location: Location, values: list[Any], before: int, field: pa.Field) 
         raise UnreadableError(
             f"{location}: document {before + 1}: {field.name!r} is a {type(values[0]).__name__}, expected {expected}"
         ) from error
+
+
+def _would_round(values: list[Any], kind: pa.DataType) -> bool:
+    """Whether a number with a fraction would become an integer, as pyarrow makes it without a word."""
+    if pa.types.is_integer(kind):
+        return any(isinstance(value, float) and not value.is_integer() for value in values)
+    if pa.types.is_list(kind):
+        return any(_would_round(value, kind.value_type) for value in values if isinstance(value, list))
+    if pa.types.is_struct(kind):
+        objects = [value for value in values if isinstance(value, dict)]
+        return any(_would_round([value.get(field.name) for value in objects], field.type) for field in kind)
+    return False

@@ -16,8 +16,8 @@ from jql_engine.data import ChunkEnd, Failure, Piece, Segment, Task
 from jql_engine.dataset import InputFile, SourceFile
 from jql_engine.dictionaries import compact, encode
 from jql_engine.errors import InputError
-from jql_engine.formats import READ_BYTES, batches
-from jql_engine.storage import check_version, is_remote, retry, version_of
+from jql_engine.formats import READ_BYTES, batches, unreadable
+from jql_engine.storage import check_version, retry, version_of
 
 FILES_AHEAD = 8
 Begin: TypeAlias = Callable[[], Iterable[Piece]]
@@ -135,16 +135,8 @@ class Cursor:
 
     def _advance(self) -> pa.RecordBatch:
         location = self.file.source.location
-        try:
+        with unreadable(failed := f"{location} cannot be read to its end", failed):
             batch = retry(location, self._next)
-        except (pa.ArrowException, OSError, EOFError) as error:
-            raise InputError(f"{location} cannot be read to its end: {error}") from error
-        except InputError:
-            raise
-        except Exception as error:
-            if not is_remote(location):
-                raise
-            raise InputError(f"{location} cannot be read to its end: {type(error).__name__}: {error}") from error
         if batch is None:
             missing = self.file.n_rows - self.row
             raise InputError(f"{location} ends {missing} rows before its footer says; it is damaged")

@@ -21,12 +21,13 @@ from jql_engine.claim import Claim
 from jql_engine.data import EMBEDDING, ChunkDone, ChunkEnd, Failure, Segment, StageSeconds, Task, score_column
 from jql_engine.dataset import InputFile, SourceFile
 from jql_engine.dictionaries import encode, is_text
-from jql_engine.errors import BundleError, EngineError, InputError, UnreadableError
+from jql_engine.errors import BundleError, InputError, UnreadableError
+from jql_engine.formats import unreadable
 from jql_engine.output import METADATA_KEY, Target, is_finished
 from jql_engine.pipeline import StageTime, pipeline
 from jql_engine.reading import Cursor
 from jql_engine.run import Job, Unfinished, Work, crashed, find_sources, plan, with_shared_schemas
-from jql_engine.storage import Location, is_remote, locate, open_parquet, retry
+from jql_engine.storage import Location, locate, open_parquet, retry
 
 STAGES = ("read", "execute", "write")
 PRODUCT_ROWS = 4_096  # vectors in one product: what lies between its two halves is [PRODUCT_ROWS, K]
@@ -107,17 +108,10 @@ def _is_finished(place: tuple[Location, dict[str, Any]]) -> bool:
 
 def _look(bundle: Bundle, source: SourceFile) -> InputFile | UnreadableError:
     try:
-        return retry(source.location, lambda: _describe(bundle, source))
+        with unreadable(f"{source.location} cannot be read", f"{source.location} is not a complete parquet file"):
+            return retry(source.location, lambda: _describe(bundle, source))
     except UnreadableError as error:
         return error
-    except (pa.ArrowException, OSError, EOFError) as error:
-        return UnreadableError(f"{source.location} is not a complete parquet file: {error}")
-    except EngineError:
-        raise
-    except Exception as error:
-        if not is_remote(source.location):
-            raise
-        return UnreadableError(f"{source.location} cannot be read: {type(error).__name__}: {error}")
 
 
 def _describe(bundle: Bundle, source: SourceFile) -> InputFile:

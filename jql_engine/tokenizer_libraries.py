@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as OracleTokenizer
 
 from jql_engine.errors import TokenizerError
+from jql_engine.rust import rust_errors
 
 Ragged = tuple[NDArray[np.int32], NDArray[np.int64]]  # ids [T] and lengths [N]
 
@@ -63,13 +64,16 @@ def _are_fp32(pieces: list[tuple[str, float]]) -> bool:
 
 def read_oracle(file: Path) -> OracleTokenizer:
     """The Hugging Face tokenizer of `file`, which cuts and pads nothing; raises TokenizerError."""
-    try:
-        tokenizer = OracleTokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TokenizerError(f"{file} is no tokenizer that `tokenizers` can read: {error}") from error
+    tokenizer = parse_oracle(file)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def parse_oracle(file: Path) -> OracleTokenizer:
+    """The same as the file has it, truncation and padding included; raises TokenizerError."""
+    with rust_errors(TokenizerError, f"{file} is no tokenizer that `tokenizers` can read"):
+        return OracleTokenizer.from_file(str(file))
 
 
 def oracle_encoder(tokenizer: OracleTokenizer) -> Encoder:

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from jql_engine import probe_texts
 from jql_engine.bundle import Bundle, TokenizerInfo
 from jql_engine.data import DocumentBatch, TokenBatch
+from jql_engine.errors import TokenizerError
+from jql_engine.rust import rust_errors
 from jql_engine.tokenizer_libraries import (
     Ragged,
     fast_encoder,
@@ -53,7 +55,8 @@ class Tokenizer:
         self._tokenizer = read_oracle(file)
         self._oracle = oracle_encoder(self._tokenizer)
         self._huge = max(HUGE, HUGE_PER_TOKEN * max_tokens)
-        self._fast = fast_encoder(file) if info.fast else None
+        with rust_errors(TokenizerError, f"{file} is no tokenizer that tokie can read"):
+            self._fast = fast_encoder(file) if info.fast else None
         literal = "|".join(re.escape(token) for token in info.added_tokens)
         self._literal = literal or None
 
@@ -80,7 +83,8 @@ class Tokenizer:
         if texts.null_count:
             present = texts.is_valid()
             rows, texts = rows[present.to_numpy(zero_copy_only=False)], texts.filter(present)
-        return self._close(rows, *self._content(self._shorten(texts)))
+        with rust_errors(TokenizerError, "a document cannot be tokenized"):
+            return self._close(rows, *self._content(self._shorten(texts)))
 
     @cached_property
     def _shortener(self) -> Shortener | None:
@@ -179,7 +183,8 @@ def prove_fast(file: Path, info: TokenizerInfo, texts: Sequence[str]) -> Tokeniz
     """`info` of tokenizer.json, with the installed fast tokenizer if that is exact on `texts`, else with none."""
     fast = replace(info, fast=fast_name())
     try:
-        exact = may_be_fast(file) and Tokenizer(file, fast, UNLIMITED).is_exact_on(texts)
+        with rust_errors(TokenizerError, f"{file} cannot be proven"):
+            exact = may_be_fast(file) and Tokenizer(file, fast, UNLIMITED).is_exact_on(texts)
     except Exception:  # what a version that nobody knows yet may raise; the oracle takes its place
         exact = False
     return fast if exact else replace(info, fast=None)

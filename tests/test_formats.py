@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from jql_engine.dataset import InputFile
 from jql_engine.errors import InputError, UnreadableError
 from jql_engine.formats import batches, open_file
 from jql_engine.reading import as_text
+from tests.fuzzing.mutate import read_struct, write_struct
 from tests.test_dataset import opened, source, write
 
 PACK = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}
@@ -84,6 +86,47 @@ def test_a_truncated_file_is_named(tmp_path, kept):
     path.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(InputError, match=f"{re.escape(str(path))} is not a complete parquet file"):
         opened(path)
+
+
+def test_a_column_name_that_is_not_utf_8_is_named(tmp_path):
+    """As programs of another code page write it."""
+    path = write(tmp_path / "a.parquet", ["x"], note=["y"])
+    path.write_bytes(path.read_bytes().replace(b"note", b"n\xf6te"))
+    with pytest.raises(
+        UnreadableError, match=f"{re.escape(str(path))} is not a complete parquet.*xf6te' is a name in it"
+    ):
+        opened(path)
+
+
+def promise(path: Path, n_rows: int, n_texts: int) -> None:
+    """Let the footer say so of the first row group, whatever is in it."""
+    content = path.read_bytes()
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    struct, _ = read_struct(content, start)
+    group = field_of(struct, 4)[2][1][0]
+    field_of(group, 3)[2] = n_rows
+    field_of(field_of(field_of(group, 1)[2][1][0], 3)[2], 5)[2] = n_texts
+    footer = write_struct(struct)
+    path.write_bytes(content[:start] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+
+
+def field_of(struct: list[list[Any]], number: int) -> list[Any]:
+    return next(field for field in struct if field[0] == number)
+
+
+def test_row_groups_whose_footer_contradicts_itself_are_damage(tmp_path):
+    """Twice as many rows as texts: a job would be planned for them."""
+    path = write(tmp_path / "a.parquet", ["some text"] * 25)
+    promise(path, 50, 25)
+    with pytest.raises(UnreadableError, match=r"a\.parquet is damaged: row group 0 has 50 rows and 25 texts"):
+        opened(path)
+
+
+def test_a_row_group_that_ends_early_does_not_give_its_place_to_the_next(tmp_path):
+    path = write(tmp_path / "a.parquet", [f"text {i}" for i in range(16)], row_group_size=8)
+    promise(path, 10, 10)
+    with pytest.raises(EOFError, match="row group 0 lacks 2 of the 10 rows that its footer says"):
+        rows_of(opened(path))
 
 
 DOCUMENTS = [{"text": f"text {i}" * (i % 5), "id": i} for i in range(50)]
@@ -272,6 +315,7 @@ def test_a_key_that_no_document_of_the_first_block_has_is_an_error_that_lists_th
         (b'{"text": ["x"], "id": 1}', "'text' is a list, expected text"),
         (b'{"text": "x", "id": "1"}', "'id' is a str, expected int64 as in the documents before it"),
         (b'{"text": "x", "id": 123456789012345678901}', "'id' is a int, expected int64"),
+        (b'{"text": "x", "id": 1.5}', "'id' is a float, expected int64 as in the documents before it"),
     ],
     ids=lambda value: value.decode()[:30] if isinstance(value, bytes) else "",
 )
@@ -284,6 +328,9 @@ def test_a_broken_line_is_named_with_its_file_and_number(tmp_path, small_blocks,
     expected = f"document {place + 1}:? {message}"
     if place == 0 and b'"1"' in broken:  # then the ids after it are what does not fit
         expected = "document 2: 'id' is a int, expected text"
+    if place < 2 and b"1.5" in broken:  # within the first block, which decides about the type
+        assert opened(path).id_field == pa.field("id", pa.float64())
+        return
     with pytest.raises(UnreadableError, match=f"{re.escape(str(path))}: {expected}"):
         list(batches(opened(path), 0, ["text", "id"]))
 

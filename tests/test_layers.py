@@ -20,7 +20,7 @@ EXPORT_ONLY = {"torch", "transformers", "jql_export"}
 # From the bottom to the top; a part may import what is below it.
 LAYERS = [
     {"errors", "printing"},
-    {"cache", "data", "storage", "interrupt", "dictionaries"},
+    {"cache", "data", "storage", "interrupt", "dictionaries", "fields", "rust"},
     {"names", "listing"},
     {"bundle", "truncation", "pipeline", "dataset", "probe_texts", "tokenizer_libraries"},
     {"gpu", "profiles"},
