@@ -125,6 +125,20 @@ def test_without_options_snowflake_gets_the_three_edu_heads(hub, repositories, t
     assert (Engine(tmp_path / "out", device="cpu").score(probes.SENTENCES).values == scores).all()
 
 
+@pytest.mark.parametrize("name", ["../../../../escaped.json", "../other/escaped.json", "/escaped.json"])
+def test_a_name_that_leads_out_of_the_repository_is_an_error(hub, tmp_path, monkeypatch, name):
+    """huggingface_hub refuses it; that it does is all that is tested here."""
+    listed = servers._Repository.at
+
+    def with_another(repository, revision):
+        commit, files = listed(repository, revision)
+        return commit, files | {name: b"{}"}
+
+    monkeypatch.setattr(servers._Repository, "at", with_another)
+    refused(export(hub, tmp_path), tmp_path, SNOWFLAKE, name)
+    assert not list(tmp_path.rglob("escaped.json")) and not Path("/escaped.json").exists()
+
+
 def test_revisions_pin_what_main_has_moved_on_from(hub, repositories, tmp_path):
     before = {name: head_of(hub, name) for name in (SNOWFLAKE, EDU_REPOSITORY)}
     old = sha256_of(repositories[f"models/{EDU_REPOSITORY}"] / EDU_HEADS[NAMES[0]])
