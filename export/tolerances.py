@@ -28,8 +28,8 @@ def tolerance_of(precision: str, provider: str) -> Tolerance:
     other kernels for few rows: one adds the n products of a row one after another, another in dozens of parts. A sum of
     n products in fp32 is off by at most n u, as a rule by sqrt(n) u, of the sum of their magnitudes, with u = 2^-24
     (Higham and Mary, 2019, doi:10.1137/18M1226312), and n is 768 to 3,072. So alone and batched are two orders of the
-    same sums, as the GPU and the reference are. In Snowflake's shape, random weights, heads of 1,000, documents of 12 to
-    42 tokens, scores are off by up to 2.4e-5 from fp64 where products are added one after another, by 4.5e-6 in 32
+    same sums, as the GPU and the reference are. In Snowflake's shape, random weights, heads of 1,000, documents of 12
+    to 42 tokens, scores are off by up to 2.4e-5 from fp64 where products are added one after another, by 4.5e-6 in 32
     parts, and 2.7e-5 from each other. On a CPU alone and batched were found 4e-6 apart, and 1e-5 is kept.
     """
     tolerance = TOLERANCES[precision]
