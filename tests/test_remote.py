@@ -641,3 +641,23 @@ def test_a_dataset_of_the_hub_that_one_may_not_read_is_named_at_once(client, bun
         done = subprocess.run(start, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "403" in done.stderr and "; again in " not in done.stderr
     assert len(server.requests) < 6, [request.path for request in server.requests]
+
+
+def test_a_source_that_nothing_is_told_of_is_resumed_only_where_it_is_assumed_to_be_unchanged(bundle, tmp_path, capfd):
+    body = write(tmp_path / "a.parquet", n_docs=90, seed=1).read_bytes()
+    answer = lambda request: servers.file_answer(request, body, {})  # noqa: E731
+    with servers.serving(answer) as server:
+        url = f"{server.url}/a.parquet"
+        assert run(bundle, tmp_path / "out", url)["files"] == 1
+        assert "of 1 files the server tells neither an entity tag nor a time" in capfd.readouterr().err
+        with pytest.raises(OutputError, match=r"a\.parquet was scored before.*--assume-unchanged"):
+            run(bundle, tmp_path / "out", url)
+        assert run(bundle, tmp_path / "out", url, assume_unchanged=True)["skipped_files"] == 1
+        assert run(bundle, tmp_path / "out", url, overwrite=True)["files"] == 1
+        (tmp_path / "out/a.parquet").unlink()
+        assert run(bundle, tmp_path / "out", url)["files"] == 1  # nothing of it was there
+        ended = subprocess.run(
+            [*command(bundle, str(tmp_path / "out"), url, chunk_rows=40), "--assume-unchanged"],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
