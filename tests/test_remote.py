@@ -27,7 +27,8 @@ from jql_engine import Bundle, EngineError, storage
 from jql_engine.errors import InputError, OutputError
 from jql_engine.launch import Machine, score
 from jql_engine.progress import RunLog
-from jql_engine.run import Job
+from jql_engine.reading import read
+from jql_engine.run import Job, prepare
 from jql_engine.sessions import SessionOptions
 from jql_export import probes
 from tests import servers
@@ -255,6 +256,22 @@ def test_a_changed_object_is_an_error(s3, bundle, tmp_path):
         run(bundle, "s3://bucket/out", "s3://bucket/in")
     run(bundle, "s3://bucket/out", "s3://bucket/in", overwrite=True)
     assert read_s3("a.parquet")["id"].to_pylist() == pq.read_table(file)["id"].to_pylist()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_object_that_is_exchanged_after_it_was_listed_is_noticed_as_it_is_opened(s3, bundle, tmp_path, workers):
+    file = write(tmp_path / "a.parquet", 100, 0)
+    write(tmp_path / "b.parquet", 100, 1)
+    upload(tmp_path)
+    job = Job(("s3://bucket/in",), tmp_path / "out")
+    work = prepare(job, bundle, "cpu-fp32", 1 << 20)
+    write(file, 100, 2)
+    upload(tmp_path)
+    if workers == 2:
+        forget()  # in another process nothing is known of what was listed
+    found = list(read([target.file for target in work.targets], work.tasks))
+    [failure] = found[-1].failures
+    assert failure.message == "s3://bucket/in/a.parquet was changed during the run; start the same command again"
 
 
 def test_parts_of_a_changed_object_are_an_error(s3, bundle, tmp_path):
