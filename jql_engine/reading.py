@@ -17,7 +17,7 @@ from jql_engine.dataset import InputFile, SourceFile
 from jql_engine.dictionaries import compact, encode
 from jql_engine.errors import InputError
 from jql_engine.formats import READ_BYTES, batches
-from jql_engine.storage import check_version, is_remote, retry, version_of
+from jql_engine.storage import check_version, exchanged, is_exchange, is_remote, retry, version_of
 
 FILES_AHEAD = 8
 Begin: TypeAlias = Callable[[], Iterable[Piece]]
@@ -138,6 +138,8 @@ class Cursor:
         try:
             batch = retry(location, self._next)
         except (pa.ArrowException, OSError, EOFError) as error:
+            if is_exchange(error):
+                raise exchanged(location) from error
             raise InputError(f"{location} cannot be read to its end: {error}") from error
         except InputError:
             raise
