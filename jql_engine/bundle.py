@@ -64,8 +64,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,8 @@ class Bundle:
         """The content of a file that the manifest lists; raises BundleError where it is another than that."""
         expected = self.manifest.files[name]
         _check_size(self.path, name, expected)
-        content = (self.path / name).read_bytes()
+        with _readable(self.path, name):
+            content = (self.path / name).read_bytes()
         _check_digest(self.path, name, hashlib.sha256(content).hexdigest(), expected)
         return content
 
@@ -328,16 +330,27 @@ def _read_manifest(path: Path) -> bytes:
 
 def _check_size(path: Path, name: str, expected: Mapping[str, Any]) -> None:
     file = path / name
-    if not file.is_file():
-        raise BundleError(f"{path}: {name} is missing; copy the bundle again, or export it again")
-    size = file.stat().st_size
+    with _readable(path, name):
+        if not file.is_file():
+            raise BundleError(f"{path}: {name} is missing; copy the bundle again, or export it again")
+        size = file.stat().st_size
     if size != expected["bytes"]:
         raise BundleError(f"{path}: {name} has {size} bytes, the manifest says {expected['bytes']}; copy it again")
 
 
 def _verify(path: Path, name: str, expected: Mapping[str, Any]) -> None:
     _check_size(path, name, expected)
-    _check_digest(path, name, sha256_of(path / name), expected)
+    with _readable(path, name):
+        digest = sha256_of(path / name)
+    _check_digest(path, name, digest, expected)
+
+
+@contextmanager
+def _readable(path: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(f"{path}: {name} cannot be read: {error.strerror}; check its permissions") from error
 
 
 def _check_digest(path: Path, name: str, digest: str, expected: Mapping[str, Any]) -> None:

@@ -34,12 +34,20 @@ def join(parts: Sequence[pa.DictionaryArray]) -> pa.DictionaryArray:
 
 
 def compact(array: pa.DictionaryArray) -> pa.DictionaryArray:
-    """The same rows without the values that none of them has."""
+    """The same rows without the values that none of them has; pa.ArrowIndexError where a row's value is not there."""
     used = array.indices.drop_null().unique()
+    check_indices(used, len(array.dictionary))
     if len(used) == len(array.dictionary):
         return array
     indices = pc.index_in(array.indices, used)
     return pa.DictionaryArray.from_arrays(indices, array.dictionary.take(used), ordered=array.type.ordered)
+
+
+def check_indices(indices: pa.Array, n_values: int) -> None:
+    """Raise pa.ArrowIndexError for a place that is none in a dictionary of `n_values`, as damaged files have them."""
+    bounds = pc.min_max(indices).as_py()
+    if bounds["min"] is not None and not 0 <= bounds["min"] <= bounds["max"] < n_values:
+        raise pa.ArrowIndexError(f"a dictionary of {n_values} values is asked for number {bounds['max']}")
 
 
 class Column:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", types.NoneType: "null"}
+LARGEST = sys.float_info.max  # NaN is not below it
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
@@ -31,7 +32,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in items.items()}
     if origin is Literal:
         return _any_of(arguments, value, where)
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
+    if kind is float and type(value) in (int, float) and -LARGEST <= value <= LARGEST:
         return value
     return _expect(kind, NAMES[kind], value, where)
 

@@ -14,7 +14,7 @@ import pyarrow.json as pj
 import pyarrow.parquet as pq
 
 from jql_engine.dataset import SUFFIXES, InputFile, SourceFile, check_columns
-from jql_engine.dictionaries import compact
+from jql_engine.dictionaries import check_indices, compact
 from jql_engine.errors import EngineError, UnreadableError
 from jql_engine.storage import Location, open_parquet, open_read, retry
 
@@ -113,6 +113,9 @@ def _parquet_batches(file: InputFile, first: int, columns: Sequence[str] | None)
             group = _Group(stream, footer, number)
             if columns is None:
                 for batch in group.batches():
+                    for array in batch.columns:
+                        if pa.types.is_dictionary(array.type):
+                            check_indices(array.indices, len(array.dictionary))
                     # All of them by position: two may have one name.
                     yield pa.RecordBatch.from_arrays(batch.columns, schema=file.schema)
             else:
@@ -261,7 +264,7 @@ def _blocks(location: Location) -> Iterator[bytes]:
     """The file in blocks of about READ_BYTES that end with a line."""
     with _opened(location) as stream:
         rest: list[bytes] = []
-        while block := stream.read(READ_BYTES):
+        while block := _some(stream, READ_BYTES):
             end = block.rfind(b"\n") + 1
             if not end:
                 rest.append(block)
@@ -279,6 +282,12 @@ def _opened(location: Location, expected: tuple[int, str] | None = None) -> Iter
         yield stream
 
 
+def _some(stream: pa.NativeFile, n_bytes: int) -> bytes:
+    """The next `n_bytes` at most; `read` of pyarrow 26 would lose that much memory each time that it raises."""
+    content: bytes = stream.read_buffer(n_bytes).to_pybytes()
+    return content
+
+
 def _skip(stream: pa.NativeFile, n_bytes: int) -> None:
     while n_bytes:
         n_bytes -= len(_exactly(stream, min(n_bytes, READ_BYTES)))
@@ -287,7 +296,7 @@ def _skip(stream: pa.NativeFile, n_bytes: int) -> None:
 def _exactly(stream: pa.NativeFile, n_bytes: int) -> bytes:
     parts = []
     while n_bytes:
-        part = stream.read(n_bytes)
+        part = _some(stream, n_bytes)
         if not part:
             raise EOFError(f"{n_bytes} bytes are missing at the end")
         parts.append(part)
@@ -306,8 +315,10 @@ def _parse(location: Location, block: bytes, before: int, schema: pa.Schema) -> 
     options = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     # One block: a line that is cut by two block borders is refused.
     whole = pj.ReadOptions(block_size=max(1 << 16, len(block) + 1), use_threads=False)
-    # pyarrow 26 dies of a segmentation fault where the first line is null.
-    if all(line.lstrip().startswith(b"{") for line in lines):
+    # It leaves out keys of an object that the first ones had not. pyarrow 26 dies of a segmentation fault where the
+    # first line is null.
+    is_flat = not any(pa.types.is_nested(field.type) for field in schema)
+    if is_flat and all(line.lstrip().startswith(b"{") for line in lines):
         with suppress(pa.ArrowInvalid):
             table = pj.read_json(pa.BufferReader(block), whole, options)
             if table.num_rows == len(lines):
@@ -342,8 +353,8 @@ def _array(location: Location, values: list[Any], before: int, field: pa.Field) 
             # Lone surrogates become bytes that are not UTF-8, as they are in a damaged parquet file.
             encoded = [value if value is None else value.encode(errors="surrogatepass") for value in values]
             return pa.array(encoded, pa.binary()).view(pa.string())
-        if _would_round(values, field.type):
-            raise TypeError("a fraction among integers")
+        if _loses(values, field.type):
+            raise TypeError("pyarrow would make it fit")
         return pa.array(values, field.type)
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         if len(values) > 1:  # which one?
@@ -355,13 +366,15 @@ def _array(location: Location, values: list[Any], before: int, field: pa.Field) 
         ) from error
 
 
-def _would_round(values: list[Any], kind: pa.DataType) -> bool:
-    """Whether a number with a fraction would become an integer, as pyarrow makes it without a word."""
+def _loses(values: list[Any], kind: pa.DataType) -> bool:
+    """Whether pyarrow would cut off a fraction or leave out a key, as it does without a word."""
     if pa.types.is_integer(kind):
         return any(isinstance(value, float) and not value.is_integer() for value in values)
     if pa.types.is_list(kind):
-        return any(_would_round(value, kind.value_type) for value in values if isinstance(value, list))
+        return any(_loses(value, kind.value_type) for value in values if isinstance(value, list))
     if pa.types.is_struct(kind):
-        objects = [value for value in values if isinstance(value, dict)]
-        return any(_would_round([value.get(field.name) for value in objects], field.type) for field in kind)
+        objects, known = [value for value in values if isinstance(value, dict)], {field.name for field in kind}
+        return any(value.keys() - known for value in objects) or any(
+            _loses([value.get(field.name) for value in objects], field.type) for field in kind
+        )
     return False

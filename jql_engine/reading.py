@@ -164,7 +164,8 @@ def _pieces(cursor: Cursor, segment: Segment, first: int) -> Iterator[Piece]:
     id_column = cursor.file.id_column
     for batch in cursor.take(segment.stop - segment.start):
         table = pa.Table.from_batches([batch])
-        texts, n_invalid = as_text(table[cursor.file.text_column])
+        with unreadable(failed := f"{cursor.file.source.location} cannot be read to its end", failed):
+            texts, n_invalid = as_text(table[cursor.file.text_column])
         ids = None if id_column is None else table[id_column]
         yield Piece(segment, first, texts, ids, n_invalid)
         first += batch.num_rows

@@ -38,15 +38,28 @@ TIMEOUT = 60.0  # seconds for one case; they take milliseconds
 START_SECONDS = 300.0  # until a child is ready: it may have to make the undamaged files
 MEMORY_BYTES = 6 << 30  # address space beyond what a child needs to start
 LOG_BYTES = 1 << 20
+CHILD_CASES = 5_000  # then a new one: libraries lose memory when they raise
 SHOWN = 5  # violations of one kind and message
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What decides about a damaged file."""
+
+    kind: str
+    seed: int
+    number: int
+
+    def random(self) -> random.Random:
+        """Its source of random numbers."""
+        return random.Random(f"{self.kind} {self.seed} {self.number}")
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of one case."""
 
-    kind: str
-    number: int
+    case: Case
     verdict: str  # error, read, crash or violation
     message: str = ""  # what is the same for cases of one cause
     detail: str = ""
@@ -55,35 +68,36 @@ class Outcome:
 class Child:
     """A process that takes cases of one kind."""
 
-    def __init__(self, kind: str, seed: int, bases: Path, folder: Path) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, bases: Path, folder: Path) -> None:
+        self.kind, self.n_cases = kind, 0
         self.log = folder / f"{kind}.log"
-        command = [sys.executable, "-m", "tests.fuzz", "--child", kind, "--seed", str(seed), str(bases), str(folder)]
+        command = [sys.executable, "-m", "tests.fuzz", "--child", kind, str(bases), str(folder)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         if (ready := self._answer(START_SECONDS)) is None:
             raise RuntimeError(f"a child for {kind} did not start: {self.log.read_text(errors='replace')[-4000:]}")
         self.may_crash: bool = ready["may_crash"]
 
-    def run(self, number: int, timeout: float) -> Outcome:
+    def run(self, case: Case, timeout: float) -> Outcome:
         """One case; the child is gone after a crash or a hang."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{number}\n".encode())
+        self.n_cases += 1
+        self.process.stdin.write(f"{case.seed} {case.number}\n".encode())
         self.process.stdin.flush()
         answer = self._answer(timeout)
         if answer is not None:
-            return Outcome(self.kind, number, **answer)
+            return Outcome(case, **answer)
         status = self.process.poll()
         if status is None:
             self.stop()
-            return Outcome(self.kind, number, "violation", f"took longer than {timeout:.0f} s")
+            return Outcome(case, "violation", f"took longer than {timeout:.0f} s")
         tail = self.log.read_text(errors="replace")[:2_000]
-        return Outcome(self.kind, number, "crash" if self.may_crash else "violation", f"exit status {status}", tail)
+        return Outcome(case, "crash" if self.may_crash else "violation", f"exit status {status}", tail)
 
     @property
-    def is_alive(self) -> bool:
+    def takes_more(self) -> bool:
         """Whether it can take another case."""
-        return self.process.poll() is None
+        return self.process.poll() is None and self.n_cases < CHILD_CASES
 
     def stop(self) -> None:
         """End the process."""
@@ -102,40 +116,38 @@ class Child:
         return json.loads(line)
 
 
-def run_cases(
-    cases: Iterable[tuple[str, int]], seed: int, bases: Path, folder: Path, timeout: float = TIMEOUT
-) -> Iterator[Outcome]:
-    """Every case (kind, number), with one child at a time; those of a kind should come in a row."""
+def run_cases(cases: Iterable[Case], bases: Path, folder: Path, timeout: float = TIMEOUT) -> Iterator[Outcome]:
+    """Every case, with one child at a time; those of a kind should come in a row."""
     child: Child | None = None
     try:
-        for kind, number in cases:
-            if child is None or child.kind != kind or not child.is_alive:
+        for case in cases:
+            if child is None or child.kind != case.kind or not child.takes_more:
                 if child is not None:
                     child.stop()
-                child = Child(kind, seed, bases, folder)
-            yield child.run(number, timeout)
+                child = Child(case.kind, bases, folder)
+            yield child.run(case, timeout)
     finally:
         if child is not None:
             child.stop()
 
 
-def report(outcomes: Iterable[Outcome], seed: int, folder: Path, keep: Path | None = None) -> dict[str, Any]:
+def report(outcomes: Iterable[Outcome], folder: Path, keep: Path | None = None) -> dict[str, Any]:
     """Count, and name on stderr each violation and crash with the command that repeats it."""
     verdicts: dict[str, Counter[str]] = {}
     shown: Counter[tuple[str, str]] = Counter()
     for outcome in outcomes:
-        verdicts.setdefault(outcome.kind, Counter())[outcome.verdict] += 1
+        case = outcome.case
+        verdicts.setdefault(case.kind, Counter())[outcome.verdict] += 1
         if outcome.verdict in ("crash", "violation"):
-            shown[outcome.kind, outcome.message] += 1
+            shown[case.kind, outcome.message] += 1
             if keep is not None:
                 for file in folder.glob("case.*"):
-                    shutil.copy(file, keep / f"{outcome.kind}-{seed}-{outcome.number}{''.join(file.suffixes)}")
-            if shown[outcome.kind, outcome.message] <= SHOWN:
-                again = f"python -m tests.fuzz --seed {seed} --only {outcome.kind}:{outcome.number}"
+                    shutil.copy(file, keep / f"{case.kind}-{case.seed}-{case.number}{''.join(file.suffixes)}")
+            if shown[case.kind, outcome.message] <= SHOWN:
+                again = f"python -m tests.fuzz --seed {case.seed} --only {case.kind}:{case.number}"
                 sys.stderr.write(f"{outcome.verdict}: {outcome.message}\n{outcome.detail}\n  again: {again}\n")
     total: Counter[str] = sum(verdicts.values(), Counter())
     return {
-        "seed": seed,
         **_counts(total),
         "kinds": {kind: _counts(counter) for kind, counter in verdicts.items()},
         "causes": [{"kind": kind, "message": message, "cases": n} for (kind, message), n in shown.most_common()],
@@ -149,8 +161,8 @@ def _counts(verdicts: Counter[str]) -> dict[str, int]:
     }  # fmt: skip
 
 
-def serve(name: str, seed: int, bases: Path, folder: Path) -> None:
-    """Be a child: take numbers of cases from stdin, answer each with a line of JSON on what was stdout."""
+def serve(name: str, bases: Path, folder: Path) -> None:
+    """Be a child: take seeds and numbers of cases from stdin, answer each with a line of JSON on what was stdout."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
     kind = load(name, bases)
@@ -160,8 +172,8 @@ def serve(name: str, seed: int, bases: Path, folder: Path) -> None:
     for line in sys.stdin:
         if os.fstat(2).st_size > LOG_BYTES:
             os.ftruncate(2, 0)
-        rng = random.Random(f"{name} {seed} {int(line)}")
-        answers.write(json.dumps(_judge(kind, rng, folder)) + "\n")
+        case = Case(name, *map(int, line.split()))
+        answers.write(json.dumps(_judge(kind, case.random(), folder)) + "\n")
         answers.flush()
 
 
@@ -201,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="*", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child:
-        serve(given.child, given.seed, *given.folders)
+        serve(given.child, *given.folders)
         return 0
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     bases = given.bases or folder / "bases"
@@ -210,11 +222,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.keep.mkdir(parents=True, exist_ok=True)
     kinds = given.kind or list(MODULES)
     each = -(-given.cases // len(kinds))
-    cases: Iterable[tuple[str, int]] = ((kind, given.first + number) for kind in kinds for number in range(each))
+    numbers = range(given.first, given.first + each)
+    cases: Iterable[Case] = (Case(kind, given.seed, number) for kind in kinds for number in numbers)
     if given.only:
         kind, _, number = given.only.partition(":")
-        cases = [(kind, int(number))]
-    result = report(run_cases(cases, given.seed, bases, folder, given.timeout), given.seed, folder, given.keep)
+        cases = [Case(kind, given.seed, int(number))]
+    result = {"seed": given.seed, **report(run_cases(cases, bases, folder, given.timeout), folder, given.keep)}
     if given.only:
         sys.stderr.write(f"its file: {folder}\n")
     else:

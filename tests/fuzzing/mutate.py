@@ -118,7 +118,9 @@ def _similar(rng: random.Random, value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return rng.choice([not value, int(bool(value))])
     if isinstance(value, int):
-        return rng.choice([value + 1, value - 1, -value, value * 2, float(value), str(value)])
+        return rng.choice(
+            [value + 1, value - 1, -value, value * 2, value + 0.5 if abs(value) < 2**64 else 0.5, str(value)]
+        )
     if isinstance(value, float):
         return rng.choice([-value, value * 1e3, value + 1e-7, str(value)])
     if isinstance(value, str):
