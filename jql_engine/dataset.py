@@ -233,6 +233,8 @@ def _find_remote(given: str, location: UPath) -> list[Found]:
     except InputError:
         raise
     except FileNotFoundError as error:
+        if _is_pattern(location):
+            raise InputError(f"{given} matches no file") from error
         raise InputError(f"{given} cannot be found: {error.__cause__ or error}") from error
     except Exception as error:  # every file system has errors of its own
         raise InputError(f"{given} cannot be listed: {type(error).__name__}: {error}") from error
@@ -241,7 +243,8 @@ def _find_remote(given: str, location: UPath) -> list[Found]:
 def _search(given: object, root: Location, segments: Sequence[str]) -> list[Found]:
     """What a glob of `segments` matches below its fixed part `root`."""
     fixed = next(i for i, segment in enumerate(segments) if glob.has_magic(segment))
-    if found := list(search(root, Pattern(tuple(segments[fixed:])))):
+    there = not isinstance(root, Path) or root.exists()  # elsewhere the listing tells
+    if there and (found := list(search(root, Pattern(tuple(segments[fixed:]))))):
         return found
     raise InputError(f"{given} matches no file")
 

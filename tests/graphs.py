@@ -14,7 +14,7 @@ from jql_export.checkpoint import EncoderWeights, read_encoder
 from jql_export.graph import Pooling, write_graph
 from jql_export.heads import StackedHeads, write_heads
 from jql_export.variants import VARIANTS
-from tests.conftest import write_encoder
+from tests.conftest import write_encoder, write_tokenizer
 
 CUDA = tuple(name for name, kind in VARIANTS.items() if kind.provider == "cuda")
 SNOWFLAKE = {
@@ -37,6 +37,8 @@ def write_bundle(
     for kind in kinds.values():
         write_graph(folder / "graphs" / kind.graph, weights, heads, pooling, kind.dialect())
     write_heads(folder / "heads.safetensors", heads)
+    if not (folder / "tokenizer.json").exists():
+        write_tokenizer(folder)
     described = {
         name: Variant(f"graphs/{k.graph}", k.layout, k.precision, k.provider, {}, {}) for name, k in kinds.items()
     }
