@@ -10,10 +10,10 @@ from jql_engine import parity
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
 from jql_engine.engine_files import EngineOptions
-from jql_engine.errors import DeviceError, InputError
+from jql_engine.errors import CacheError, DeviceError, InputError
 from jql_engine.gpu import Buffer, Gpu
 from jql_engine.profiles import Profile
-from jql_engine.sessions.tensorrt import TensorRTSession, _view, full_batch, run_in_parts
+from jql_engine.sessions.tensorrt import TensorRTSession, _Kernels, _view, full_batch, run_in_parts
 from jql_engine.tensorrt import load_library
 from jql_engine.tokens import Tokenizer
 from jql_export import probes
@@ -98,6 +98,48 @@ def test_without_cuda_python_the_session_says_what_to_install(bundle, monkeypatc
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(DeviceError, match=r"a GPU needs cuda-python, .*pip install 'cuda-python"):
         TensorRTSession(bundle, "standard-fp32")
+
+
+class Compiled:
+    """The part of an engine of TensorRT for RTX that keeps compiled kernels; a real one needs a GPU."""
+
+    def __init__(self):
+        self.loaded = []
+
+    def create_runtime_config(self):
+        return self
+
+    create_runtime_cache = create_runtime_config
+
+    def deserialize(self, content):
+        self.loaded.append(content)
+
+    def serialize(self):
+        return b"compiled"
+
+
+def test_compiled_kernels_are_kept_for_the_next_start(tmp_path):
+    file, lines, later = tmp_path / "cache" / "a.kernels", [], Compiled()
+    _Kernels(file, Compiled(), None).save(lines.append)
+    _Kernels(file, later, None)
+    assert later.loaded == [b"compiled"] and not lines
+
+
+def test_compiled_kernels_that_others_can_have_written_are_not_loaded(tmp_path):
+    file, engine = tmp_path / "a.kernels", Compiled()
+    file.write_bytes(b"planted")
+    file.chmod(0o666)
+    with pytest.raises(CacheError, match=r"a.kernels belongs to user \d+ and has mode 0666"):
+        _Kernels(file, engine, None)
+    assert not engine.loaded
+
+
+def test_kernels_that_cannot_be_kept_are_compiled_at_each_start(tmp_path):
+    lines = []
+    kernels = _Kernels(tmp_path / "cache" / "a.kernels", Compiled(), None)
+    (tmp_path / "cache").touch()
+    kernels.save(lines.append)
+    assert len(lines) == 1 and lines[0].startswith("the next start compiles the kernels of this engine again: ")
 
 
 @pytest.fixture(scope="module")
