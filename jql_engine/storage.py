@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, TypeVar
 
@@ -113,7 +114,9 @@ def version_from(info: dict[str, object]) -> tuple[int, str]:
     """The same from what fsspec says of a file."""
     keys = ("ETag", "etag", "LastModified", "last_modified", "Last-Modified", "mtime", "updated", "created", "blob_id")
     size = info.get("size")
-    version = next((str(info[key]) for key in keys if info.get(key)), UNKNOWN)
+    value = next((info[key] for key in keys if info.get(key)), UNKNOWN)
+    # In a listing some file systems give a time in seconds, of the file alone as a datetime.
+    version = str(value.timestamp() if isinstance(value, datetime) else value)
     return (size if isinstance(size, int) else -1), version
 
 
