@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json as pj
 import pyarrow.parquet as pq
 
@@ -21,9 +22,9 @@ from jql_engine.storage import Location, open_parquet, open_read, retry
 READ_ROWS = 2_048  # rows handed out at a time, at most
 READ_BYTES = 4 << 20  # handed out at a time, by the row group's own statistics; lines of JSON parsed at a time
 DECODED_BYTES = 32 << 20  # decoded at a time, at most, if each row has the largest of all values
-DECODED_ROWS = (
-    64  # decoded at a time where the size of values is not known to be less than DECODED_BYTES / DECODED_ROWS
-)
+UNKNOWN_BYTES = 1 << 19  # that a text is taken to have, at most, where only the mean is known
+TEXT = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+LENGTH_BYTES = 4  # before each value of a dictionary page
 # How a page begins that is a dictionary (parquet.thrift, PageHeader): fields 1 and 2, its type and its size unpacked.
 DICTIONARY_PAGE = re.compile(rb"\x15\x04\x15([\x80-\xff]{0,4}[\x00-\x7f])", re.DOTALL)
 DICTIONARY_HEADER = 8  # bytes
@@ -138,19 +139,26 @@ class _Group:
         """All rows, a few at a time; with `columns` those, of which text may come as dictionaries."""
         leaves = [leaf for leaf in self._leaves if columns is None or _is_part(leaf, columns)]
         dictionaries = [leaf.path_in_schema for leaf in leaves if columns is not None and self._is_dictionary(leaf)]
-        decoded = [leaf for leaf in leaves if leaf.path_in_schema not in dictionaries]
+        decoded = [leaf for leaf in leaves if leaf.path_in_schema not in dictionaries and leaf.physical_type in TEXT]
         size = sum(leaf.total_uncompressed_size for leaf in leaves)
         widest = sum(self._widest(leaf) * leaf.num_values for leaf in decoded) // max(1, self._group.num_rows)
+        if sum(leaf.total_uncompressed_size for leaf in decoded) > UNKNOWN_BYTES:
+            widest = max(widest, UNKNOWN_BYTES)
         n_rows = min(READ_ROWS, READ_BYTES * self._group.num_rows // max(1, size), DECODED_BYTES // max(1, widest))
+        return self._read(max(1, n_rows), columns, dictionaries)
+
+    def _read(
+        self, n_rows: int, columns: Sequence[str] | None, dictionaries: Sequence[str]
+    ) -> Iterator[pa.RecordBatch]:
         options: Any = {"buffer_size": BUFFER_BYTES, "pre_buffer": False, "read_dictionary": dictionaries}
         with pq.ParquetFile(self._stream, metadata=self._footer, **options) as parquet:
             missing = self._group.num_rows
-            for batch in parquet.iter_batches(max(1, n_rows), row_groups=[self._number], columns=columns):
+            for batch in parquet.iter_batches(n_rows, row_groups=[self._number], columns=columns):
                 missing -= batch.num_rows
                 yield batch
         if missing:  # the rows after it would be taken for others
-            n_rows = self._group.num_rows
-            raise EOFError(f"row group {self._number} lacks {missing} of the {n_rows} rows that its footer says")
+            expected = self._group.num_rows
+            raise EOFError(f"row group {self._number} lacks {missing} of the {expected} rows that its footer says")
 
     def _is_dictionary(self, leaf: pq.ColumnChunkMetaData) -> bool:
         """Whether all of the values are in the dictionary, and it is not too large to be handed out with each batch.
@@ -164,19 +172,30 @@ class _Group:
 
     def _widest(self, leaf: pq.ColumnChunkMetaData) -> int:
         """Bytes that one decoded value may have, where the mean does not tell."""
-        if leaf.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
-            return 0
         size: int = leaf.total_uncompressed_size
-        if "DELTA_BYTE_ARRAY" in leaf.encodings:
+        if "DELTA_BYTE_ARRAY" in leaf.encodings or size <= UNKNOWN_BYTES:
             return size
-        return min(size, max(DECODED_BYTES // DECODED_ROWS, self._dictionary_bytes(leaf)))
+        in_dictionary = self._dictionary_bytes(leaf)
+        if leaf.physical_type == "BYTE_ARRAY" and UNKNOWN_BYTES < in_dictionary <= DECODED_BYTES:
+            return self._widest_of_dictionary(leaf, in_dictionary)
+        return in_dictionary
+
+    def _widest_of_dictionary(self, leaf: pq.ColumnChunkMetaData, n_bytes: int) -> int:
+        """Bytes of the largest value, if the first row comes with a whole dictionary of `n_bytes`."""
+        name = leaf.path_in_schema
+        column = next(self._read(1, [name], [name]))[0]
+        if not pa.types.is_dictionary(column.type):  # within a list or a struct
+            return n_bytes
+        lengths = pc.binary_length(column.dictionary)
+        whole = pc.sum(lengths).as_py() + LENGTH_BYTES * len(lengths) == n_bytes
+        return pc.max(lengths).as_py() if whole else n_bytes
 
     def _dictionary_bytes(self, leaf: pq.ColumnChunkMetaData) -> int:
         """Of the dictionary's values; 0 where there is none, all of the column where that is not known."""
         size: int = leaf.total_uncompressed_size
         if not {"RLE_DICTIONARY", "PLAIN_DICTIONARY"}.intersection(leaf.encodings):
             return 0
-        if leaf.dictionary_page_offset is None or size <= DECODED_BYTES // DECODED_ROWS:
+        if leaf.dictionary_page_offset is None or size <= UNKNOWN_BYTES:
             return size
         self._stream.seek(leaf.dictionary_page_offset)
         header = DICTIONARY_PAGE.match(self._stream.read(DICTIONARY_HEADER))
@@ -197,17 +216,27 @@ def _joined(batches: Iterable[pa.RecordBatch], columns: Sequence[str]) -> Iterat
     """Consecutive batches together, up to READ_ROWS or READ_BYTES; of dictionaries only the values that are used."""
     together: list[pa.RecordBatch] = []
     n_rows = n_bytes = 0
-    for batch in batches:
-        arrays = [batch.column(name) for name in columns]
-        arrays = [compact(array) if pa.types.is_dictionary(array.type) else array for array in arrays]
-        batch = pa.RecordBatch.from_arrays(arrays, names=list(columns))
-        if together and (n_rows + batch.num_rows > READ_ROWS or n_bytes + batch.nbytes > READ_BYTES):
-            yield from pa.Table.from_batches(together).combine_chunks().to_batches()
+    for batch in map(_compacted, batches):
+        size = batch.nbytes
+        if together and (n_rows + batch.num_rows > READ_ROWS or n_bytes + size > READ_BYTES):
+            yield _one(together, columns)
             together, n_rows, n_bytes = [], 0, 0
         together.append(batch)
-        n_rows, n_bytes = n_rows + batch.num_rows, n_bytes + batch.nbytes
+        n_rows, n_bytes = n_rows + batch.num_rows, n_bytes + size
     if together:
-        yield from pa.Table.from_batches(together).combine_chunks().to_batches()
+        yield _one(together, columns)
+
+
+def _compacted(batch: pa.RecordBatch) -> pa.RecordBatch:
+    if not any(map(pa.types.is_dictionary, batch.schema.types)):
+        return batch
+    arrays = [compact(array) if pa.types.is_dictionary(array.type) else array for array in batch.columns]
+    return pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
+
+
+def _one(batches: list[pa.RecordBatch], columns: Sequence[str]) -> pa.RecordBatch:
+    arrays = [pa.concat_arrays([batch.column(name) for batch in batches]) for name in columns]
+    return pa.RecordBatch.from_arrays(arrays, names=list(columns))
 
 
 def _describe_lines(source: SourceFile, text_column: str, id_column: str | None) -> InputFile:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, TypeVar
 
@@ -160,7 +161,10 @@ def version_from_status(status: os.stat_result) -> tuple[int, str]:
 def version_from(info: dict[str, object]) -> tuple[int, str]:
     """The same from what fsspec says of a file; UNKNOWN where that tells neither tag nor time."""
     size = info.get("size")
-    version = next((str(info[key]) for key in VERSION_KEYS if info.get(key)), UNKNOWN)
+    value = next((info[key] for key in VERSION_KEYS if info.get(key)), UNKNOWN)
+    if isinstance(value, datetime):  # in a listing some file systems give seconds, of the file alone a datetime
+        value = value.replace(tzinfo=value.tzinfo or UTC).timestamp()
+    version = str(value)
     return (size if isinstance(size, int) else -1), version
 
 

@@ -473,6 +473,7 @@ def test_a_column_all_of_whose_values_are_in_a_dictionary_stays_one(tmp_path):
 @pytest.mark.parametrize("columns", [["text"], None])
 def test_values_outside_of_a_dictionary_are_not_collected_in_it(tmp_path, monkeypatch, columns):
     monkeypatch.setattr(formats, "DECODED_BYTES", 2_000_000)
+    monkeypatch.setattr(formats, "UNKNOWN_BYTES", 10_000)
     texts = write_mixed(tmp_path / "a.parquet", dictionary_pagesize_limit=120_000)
     group = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0)
     assert 1.5e5 < group.total_uncompressed_size < 3e5  # of 40 MB

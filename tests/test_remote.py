@@ -503,7 +503,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_named(s3, bundle, tmp_pa
     replaced: list[Request] = []
     s3.fault = replace
     summary = run(bundle, "s3://bucket/out", given)
-    assert "a.parquet cannot be read to its end" in summary["unfinished"][0]["reason"]
+    assert "a.parquet was changed during the run" in summary["unfinished"][0]["reason"]
 
 
 def test_a_run_that_died_between_the_finished_file_and_tidying_up_is_tidied_up_by_the_next(s3, bundle, corpus, local):
