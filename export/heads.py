@@ -78,8 +78,10 @@ def read_head(name: str, file: Path, source: str | None = None, revision: str | 
 def _fp32(name: str, file: Path, key: str, tensor: torch.Tensor) -> Array:
     """A weight as an array; raises HeadError for what holds no finite floating-point numbers."""
     if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-        what = "without values" if tensor.is_meta else f"{tensor.layout}".removeprefix("torch.")
-        raise HeadError(f"head {name}: {file}: {key} is a {what} tensor of {tensor.dtype}, expected plain numbers")
+        what = "meta" if tensor.is_meta else f"{tensor.layout}".removeprefix("torch.")
+        raise HeadError(
+            f"head {name}: {file}: {key} is a {what} tensor of {tensor.dtype}, expected a strided one of floating point"
+        )
     array: Array = tensor.detach().to(torch.float32).numpy()
     if not np.isfinite(array).all():
         raise HeadError(f"head {name}: {file}: {key} holds NaN, or what is infinite in fp32; train the head again")

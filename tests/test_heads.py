@@ -70,6 +70,15 @@ def test_a_bare_pickle_that_runs_code_is_refused_and_runs_none(tmp_path):
         ({"layer1.weight": torch.ones(16)}, r"layer1\.weight \[16\]"),
         ({"layer2.weight": torch.ones(1, 15)}, r"layer2\.weight \[1, 15\]"),
         ({"layer2.weight": torch.ones(2, 16), "layer2.bias": torch.ones(2)}, r"layer2\.weight \[2, 16\]"),
+        ({5: torch.ones(1)}, r"holds 5 besides layer1\.weight"),
+        ({"layer1.bias": torch.ones(16, dtype=torch.int8)}, r"layer1\.bias is a strided tensor of torch\.int8"),
+        ({"layer1.bias": torch.ones(16).to_sparse()}, r"layer1\.bias is a sparse_coo tensor of torch\.float32"),
+        ({"layer1.bias": torch.ones(16, device="meta")}, r"layer1\.bias is a meta tensor"),
+        ({"layer1.bias": torch.full((16,), float("nan"))}, r"layer1\.bias holds NaN"),
+        (
+            {"layer1.bias": torch.full((16,), 1e300, dtype=torch.float64)},
+            r"layer1\.bias holds NaN, or what is infinite",
+        ),
     ],
 )
 def test_tensors_that_make_no_regression_head_are_named(tmp_path, change, message):
@@ -77,6 +86,11 @@ def test_tensors_that_make_no_regression_head_are_named(tmp_path, change, messag
     torch.save({"state_dict": state}, tmp_path / "head.ckpt")
     with pytest.raises(HeadError, match=rf"head edu: .*head\.ckpt.*{message}"):
         read_head("edu", tmp_path / "head.ckpt")
+
+
+def test_a_weight_that_may_be_trained_on_is_read(tmp_path):
+    torch.save({name: torch.nn.Parameter(value) for name, value in tensors().items()}, tmp_path / "head.ckpt")
+    assert read_head("edu", tmp_path / "head.ckpt").hidden_size == 16
 
 
 def test_a_file_that_holds_no_state_dict_is_an_error(tmp_path):
