@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import HeadError
-from jql_export.tensors import Array, Linear
+from jql_export.tensors import Array, Linear, check_zip
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 EXPECTED = ("layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias")
@@ -140,6 +140,7 @@ def _bias(linear: Linear) -> Array:
 
 def _load(name: str, file: Path) -> dict[str, Any]:
     try:
+        check_zip(file)
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise HeadError(f"head {name}: {file} cannot be read: {error.strerror}") from error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -105,6 +106,27 @@ def test_a_truncated_file_is_an_error(head_files, tmp_path, share):
     (tmp_path / "cut.ckpt").write_bytes(content[: int(share * len(content))])
     with pytest.raises(HeadError, match=r"head edu: .*cut\.ckpt (is no checkpoint that torch can read|cannot be read)"):
         read_head("edu", tmp_path / "cut.ckpt")
+
+
+def test_weights_that_are_not_what_their_checksum_says_are_an_error(head_files, tmp_path):
+    """torch reads them without a word."""
+    content = bytearray(head_files["edu"].read_bytes())
+    weight = torch.load(head_files["edu"], weights_only=True)["state_dict"]["layer1.weight"].numpy().tobytes()
+    content[content.index(weight) + 5] ^= 1
+    (tmp_path / "flipped.ckpt").write_bytes(content)
+    with pytest.raises(HeadError, match=r"flipped\.ckpt is no .*data/\d+ is not what its checksum says"):
+        read_head("edu", tmp_path / "flipped.ckpt")
+
+
+def test_weights_that_are_marked_as_a_folder_are_an_error(head_files, tmp_path):
+    """torch leaves the memory for them as it is."""
+    with zipfile.ZipFile(head_files["edu"]) as old, zipfile.ZipFile(tmp_path / "marked.ckpt", "w") as new:
+        for name in old.namelist():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = 0x10 if name.endswith("/data/1") else 0
+            new.writestr(info, old.read(name))
+    with pytest.raises(HeadError, match=r"marked\.ckpt is no .*/data/1 is marked as a folder"):
+        read_head("edu", tmp_path / "marked.ckpt")
 
 
 def test_a_missing_file_is_an_error(tmp_path):

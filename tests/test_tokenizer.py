@@ -222,12 +222,28 @@ def test_a_tokenizer_that_panics_is_an_error(tmp_path):
         write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
 
 
+def test_a_normalizer_that_panics_is_an_error(tmp_path):
+    """One that puts something into an empty text, and then changes it."""
+    write_unigram(tmp_path, normalizers.Sequence([normalizers.Replace("", "\u2581"), normalizers.Lowercase()]))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot tokenize a text: index out of bounds"):
+        write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
 def test_an_id_that_would_take_gigabytes_to_save_is_an_error(tmp_path):
     write_wordpiece(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["model"]["vocab"]["rare"] = 1 << 31
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(TokenizerError, match="has the id 2147483648, and no embedding table that many rows"):
+        write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+def test_an_id_around_texts_that_fits_no_graph_is_an_error(tmp_path):
+    write_unigram(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["post_processor"]["special_tokens"]["<s>"]["ids"] = [1 << 31]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is damaged: an id in tokenizer is 2147483648"):
         write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
 
 
