@@ -224,7 +224,11 @@ def test_a_tokenizer_that_panics_is_an_error(tmp_path):
 
 def test_a_normalizer_that_panics_is_an_error(tmp_path):
     """One that puts something into an empty text, and then changes it."""
-    write_unigram(tmp_path, normalizers.Sequence([normalizers.Replace("", "\u2581"), normalizers.Lowercase()]))
+    write_unigram(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    steps = [{"type": "Replace", "pattern": {"String": ""}, "content": "\u2581"}, {"type": "Lowercase"}]
+    content["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot tokenize a text: index out of bounds"):
         write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
 
