@@ -21,7 +21,7 @@ from uuid import uuid4
 import pyarrow as pa
 
 from jql_engine.dataset import SourceFile
-from jql_engine.errors import OutputError
+from jql_engine.errors import OutputError, UnsafeNameError
 from jql_engine.names import RelativeName
 from jql_engine.output import explained
 from jql_engine.parts import JOB, PARTS, aside_for
@@ -146,7 +146,7 @@ def _read(out: Location, key: str, number: int) -> FrozenListing | None:
         fields = json.loads(content)
         files = tuple(FrozenFile(RelativeName(name), int(size)) for name, size in fields["files"])
         return FrozenListing(out, key, number, str(fields["id"]), files)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, UnsafeNameError) as error:
         raise OutputError(f"{place} is damaged ({error!r}); remove it and start all ranks again") from error
 
 

@@ -17,7 +17,7 @@ from jql_engine.dataset import InputFile, SourceFile
 from jql_engine.dictionaries import compact, encode
 from jql_engine.errors import InputError
 from jql_engine.formats import READ_BYTES, batches, unreadable
-from jql_engine.storage import check_version, retry, version_of
+from jql_engine.storage import check_version, exchanged, is_exchange, retry, version_of
 
 FILES_AHEAD = 8
 Begin: TypeAlias = Callable[[], Iterable[Piece]]
@@ -147,8 +147,10 @@ class Cursor:
             self._batches = batches(self.file, self.row, self._columns)
         try:
             return next(self._batches, None)
-        except BaseException:
+        except BaseException as error:
             self._batches = None  # the next attempt opens the file again, at this row
+            if is_exchange(error):
+                raise exchanged(self.file.source.location) from error
             raise
 
 

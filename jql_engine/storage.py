@@ -167,7 +167,17 @@ def version_from(info: dict[str, object]) -> tuple[int, str]:
 def check_version(location: Location, found: tuple[int, str], expected: tuple[int, str]) -> None:
     """Raise InputError where a file is not the one of which `version_of` gave what is `expected`."""
     if found != expected:
-        raise InputError(f"{location} was changed during the run; start the same command again")
+        raise exchanged(location)
+
+
+def exchanged(location: Location) -> InputError:
+    """The error of a file that is not the one that was found when the run began."""
+    return InputError(f"{location} was changed during the run; start the same command again")
+
+
+def is_exchange(error: BaseException) -> bool:
+    """Whether `error` is how s3fs says that an object is another one than it knows."""
+    return type(error).__name__ == "FileExpired"
 
 
 def open_read(location: Location, expected: tuple[int, str] | None = None) -> BinaryIO:

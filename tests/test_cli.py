@@ -376,3 +376,21 @@ def test_an_option_of_tensorrt_exits_1_where_the_variant_is_another(jql_run, tmp
     result = jql_run(write(tmp_path / "a.parquet", ["x"]), "--out", tmp_path / "out", option)
     assert result.code == 1 and "variant cpu-fp32 does not run with TensorRT; leave out " in result.stderr
     assert visible(tmp_path) == ["a.parquet"]
+
+
+def test_a_metrics_file_that_cannot_be_written_costs_its_lines_alone(bundle, engine, tmp_path):
+    path = sparse(tmp_path / "a.parquet", 1000)
+    result = finish(start(bundle, tmp_path / "out", path, "--chunk-rows", 100, "--metrics", "/dev/full"))
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("--metrics /dev/full cannot be written: No space left on device") == 1
+    assert result.code == 1 and [file["file"] for file in result.summary["unfinished"]] == ["/dev/full"]
+    assert result.summary["files"] == 1
+    assert_scored(engine, path, tmp_path / "out/a.parquet")
+
+
+def test_no_worker_begins_where_nothing_is_left_to_do(bundle, tmp_path):
+    path = sparse(tmp_path / "a.parquet", 1000)
+    assert finish(start(bundle, tmp_path / "out", path)).code == 0
+    result = finish(start(bundle, tmp_path / "out", path))
+    assert (result.code, result.summary["skipped_files"]) == (0, 1)
+    assert result.summary["stages"] == {} and result.summary["bottleneck"] is None

@@ -488,3 +488,42 @@ def test_two_texts_or_ids_are_an_error(tmp_path, name, option):
     pq.write_table(pa.Table.from_arrays(columns, names=["text" if name == "id" else "id", name, name]), tmp_path / "a")
     with pytest.raises(InputError, match=f"has 2 columns named '{name}'.*{option}"):
         opened(tmp_path / "a", "id")
+
+
+def write_mixed(path: Path, **options: object) -> list[str]:
+    """One row group whose dictionary was full after 400 rows of one text of 100 kB; 300 others follow."""
+    large = random.Random(0).randbytes(50_000).hex()
+    texts = [large] * 400 + [random.Random(i).randbytes(300).hex() for i in range(300)]
+    pq.write_table(pa.table({"text": texts}), path, write_batch_size=100, **options)
+    return texts
+
+
+def test_a_column_all_of_whose_values_are_in_a_dictionary_stays_one(tmp_path):
+    texts = write_mixed(tmp_path / "a.parquet")
+    found = list(batches(opened(tmp_path / "a.parquet"), 0, ["text"]))
+    assert [row for batch in found for row in batch["text"].to_pylist()] == texts
+    assert len(found) == 1 and pa.types.is_dictionary(found[0]["text"].type)
+
+
+@pytest.mark.parametrize("columns", [["text"], None])
+def test_values_outside_of_a_dictionary_are_not_collected_in_it(tmp_path, monkeypatch, columns):
+    monkeypatch.setattr(formats, "DECODED_BYTES", 2_000_000)
+    texts = write_mixed(tmp_path / "a.parquet", dictionary_pagesize_limit=120_000)
+    group = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0)
+    assert 1.5e5 < group.total_uncompressed_size < 3e5  # of 40 MB
+    file, before = opened(tmp_path / "a.parquet"), pa.total_allocated_bytes()
+    found, held = [], 0
+    for batch in batches(file, 0, columns):
+        held = max(held, pa.total_allocated_bytes() - before)
+        assert batch["text"].type == pa.string()
+        found += batch["text"].to_pylist()
+    assert found == texts and held < 12e6
+
+
+def test_a_file_that_is_exchanged_after_it_was_found_is_noticed_as_it_is_opened(tmp_path):
+    for path in (write(tmp_path / "a.parquet", ["x"] * 9), lines(tmp_path / "a.jsonl", {"text": "x"})):
+        file = opened(path)
+        path.rename(tmp_path / "old")
+        path.write_bytes((tmp_path / "old").read_bytes())
+        with pytest.raises(InputError, match="was changed during the run; start the same command again"):
+            list(batches(file, 0, ["text"]))

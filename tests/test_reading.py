@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -391,6 +393,53 @@ def test_a_connection_that_stays_broken_is_named(flaky, tmp_path, name):
     FlakyFileSystem.reads, FlakyFileSystem.opens = [], 100
     with pytest.raises(InputError, match=f"{re.escape(name)}.*connection refused"):
         opened(str(flaky / name))
+
+
+class WaitingFileSystem(FlakyFileSystem):
+    """Counts how many files are being opened at once."""
+
+    protocol = "waiting"
+    together = most = 0
+    lock = threading.Lock()
+
+    def _open(self, path: str, mode: str = "rb", **options: object) -> object:
+        cls = WaitingFileSystem
+        with cls.lock:
+            cls.together += 1
+            cls.most = max(cls.most, cls.together)
+        time.sleep(0.02)
+        with cls.lock:
+            cls.together -= 1
+        return super()._open(path, mode, **options)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return MemoryFileSystem._strip_protocol(path.replace("waiting://", "memory://"))
+
+    def unstrip_protocol(self, name: str) -> str:
+        return f"waiting://{name}"
+
+
+class WaitingPath(MemoryPath):
+    pass
+
+
+def test_small_files_of_a_chunk_are_opened_ahead_and_come_in_order(flaky, tmp_path):
+    fsspec.register_implementation("waiting", WaitingFileSystem, clobber=True)
+    register_implementation("waiting", WaitingPath, clobber=True)
+    folder, files = UPath("waiting://flaky-test"), []
+    for i in range(20):
+        write(tmp_path / "a.parquet", [f"text {i} {k}" for k in range(3)])
+        (folder / f"{i:02}.parquet").write_bytes((tmp_path / "a.parquet").read_bytes())
+        files.append(opened(str(folder / f"{i:02}.parquet")))
+    (folder / "07.parquet").write_bytes(b"PAR1")
+    WaitingFileSystem.most = 0
+    [(pieces, end)] = read_all(files, [Chunk(tuple(Segment(i, 0, 3) for i in range(20)))])
+    assert WaitingFileSystem.most > 2
+    texts = [text for piece in pieces for text in piece.texts.to_pylist()]
+    assert texts == [f"text {i} {k}" for i in range(20) if i != 7 for k in range(3)]
+    assert [failure.segment for failure in end.failures] == [Segment(7, 0, 3)]
+    assert rows_of(pieces) == [row for row in range(60) if row // 3 != 7]
 
 
 def test_json_lines_are_text_whatever_they_look_like(tmp_path):

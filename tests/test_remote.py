@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -31,7 +32,8 @@ from jql_engine.dataset import find_files
 from jql_engine.errors import InputError, OutputError
 from jql_engine.launch import Machine, score
 from jql_engine.progress import RunLog
-from jql_engine.run import Job
+from jql_engine.reading import read
+from jql_engine.run import Job, prepare
 from jql_engine.sessions import SessionOptions
 from jql_export import probes
 from tests import servers
@@ -320,6 +322,27 @@ def test_a_changed_object_is_an_error(s3, bundle, tmp_path):
         run(bundle, "s3://bucket/out", "s3://bucket/in")
     run(bundle, "s3://bucket/out", "s3://bucket/in", overwrite=True)
     assert read_s3("a.parquet")["id"].to_pylist() == pq.read_table(file)["id"].to_pylist()
+
+
+@pytest.mark.parametrize("listed_here", [True, False])
+def test_an_object_exchanged_after_it_was_listed_is_noticed_as_it_is_opened(s3, bundle, tmp_path, listed_here):
+    file = write(tmp_path / "a.parquet", 100, 0)
+    write(tmp_path / "b.parquet", 100, 1)
+    upload(tmp_path)
+    work = prepare(Job(("s3://bucket/in",), tmp_path / "out"), bundle, "cpu-fp32", 1 << 20)
+    content = write(file, 100, 2).read_bytes()
+    boto3.client("s3").put_object(Bucket="bucket", Key="in/a.parquet", Body=content)
+    inputs = [target.file for target in work.targets]
+    if not listed_here:  # a worker process knows nothing of the listing
+        stored = pickle.dumps(inputs)
+        forget()
+        inputs = pickle.loads(stored)
+    n_before = len(s3.requests)
+    found = list(read(inputs, work.tasks))
+    [failure] = found[-1].failures
+    assert failure.message == "s3://bucket/in/a.parquet was changed during the run; start the same command again"
+    asked = [request.method for request in s3.requests[n_before:] if request.path == "/bucket/in/a.parquet"]
+    assert asked == (["GET"] if listed_here else ["HEAD"])
 
 
 def test_parts_of_a_changed_object_are_an_error(s3, bundle, tmp_path):
@@ -641,3 +664,23 @@ def test_a_dataset_of_the_hub_that_one_may_not_read_is_named_at_once(client, bun
         done = subprocess.run(start, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "403" in done.stderr and "; again in " not in done.stderr
     assert len(server.requests) < 6, [request.path for request in server.requests]
+
+
+def test_a_source_that_nothing_is_told_of_is_resumed_only_where_it_is_assumed_to_be_unchanged(bundle, tmp_path, capfd):
+    body = write(tmp_path / "a.parquet", n_docs=90, seed=1).read_bytes()
+    answer = lambda request: servers.file_answer(request, body, {})  # noqa: E731
+    with servers.serving(answer) as server:
+        url = f"{server.url}/a.parquet"
+        assert run(bundle, tmp_path / "out", url)["files"] == 1
+        assert "of 1 files the server tells neither an entity tag nor a time" in capfd.readouterr().err
+        with pytest.raises(OutputError, match=r"a\.parquet was scored before.*--assume-unchanged"):
+            run(bundle, tmp_path / "out", url)
+        assert run(bundle, tmp_path / "out", url, assume_unchanged=True)["skipped_files"] == 1
+        assert run(bundle, tmp_path / "out", url, overwrite=True)["files"] == 1
+        (tmp_path / "out/a.parquet").unlink()
+        assert run(bundle, tmp_path / "out", url)["files"] == 1  # nothing of it was there
+        ended = subprocess.run(
+            [*command(bundle, str(tmp_path / "out"), url, chunk_rows=40), "--assume-unchanged"],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
