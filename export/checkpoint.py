@@ -21,6 +21,7 @@ from jql_export.tensors import WORD, Adapter, Array, Linear, Norm, TensorFile, r
 HUB_PATTERNS = ["*.json", "*/config.json", "model*.safetensors", "pytorch_model.bin"]
 # The adapter of jina-embeddings-v3 that JQL's embedder asks for; it puts no instruction before the text.
 LORA_TASK = "text-matching"
+LARGEST_SIZE = 1 << 24  # of anything in a config; tables as long are computed of it
 MOST = 1e30  # of what is computed with in fp32, which ends at 3e38
 
 
@@ -319,8 +320,11 @@ def _finish(
 
 def _number(directory: Path, config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < (key != "pad_token_id"):
-        raise CheckpointError(f"{directory}: config.json has {key} = {value!r}, expected a positive integer")
+    least = int(key != "pad_token_id")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_SIZE:
+        raise CheckpointError(
+            f"{directory}: config.json has {key} = {value!r}, expected a positive integer up to {LARGEST_SIZE:,}"
+        )
     return value
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import HeadError
-from jql_export.tensors import Array, Linear
+from jql_export.tensors import Array, Linear, check_zip
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 EXPECTED = ("layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias")
@@ -78,8 +78,10 @@ def read_head(name: str, file: Path, source: str | None = None, revision: str | 
 def _fp32(name: str, file: Path, key: str, tensor: torch.Tensor) -> Array:
     """A weight as an array; raises HeadError for what holds no finite floating-point numbers."""
     if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-        what = "without values" if tensor.is_meta else f"{tensor.layout}".removeprefix("torch.")
-        raise HeadError(f"head {name}: {file}: {key} is a {what} tensor of {tensor.dtype}, expected plain numbers")
+        what = "meta" if tensor.is_meta else f"{tensor.layout}".removeprefix("torch.")
+        raise HeadError(
+            f"head {name}: {file}: {key} is a {what} tensor of {tensor.dtype}, expected a strided one of floating point"
+        )
     array: Array = tensor.detach().to(torch.float32).numpy()
     if not np.isfinite(array).all():
         raise HeadError(f"head {name}: {file}: {key} holds NaN, or what is infinite in fp32; train the head again")
@@ -138,6 +140,7 @@ def _bias(linear: Linear) -> Array:
 
 def _load(name: str, file: Path) -> dict[str, Any]:
     try:
+        check_zip(file)
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise HeadError(f"head {name}: {file} cannot be read: {error.strerror}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_mo
 WORD = "embeddings.word_embeddings"
 # Where torch.nn.utils.parametrize keeps a weight that something is added to.
 PARAMETRIZED = "parametrizations.weight"
+FOLDER = 0x10  # among the external attributes of a zip's member, as DOS had them
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ def open_tensors(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
             continue
         try:
             if name.endswith(".bin"):
+                check_zip(file)
                 state = torch.load(file, map_location="cpu", weights_only=True)
                 return {key: partial(_same, tensor) for key, tensor in state.items()}
             shards = {name}
@@ -144,6 +147,21 @@ def _open_shard(directory: Path, name: str) -> dict[str, Callable[[], torch.Tens
     file = directory / RelativeName(name).text
     shard: Any = safe_open(file, framework="pt")  # untyped; reads a tensor when asked for it
     return {key: partial(shard.get_tensor, key) for key in shard.keys()}  # noqa: SIM118 (no mapping)
+
+
+def check_zip(file: Path) -> None:
+    """Raise BadZipFile where a member of a file of torch is not what its checksum says, or is marked as a folder.
+
+    torch 2.13 looks at neither: it reads other weights, and of a folder whatever lies in memory.
+    """
+    if not zipfile.is_zipfile(file):  # torch's format before 1.6, or nothing that it reads
+        return
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.external_attr & FOLDER:
+                raise zipfile.BadZipFile(f"{member.filename} is marked as a folder; it is damaged")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} is not what its checksum says; copy or save the file again")
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -34,16 +34,19 @@ def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
     oracle = parse_oracle(file)
     if (largest := max(oracle.get_vocab().values(), default=0)) > LARGEST_ID:
         raise TokenizerError(f"{file} has the id {largest}, and no embedding table that many rows; it is damaged")
-    _check_config(source, read_settings(source / "tokenizer_config.json", dict), oracle)
-    oracle.no_truncation()
-    oracle.no_padding()
-    oracle.save(str(target))
     with rust_errors(TokenizerError, f"{file} cannot tokenize a text"):
+        _check_config(source, read_settings(source / "tokenizer_config.json", dict), oracle)
+        oracle.no_truncation()
+        oracle.no_padding()
+        oracle.save(str(target))
         prefix, suffix = _around(oracle)
     if not prefix + suffix:
         raise TokenizerError(f"{file} puts no special token around a text; an empty text would have no token to pool")
     added = sorted(token.content for token in oracle.get_added_tokens_decoder().values())
-    return TokenizerInfo(prefix, suffix, pad_id, None, oracle.token_to_id("\u2581"), added)
+    try:
+        return TokenizerInfo(prefix, suffix, pad_id, None, oracle.token_to_id("\u2581"), added)
+    except ValueError as error:
+        raise TokenizerError(f"{file} is damaged: {error}") from error
 
 
 def _check_config(source: Path, config: Mapping[str, Any], oracle: OracleTokenizer) -> None:

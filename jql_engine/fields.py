@@ -7,8 +7,8 @@ import types
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false", types.NoneType: "null"}
-LARGEST = sys.float_info.max  # NaN is not below it
+NAMES = {str: "a string", int: "an integer", float: "a finite number", bool: "true or false", types.NoneType: "null"}
+LARGEST = sys.float_info.max
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
@@ -32,8 +32,8 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         return {key: decode(arguments[1], item, f"{where}.{key}") for key, item in items.items()}
     if origin is Literal:
         return _any_of(arguments, value, where)
-    if kind is float and type(value) in (int, float) and -LARGEST <= value <= LARGEST:
-        return value
+    if kind is float:
+        return _finite(value, where)
     return _expect(kind, NAMES[kind], value, where)
 
 
@@ -57,6 +57,12 @@ def _any_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
             return value
     expected = " or ".join(NAMES.get(kind) or repr(kind) for kind in kinds)
     raise ValueError(f"{where} is {_shown(value)}, expected {expected}")
+
+
+def _finite(value: Any, where: str) -> Any:
+    if type(value) not in (int, float) or not -LARGEST <= value <= LARGEST:  # of NaN nothing is true
+        raise ValueError(f"{where} is {_shown(value)}, expected a finite number")
+    return value
 
 
 def _expect(kind: type, name: str, value: Any, where: str) -> Any:

@@ -137,6 +137,25 @@ def test_a_missing_field_is_named(copy, field):
         (lambda fields: fields.update(colour="red"), "colour"),
         (lambda fields: fields.update(variants=None), "damaged"),
         (lambda fields: fields.update(files=None), "damaged"),
+        (lambda fields: fields.update(max_tokens="8192"), "max_tokens is '8192', expected an integer"),
+        (lambda fields: fields.update(max_tokens=True), "max_tokens is True, expected an integer"),
+        (lambda fields: fields.update(max_tokens=2), "max_tokens is 2, expected 3 to"),
+        (lambda fields: fields.update(max_tokens=2**40), "max_tokens is 1099511627776"),
+        (lambda fields: fields.update(pooling="max"), "pooling is 'max', expected 'cls' or 'mean'"),
+        (lambda fields: fields["heads"][1].update(name="edu"), "['edu', 'edu'], expected one name each"),
+        (lambda fields: fields["heads"].append(None), "heads[2] is None, expected an object"),
+        (lambda fields: fields["encoder"].update(hidden_size=0), "encoder.hidden_size is 0"),
+        (lambda fields: fields["tokenizer"].update(prefix=[-1]), "an id in tokenizer is -1"),
+        (lambda fields: fields["tokenizer"].update(prefix=[0.0]), "tokenizer.prefix[0] is 0.0, expected an integer"),
+        (lambda fields: fields["tokenizer"].update(prefix=[], suffix=[]), "no prefix and no suffix"),
+        (lambda fields: fields["tokenizer"].update(added_tokens=[""]), "added_tokens holds an empty text"),
+        (lambda fields: fields["tokenizer"].update(fast=5), "tokenizer.fast is 5, expected a string or null"),
+        (lambda fields: variant_of(fields).update(parity={"documents": 3}), "no max_abs_score or max_abs_embedding"),
+        (lambda fields: variant_of(fields).update(parity={"max_abs_score": None}), "max_abs_score is None"),
+        (lambda fields: variant_of(fields).update(tolerance={"score": float("nan")}), "tolerance.score is nan"),
+        (lambda fields: variant_of(fields).update(tolerance={"score": 10**400}), "tolerance.score is 1000"),
+        (lambda fields: fields["files"]["tokenizer.json"].update(bytes="9"), "files.tokenizer.json is"),
+        (lambda fields: fields["files"].pop("tokenizer.json"), "'tokenizer.json' is not among its files"),
         (lambda fields: fields.update(engines=None), "damaged"),
         (lambda fields: fields.update(engines={FILES[0]: {"variant": "x"}}), "library"),
         (lambda fields: fields["variants"]["cpu-fp32"].update(graph=[]), "damaged"),
@@ -145,6 +164,20 @@ def test_a_missing_field_is_named(copy, field):
 def test_a_part_of_another_shape_is_damage(copy, change, named):
     change_manifest(copy, change)
     assert_refused(copy, named)
+
+
+def variant_of(fields: dict[str, Any]) -> dict[str, Any]:
+    return fields["variants"]["cpu-fp32"]
+
+
+def test_a_manifest_nested_without_end_is_damaged(copy):
+    (copy / MANIFEST).write_text('{"format": 1, "encoder": ' + "[" * 100_000)
+    assert_refused(copy, MANIFEST, "is damaged")
+
+
+def test_a_file_whose_name_no_file_can_have_is_an_error(copy):
+    change_manifest(copy, lambda fields: fields["files"].update({"x" * 300: {"bytes": 1, "sha256": ""}}))
+    assert_refused(copy, "cannot be read: File name too long")
 
 
 def test_a_bundle_without_engines_does_not_speak_of_them(bundle):

@@ -150,6 +150,15 @@ def test_no_word_embeddings_are_an_error_that_names_what_is_there(gte):
         ("gte", {"num_attention_heads": 5}, r"hidden_size 32 is no multiple of num_attention_heads 5"),
         ("gte", {"num_hidden_layers": "2"}, r"num_hidden_layers = '2', expected a positive integer"),
         ("bert", {"pad_token_id": None}, r"pad_token_id = None, expected a positive integer"),
+        ("bert", {"pad_token_id": 1 << 20}, r"pad_token_id = 1048576, the vocabulary has \d+ ids"),
+        ("gte", {"hidden_size": 1 << 40}, r"hidden_size = 1099511627776, expected a positive integer up to 16,777,216"),
+        ("gte", {"model_type": ["gte"]}, r"model_type \['gte'\] is not supported"),
+        ("gte", {"rope_parameters": True}, r"rope_parameters = True, expected an object"),
+        ("gte", {"rope_parameters": None, "rope_scaling": "ntk"}, r"rope_scaling = 'ntk', expected an object"),
+        ("gte", {"rope_parameters": {"rope_theta": "x"}}, r"rope_theta = 'x', expected a positive number"),
+        ("gte", {"rope_parameters": {"rope_theta": 1e308}}, r"rope_theta = 1e\+308, expected a positive number"),
+        ("bert", {"layer_norm_eps": "x"}, r"layer_norm_eps = 'x', expected a positive number"),
+        ("bert", {"layer_norm_eps": float("nan")}, r"layer_norm_eps = nan, expected a positive number"),
     ],
 )  # fmt: skip
 def test_a_model_that_the_graph_cannot_express_is_an_error(request, family, settings, message):
@@ -175,7 +184,12 @@ def test_a_missing_config_is_an_error(gte):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{not json", "is no JSON"), ("[]", "holds a list, expected an object"), (b"\xff", "is no JSON")],
+    [
+        ("{not json", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("[]", "holds a list, expected an object"),
+        (b"\xff", "is no JSON"),
+    ],
 )
 def test_a_config_that_is_no_object_is_an_error(gte, content, message):
     (gte / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import re
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from upath import UPath
 
 from jql_engine import formats
 from jql_engine.dataset import InputFile
+from jql_engine.dictionaries import compact
 from jql_engine.errors import InputError, UnreadableError
 from jql_engine.formats import batches, open_file
 from jql_engine.reading import as_text
@@ -96,6 +98,39 @@ def test_a_column_name_that_is_not_utf_8_is_named(tmp_path):
         UnreadableError, match=f"{re.escape(str(path))} is not a complete parquet.*xf6te' is a name in it"
     ):
         opened(path)
+
+
+def test_a_place_that_is_none_in_a_dictionary_is_damage(tmp_path):
+    """Arrow reads a dictionary of texts without looking at what the rows ask of it."""
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, 7], pa.int32()), pa.array(["a", "b"]), safe=False)
+    with pytest.raises(pa.ArrowIndexError, match="a dictionary of 2 values is asked for number 7"):
+        compact(texts)
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, -1], pa.int32()), pa.array(["a", "b"]), safe=False)
+    with pytest.raises(pa.ArrowIndexError):
+        compact(texts)
+
+
+def test_an_object_as_an_id_keeps_its_keys(tmp_path, small_blocks):
+    """Not only those that the documents of the first block have."""
+    documents = [{"text": "x" * 100, "id": {"a": i}} for i in range(3)]
+    file = opened(lines(tmp_path / "a.jsonl", *documents, {"text": "x", "id": {"b": 1}}))
+    with pytest.raises(UnreadableError, match="document 4: 'id' is a dict, expected struct<a: int64>"):
+        list(batches(file, 0, ["text", "id"]))
+
+
+def test_a_stream_that_raises_loses_no_memory(tmp_path):
+    path = lines(tmp_path / "a.jsonl.gz", *[{"text": f"text {i}"} for i in range(100)])
+    path.write_bytes(path.read_bytes()[:200])
+    found = source(path)
+
+    def held() -> int:
+        for _ in range(100):
+            with pytest.raises(UnreadableError):
+                open_file(found, "text")
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+    held()
+    assert -held() + held() < 100 << 20, "4 MB each time"
 
 
 def promise(path: Path, n_rows: int, n_texts: int) -> None:

@@ -29,7 +29,10 @@ ONCE_FAILED = {
     ("tokenizer", 20): (46,),
     ("tokenizer", 9): (94,),
     ("tokenizer", 11): (581,),
+    ("tokenizer", 7): (1_556, 5_554),
     ("head", 20): (6, 54, 74, 145),
+    ("head", 7): (8_313,),
+    ("encoder", 8): (409,),
     ("encoder", 20): (2, 5, 11, 90, 103, 115, 262, 272, 559, 583),
 }
 # Files that end any process in which pyarrow 26 looks into them (SIGABRT).

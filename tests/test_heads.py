@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -70,6 +71,15 @@ def test_a_bare_pickle_that_runs_code_is_refused_and_runs_none(tmp_path):
         ({"layer1.weight": torch.ones(16)}, r"layer1\.weight \[16\]"),
         ({"layer2.weight": torch.ones(1, 15)}, r"layer2\.weight \[1, 15\]"),
         ({"layer2.weight": torch.ones(2, 16), "layer2.bias": torch.ones(2)}, r"layer2\.weight \[2, 16\]"),
+        ({5: torch.ones(1)}, r"holds 5 besides layer1\.weight"),
+        ({"layer1.bias": torch.ones(16, dtype=torch.int8)}, r"layer1\.bias is a strided tensor of torch\.int8"),
+        ({"layer1.bias": torch.ones(16).to_sparse()}, r"layer1\.bias is a sparse_coo tensor of torch\.float32"),
+        ({"layer1.bias": torch.ones(16, device="meta")}, r"layer1\.bias is a meta tensor"),
+        ({"layer1.bias": torch.full((16,), float("nan"))}, r"layer1\.bias holds NaN"),
+        (
+            {"layer1.bias": torch.full((16,), 1e300, dtype=torch.float64)},
+            r"layer1\.bias holds NaN, or what is infinite",
+        ),
     ],
 )
 def test_tensors_that_make_no_regression_head_are_named(tmp_path, change, message):
@@ -77,6 +87,11 @@ def test_tensors_that_make_no_regression_head_are_named(tmp_path, change, messag
     torch.save({"state_dict": state}, tmp_path / "head.ckpt")
     with pytest.raises(HeadError, match=rf"head edu: .*head\.ckpt.*{message}"):
         read_head("edu", tmp_path / "head.ckpt")
+
+
+def test_a_weight_that_may_be_trained_on_is_read(tmp_path):
+    torch.save({name: torch.nn.Parameter(value) for name, value in tensors().items()}, tmp_path / "head.ckpt")
+    assert read_head("edu", tmp_path / "head.ckpt").hidden_size == 16
 
 
 def test_a_file_that_holds_no_state_dict_is_an_error(tmp_path):
@@ -91,6 +106,27 @@ def test_a_truncated_file_is_an_error(head_files, tmp_path, share):
     (tmp_path / "cut.ckpt").write_bytes(content[: int(share * len(content))])
     with pytest.raises(HeadError, match=r"head edu: .*cut\.ckpt (is no checkpoint that torch can read|cannot be read)"):
         read_head("edu", tmp_path / "cut.ckpt")
+
+
+def test_weights_that_are_not_what_their_checksum_says_are_an_error(head_files, tmp_path):
+    """torch reads them without a word."""
+    content = bytearray(head_files["edu"].read_bytes())
+    weight = torch.load(head_files["edu"], weights_only=True)["state_dict"]["layer1.weight"].numpy().tobytes()
+    content[content.index(weight) + 5] ^= 1
+    (tmp_path / "flipped.ckpt").write_bytes(content)
+    with pytest.raises(HeadError, match=r"flipped\.ckpt is no .*data/\d+ is not what its checksum says"):
+        read_head("edu", tmp_path / "flipped.ckpt")
+
+
+def test_weights_that_are_marked_as_a_folder_are_an_error(head_files, tmp_path):
+    """torch leaves the memory for them as it is."""
+    with zipfile.ZipFile(head_files["edu"]) as old, zipfile.ZipFile(tmp_path / "marked.ckpt", "w") as new:
+        for name in old.namelist():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = 0x10 if name.endswith("/data/1") else 0
+            new.writestr(info, old.read(name))
+    with pytest.raises(HeadError, match=r"marked\.ckpt is no .*/data/1 is marked as a folder"):
+        read_head("edu", tmp_path / "marked.ckpt")
 
 
 def test_a_missing_file_is_an_error(tmp_path):

@@ -212,6 +212,55 @@ def test_a_tokenizer_without_special_tokens_is_an_error(tmp_path):
         write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
 
 
+def test_a_tokenizer_that_panics_is_an_error(tmp_path):
+    """`tokenizers` panics, which is no Exception in Python, where the post-processor names a token without ids."""
+    write_unigram(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot tokenize a text: "):
+        write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+def test_a_normalizer_that_panics_is_an_error(tmp_path):
+    """One that puts something into an empty text, and then changes it."""
+    write_unigram(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    steps = [{"type": "Replace", "pattern": {"String": ""}, "content": "\u2581"}, {"type": "Lowercase"}]
+    content["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot tokenize a text: index out of bounds"):
+        write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+def test_an_id_that_would_take_gigabytes_to_save_is_an_error(tmp_path):
+    write_wordpiece(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["rare"] = 1 << 31
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match="has the id 2147483648, and no embedding table that many rows"):
+        write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+def test_an_id_around_texts_that_fits_no_graph_is_an_error(tmp_path):
+    write_unigram(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["post_processor"]["special_tokens"]["<s>"]["ids"] = [1 << 31]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is damaged: an id in tokenizer is 2147483648"):
+        write_tokenizer(tmp_path, tmp_path / "written.json", PAD)
+
+
+def test_what_tokenizers_says_of_a_text_is_an_error_of_ours(tmp_path):
+    """An unknown character in a vocabulary without an unknown token."""
+    file, info = prove(write_unigram(tmp_path))
+    content = json.loads(file.read_text())
+    content["model"]["unk_id"] = None
+    file.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=r"a document cannot be tokenized: .*unk_id"):
+        encode(file, replace(info, fast=None), ["\U00020000"])
+
+
 def test_an_identical_fast_tokenizer_is_named_with_its_version(fast):
     assert fast[1].fast.startswith("tokie 0.")
 

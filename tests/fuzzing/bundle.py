@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,5 +78,6 @@ def _check(bundle: Bundle) -> None:
     for variant in m.variants.values():
         assert variant.graph in m.files, "a graph that is not in files"
         assert isinstance(variant.provider, str) and isinstance(variant.precision, str), "provider"
-        assert all(type(value) in (int, float) for value in variant.tolerance.values()), "tolerance"
+        for value in (*variant.tolerance.values(), *variant.parity.values()):
+            assert type(value) in (int, float) and abs(value) <= sys.float_info.max, "tolerance or parity"
     json.dumps([m.created_with, m.encoder.id, m.encoder.revision], allow_nan=False)
