@@ -63,7 +63,8 @@ def with_graphs(bundle, *names):
     """A bundle that has further graphs, cuda-fp16 and the like, by its manifest."""
     kinds = {name: name.split("-") for name in names}
     layouts = {"cuda": "packed", "tensorrt": "padded"}
-    graphs = {n: Variant(f"graphs/{n}.onnx", layouts[p], precision, p, {}, {}) for n, (p, precision) in kinds.items()}
+    file = bundle.manifest.variants["cpu-fp32"].graph  # any that is listed: none of these is opened
+    graphs = {n: Variant(file, layouts[p], precision, p, {}, {}) for n, (p, precision) in kinds.items()}
     return replace(bundle, manifest=replace(bundle.manifest, variants=bundle.manifest.variants | graphs))
 
 

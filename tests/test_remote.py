@@ -41,6 +41,7 @@ from tests.servers import Fault, Request, Server
 
 TOLERANCE = 1e-5
 NAMES = ("a.parquet", "b=1/c d/été #1%20.parquet", "b=1/x.parquet/part-0.parquet", "lines.jsonl.gz")
+OWN = ("/.jql-run", "/.parts/job.json")  # what every run writes
 JQL_RUN = Path(sys.executable).with_name("jql-run")
 
 
@@ -414,7 +415,7 @@ def test_killed_at_random_moments_it_ends_with_the_output_of_an_uninterrupted_ru
     assert done.returncode == 0, done.stderr
     assert_bucket_is(local)
     puts = Counter(request.path for request in s3.requests if request.method == "PUT")
-    assert [path for path, count in puts.items() if count > 1 and not path.endswith("/.jql-run")] == []
+    assert [path for path, count in puts.items() if count > 1 and not path.endswith(OWN)] == []
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     segments = Counter(tuple(segment.values()) for line in lines for segment in line["segments"])
     assert set(segments.values()) == {1}
@@ -450,11 +451,11 @@ def test_a_network_that_fails_now_and_then_changes_nothing(s3, bundle, corpus, l
     assert_bucket_is(local)
 
 
-def test_a_file_that_stays_out_of_reach_is_named_and_the_rest_is_done(s3, bundle, corpus, local, capsys):
+def test_a_file_that_stays_out_of_reach_is_named_and_the_rest_is_done(s3, bundle, corpus, local, capfd):
     upload(corpus)
     s3.fault = failing("GET", "/bucket/in/a.parquet", "drop")
     summary = run(bundle, "s3://bucket/out", "s3://bucket/in")
-    waits = [line for line in capsys.readouterr().err.splitlines() if "; again in " in line]
+    waits = [line for line in capfd.readouterr().err.splitlines() if "; again in " in line]
     assert len(waits) > 1
     assert all(line.startswith("jql-run: s3://bucket/in/a.parquet: ") for line in waits)
     assert [file["file"] for file in summary["unfinished"]] == ["s3://bucket/in/a.parquet"]

@@ -20,6 +20,7 @@ from jql_engine.errors import OutputError
 from jql_engine.launch import Machine
 from jql_engine.launch import score as launch
 from jql_engine.names import RelativeName
+from jql_engine.parts import Part
 from jql_engine.progress import Meter, RunLog
 from jql_engine.ranks import Rank
 from jql_engine.run import CHUNK_ROWS, Job, prepare
@@ -206,8 +207,9 @@ def test_a_damaged_file_is_named_and_the_others_are_finished(engine, tmp_path, c
     assert unfinished["file"] == str(bad) and "cannot be read to its end" in unfinished["reason"]
     assert capfd.readouterr().err.count(f"{bad} cannot be read to its end") == 1
     assert summary.files == 2 and summary.documents == 2 * len(TEXTS) + 2 * CHUNK_ROWS
-    parts = [f".parts/b.parquet/{n:012}-{n + CHUNK_ROWS:012}.parquet" for n in (0, CHUNK_ROWS)]
-    assert visible(tmp_path / "out") == [*parts, "a.parquet", "c.parquet"]
+    *parts, record, a, c = visible(tmp_path / "out")
+    assert (record, a, c) == (".parts/job.json", "a.parquet", "c.parquet")
+    assert [Part.parse(Path(part).name).rows for part in parts] == [(n, n + CHUNK_ROWS) for n in (0, CHUNK_ROWS)]
     for name in ("a", "c"):
         assert_scored(engine, tmp_path / f"in/{name}.parquet", tmp_path / f"out/{name}.parquet")
 
@@ -238,7 +240,9 @@ def test_work_is_planned_without_computing(engine, tmp_path):
 
     work = prepared()
     assert ([t.file.source.relative for t in work.targets], work.n_finished) == ([RelativeName("a.parquet")], 0)
-    assert work.n_docs == len(TEXTS) and list((tmp_path / "out").iterdir()) == []
+    assert work.n_docs == len(TEXTS) and visible(tmp_path / "out") == [".parts/job.json"]
+    work.claim.release()
+    assert list((tmp_path / "out").iterdir()) == []
     score(engine, tmp_path / "out", tmp_path / "in")
     assert prepared().n_finished == 1
     assert prepared(overwrite=True).n_finished == 0
