@@ -50,8 +50,8 @@ from jql_engine.engine import as_texts
 from jql_engine.integrations.datatrove import JQLAnnotator
 from jql_engine.integrations.ray import score_dataset
 from jql_engine.launch import Machine, score
+from jql_engine.plan import Job
 from jql_engine.progress import RunLog
-from jql_engine.run import Job
 from jql_engine.sessions import SessionOptions
 from jql_engine.sessions.choice import choose
 from jql_engine.tokens import Tokenizer

@@ -16,8 +16,9 @@ from scipy.stats import spearmanr
 from benchmarks.table import Row
 from jql_engine.bundle import Bundle
 from jql_engine.data import TokenBatch, score_column
+from jql_engine.plan import Job, prepare
 from jql_engine.progress import Meter, RunLog
-from jql_engine.run import Job, prepare, run
+from jql_engine.run import run
 from jql_engine.sessions import CHUNK_BYTES, Session
 from jql_engine.tokens import Tokenizer
 from jql_engine.worker import Worker

@@ -36,7 +36,7 @@ import typer
 from benchmarks.table import Row, print_rows, write_result
 from benchmarks.throughput import ZeroSession, run_job
 from jql_engine.bundle import Bundle
-from jql_engine.run import Job
+from jql_engine.plan import Job
 from jql_engine.tokens import Tokenizer
 
 SHORT_CHARACTERS = 62  # about 15 tokens of this corpus

@@ -39,9 +39,9 @@ from benchmarks.table import Row, write_result
 from jql_engine.bundle import Bundle
 from jql_engine.data import Scores
 from jql_engine.launch import rescore
+from jql_engine.plan import Job, prepare
 from jql_engine.progress import RunLog
 from jql_engine.rescore import PRODUCT_ROWS, Heads
-from jql_engine.run import Job, prepare
 from jql_engine.sessions import CHUNK_BYTES
 
 MILLION = 1_000_000

@@ -42,7 +42,7 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
 from jql_engine.engine import Engine
 from jql_engine.errors import EngineError
-from jql_engine.run import Job
+from jql_engine.plan import Job
 from jql_engine.sessions import CHUNK_BYTES
 from jql_engine.sessions.choice import choose, runnable
 from jql_engine.tokens import Tokenizer

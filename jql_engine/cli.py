@@ -82,9 +82,9 @@ def run(
     from jql_engine.interrupt import interruptible
     from jql_engine.launch import Machine, estimate, score
     from jql_engine.launch import rescore as apply_heads
+    from jql_engine.plan import Job
     from jql_engine.progress import RunLog
     from jql_engine.ranks import rank_of
-    from jql_engine.run import Job
     from jql_engine.sessions import SessionOptions
     from jql_engine.storage import RetryPolicy, set_retries
 

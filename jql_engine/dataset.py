@@ -233,8 +233,6 @@ def _find_remote(given: str, location: UPath) -> list[Found]:
     except InputError:
         raise
     except FileNotFoundError as error:
-        if _is_pattern(location):
-            raise InputError(f"{given} matches no file") from error
         raise InputError(f"{given} cannot be found: {error.__cause__ or error}") from error
     except Exception as error:  # every file system has errors of its own
         raise InputError(f"{given} cannot be listed: {type(error).__name__}: {error}") from error

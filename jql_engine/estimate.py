@@ -17,8 +17,8 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.dataset import InputFile
 from jql_engine.execution import execute
+from jql_engine.plan import Job, open_inputs
 from jql_engine.reading import Cursor, as_text, file_columns
-from jql_engine.run import Job, open_inputs
 from jql_engine.sessions import Session
 from jql_engine.tokens import Tokenizer
 

@@ -14,10 +14,11 @@ from jql_engine.bundle import Bundle
 from jql_engine.errors import DeviceError
 from jql_engine.estimate import estimate_work
 from jql_engine.parity import open_certified
+from jql_engine.plan import Job, Work, prepare
 from jql_engine.pool import Executed, Pool, Spec
 from jql_engine.progress import Meter, RunLog
 from jql_engine.rescore import Rescoring, prepare_rescoring
-from jql_engine.run import Job, Outcome, Work, prepare, run
+from jql_engine.run import Outcome, run
 from jql_engine.sessions import DEFAULTS, SessionOptions, check_options
 from jql_engine.sessions.choice import Choice, choose
 from jql_engine.tokens import with_proven_tokenizer

@@ -25,8 +25,8 @@ from jql_engine.errors import BundleError, InputError, UnreadableError
 from jql_engine.formats import unreadable
 from jql_engine.output import METADATA_KEY, Target, is_finished
 from jql_engine.pipeline import StageTime, pipeline
+from jql_engine.plan import Job, Unfinished, Work, crashed, find_sources, plan, with_shared_schemas
 from jql_engine.reading import Cursor
-from jql_engine.run import Job, Unfinished, Work, crashed, find_sources, plan, with_shared_schemas
 from jql_engine.storage import Location, locate, open_parquet, retry
 
 STAGES = ("read", "execute", "write")

@@ -1,80 +1,25 @@
-"""The bulk job: what is there to do, who does it, and what is finished by it."""
+"""A job while it runs: follow what its workers have done, and finish files."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Literal
-
-import numpy as np
-import pyarrow as pa
 
 from jql_engine.apart import Child, CrashError
-from jql_engine.bundle import Bundle
-from jql_engine.check import check_names, check_output
 from jql_engine.claim import Claim
-from jql_engine.data import Chunk, ChunkDone, Task, embedding_type, score_schema
-from jql_engine.dataset import InputFile, SourceFile, find_files, split
-from jql_engine.errors import BundleError, InputError, OutputError, PartsError, UnreadableError
-from jql_engine.formats import open_file
-from jql_engine.frozen import FrozenListing, freeze
+from jql_engine.data import ChunkDone, Task
+from jql_engine.errors import InputError, PartsError, UnreadableError
 from jql_engine.output import (
-    Kind,
     Target,
-    check_settings,
-    explained,
-    is_finished,
-    is_written_by_us,
-    settings_of,
 )
-from jql_engine.parts import JOB, PARTS, Leftovers, Part, Settings, find_leftovers, parts_folder
+from jql_engine.parts import find_leftovers
+from jql_engine.plan import Unfinished, Work, tidy
 from jql_engine.progress import Meter, RunLog
-from jql_engine.ranks import Rank, share
-from jql_engine.storage import Location, list_files, locate, remove_empty_folders, remove_file, remove_folder
 
-CHUNK_ROWS = 20_000
 ASSEMBLERS = 2  # processes that finish files, each one file at a time
-FIRST = 16  # files looked into at a time where only the first documents are to be scored
-LIBRARIES = ("jql-engine", "tokenizers")
-COMPUTE = {  # by the provider of the variant
-    "openvino": ("openvino",),
-    "tensorrt": ("tensorrt", "tensorrt-rtx-cu13-libs", "onnxruntime-gpu"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What to score, and where to."""
-
-    inputs: tuple[str, ...]
-    out: Location | str
-    text_column: str = "text"
-    id_column: str | None = None
-    overwrite: bool = False
-    output: Kind = "sidecar"
-    embeddings: Literal["fp16", "fp32"] | None = None
-    limit: int | None = None  # score the first documents only
-    chunk_rows: int = CHUNK_ROWS
-    rank: Rank = field(default_factory=Rank)
-    assume_unchanged: bool = False  # go on with sources of which nothing tells whether they have changed
-
-    @property
-    def embedding_dtype(self) -> np.dtype[Any] | None:
-        """The type in which vectors are kept."""
-        return None if self.embeddings is None else np.dtype({"fp16": "float16", "fp32": "float32"}[self.embeddings])
-
-
-@dataclass(frozen=True, slots=True)
-class Unfinished:
-    """An input file without a finished output, and why."""
-
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,106 +28,6 @@ class Outcome:
 
     n_files: int  # finished by this run
     unfinished: list[Unfinished]
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What is left to do of a job."""
-
-    claim: Claim
-    targets: list[Target]
-    tasks: list[Task]
-    n_finished: int  # files
-    unreadable: list[Unfinished]
-    listing: Shared | None = None  # where several ranks share the files
-
-    @property
-    def n_docs(self) -> int:
-        """Documents left to score."""
-        return sum(task.chunk.n_docs for task in self.tasks)
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """The share of one rank."""
-
-    listing: FrozenListing
-    rank: Rank
-    gone: list[Unfinished]  # files of the share that are no longer there
-    n_new: int  # files that have appeared since the ranks began
-    overwrite: bool
-
-    def finish(self) -> None:
-        """Say that the share is finished."""
-        self.listing.finish(self.rank)
-        if not self.overwrite:  # else what is there may be of an earlier job
-            with explained(self.listing.out, "listed"):
-                self.listing.close_if_all({name for _, name in list_files(self.listing.out)})
-
-
-def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
-    """Find and check all inputs and the output folder, and claim it, before anything is computed.
-
-    Raises InputError, OutputError, and BundleError where the bundle has nothing to compute for this job.
-    """
-    if not bundle.heads and job.embeddings is None:
-        raise BundleError(f"{bundle.path} has no heads, only embeddings; give --embeddings fp16 or fp32 to keep those")
-    settings, scores = _settings(job, bundle, variant, chunk_bytes), _score_schema(job, bundle)
-    claim = Claim(locate(job.out), {**settings, "limit": job.limit})
-    found = find_sources(job, claim.out)
-    with Child() as child:
-        seen = _look_into(job, child, found.sources, None if job.overwrite or job.limit else settings, claim.out)
-        targets = [Target(claim.out, file, scores, job.output, settings, job.overwrite) for file in seen.files]
-        for target in targets:
-            check_names(target.file, target.scores, job.output)
-        finished = seen.finished
-        if job.limit is not None and not job.overwrite:
-            finished = [target.file.source for target in targets if is_finished(target.final, target.settings)]
-        return plan(job, claim, targets, finished, [*found.refused, *seen.unreadable], chunk_bytes, child, found.shared)
-
-
-def plan(
-    job: Job,
-    claim: Claim,
-    targets: list[Target],
-    finished: Sequence[SourceFile],
-    unreadable: list[Unfinished],
-    chunk_bytes: int,
-    child: Child,
-    shared: Shared | None,
-) -> Work:
-    """Claim the output folder and find the chunks of `targets`, less those `finished`, that are not done.
-
-    Raises OutputError where another job has the folder, or has left parts there.
-    """
-    through = set(finished)
-    targets = [target for target in targets if target.file.source not in through]
-    mine = [target.file.source for target in targets]
-    check_output(claim.out, job.inputs, [*mine, *finished])
-    claim.take(job.overwrite)
-    try:
-        with explained(claim.out / PARTS, "listed"):
-            leftovers = find_leftovers(claim.out)
-        if not (job.overwrite or job.assume_unchanged):
-            begun = [source for source in mine if source.relative.text in leftovers.parts]
-            _check_traceable([*finished, *begun])
-        _tidy(claim.out, [*mine, *finished], through.union(mine) if job.overwrite else through, leftovers)
-        tasks = list(_tasks(job, targets, chunk_bytes, {} if job.overwrite else leftovers.parts, child))
-    except BaseException:
-        claim.release()
-        raise
-    return Work(claim, targets, tasks, len(finished), unreadable, shared)
-
-
-def _check_traceable(sources: Sequence[SourceFile]) -> None:
-    """Raise OutputError where what was scored before may be another content by now."""
-    for source in sources:
-        if not source.is_traceable:
-            raise OutputError(
-                f"{source.location} was scored before, wholly or in part, and its server tells neither an entity tag "
-                "nor a time of it, so whether it has changed is not known; give --assume-unchanged if it has not, or "
-                "--overwrite to start over"
-            )
 
 
 def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog) -> Outcome:
@@ -208,7 +53,7 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
         # Again: the workers of a killed run live on for a moment, in which this run had begun already.
         done_with = {target.file.source for target in ledger.done()}
         sources = [target.file.source for target in work.targets]
-        _tidy(work.claim.out, sources, done_with, find_leftovers(work.claim.out))
+        tidy(work.claim.out, sources, done_with, find_leftovers(work.claim.out))
     unfinished = [*work.unreadable, *ledger.failed.values()]
     if work.listing is not None and not unfinished:
         work.listing.finish()
@@ -305,191 +150,3 @@ class _Assembly:
         self._pool.shutdown(wait=True, cancel_futures=True)
         for child in self._children:
             child.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Input files of this rank."""
-
-    sources: Sequence[SourceFile]
-    refused: list[Unfinished]
-    shared: Shared | None  # where there are several ranks
-
-
-def find_sources(job: Job, out: Location) -> Found:
-    """The input files of this rank; raises InputError, OutputError.
-
-    Several ranks share the files of one listing, see jql_engine.frozen.
-    """
-    listed = find_files(job.inputs)
-    refused = [Unfinished(one.file, one.reason) for one in listed.refused]
-    if job.rank.world_size == 1:
-        return Found(listed.files, refused, None)
-    check_output(out, job.inputs, listed.files)
-    listing = freeze(out, job.inputs, listed.files)
-    # With a limit, the first of all files are taken before they are shared.
-    found = listing.share_of(job.rank if job.limit is None else Rank(), listed.files)
-    reason = "was there when the ranks of this job began, and is gone"
-    gone = [Unfinished(str(file.relative), f"{file.relative} {reason}") for file in found.gone]
-    shared = Shared(listing, job.rank, [] if job.limit else gone, found.n_new, job.overwrite)
-    return Found(found.sources, refused, shared)
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What was found in input files."""
-
-    files: list[InputFile]  # to be scored
-    finished: list[SourceFile]
-    unreadable: list[Unfinished]
-
-
-def open_inputs(job: Job) -> tuple[list[InputFile], list[Unfinished]]:
-    """The files of `job` that can be read, and those that cannot; raises InputError."""
-    listed = find_files(job.inputs)
-    with Child() as child:
-        seen = _look_into(job, child, listed.files if job.limit else share(listed.files, job.rank), None, None)
-    return seen.files, [*(Unfinished(one.file, one.reason) for one in listed.refused), *seen.unreadable]
-
-
-def _look_into(
-    job: Job, child: Child, sources: Sequence[SourceFile], settings: Settings | None, out: Location | None
-) -> _Seen:
-    """Open `sources` but those finished with `settings`; with a limit this rank's of the first with so many documents.
-
-    Raises InputError where a file has not the columns, or none can be read.
-    """
-    look = partial(_look, job.text_column, job.id_column, settings, out)
-    files: list[InputFile] = []
-    finished: list[SourceFile] = []
-    errors: list[tuple[SourceFile, UnreadableError]] = []
-    step = max(1, len(sources)) if job.limit is None else FIRST
-    for start in range(0, len(sources), step):
-        group = sources[start : start + step]
-        for source, found in zip(group, child.each(look, group, crashed), strict=True):
-            if found is None:
-                finished.append(source)
-            elif isinstance(found, UnreadableError):
-                errors.append((source, found))
-            else:
-                files.append(found)
-        if job.limit is not None and sum(file.n_rows for file in files) >= job.limit:
-            break
-    if errors and len(errors) == len(sources):
-        raise errors[0][1]
-    if job.limit is not None:
-        files = list(_first(files, job.limit))
-        mine = set(share([file.source for file in files], job.rank))
-        files = [file for file in files if file.source in mine]
-    unreadable = [Unfinished(str(source.location), str(error)) for source, error in errors]
-    return _Seen(with_shared_schemas(files), finished, unreadable)
-
-
-def _look(
-    text_column: str, id_column: str | None, settings: Settings | None, out: Location | None, source: SourceFile
-) -> InputFile | UnreadableError | None:
-    """What is in a file; None where its scores are finished."""
-    if settings is not None and out is not None and _is_done(out, settings, source):
-        return None
-    try:
-        return open_file(source, text_column, id_column)
-    except UnreadableError as error:
-        return error
-
-
-def _is_done(out: Location, settings: Settings, source: SourceFile) -> bool:
-    return is_finished(source.relative.below(out), settings_of(settings, source))
-
-
-def crashed(source: SourceFile, error: CrashError) -> UnreadableError:
-    """What to say of a file that a process died of."""
-    return UnreadableError(f"{source.location} cannot be looked into: {error}; it is damaged")
-
-
-def with_shared_schemas(files: Sequence[InputFile]) -> list[InputFile]:
-    """One object for equal schemas: of a hundred thousand files each would keep half a gigabyte."""
-    known: dict[bytes, pa.Schema] = {}
-    return [replace(file, schema=known.setdefault(file.schema.serialize().to_pybytes(), file.schema)) for file in files]
-
-
-def _first(files: Iterable[InputFile], n_docs: int) -> Iterator[InputFile]:
-    for file in files:
-        if n_docs <= 0:
-            return
-        yield file if file.n_rows <= n_docs else file.first(n_docs)
-        n_docs -= file.n_rows
-
-
-def _tidy(out: Location, sources: Sequence[SourceFile], done: set[SourceFile], leftovers: Leftovers) -> None:
-    """Remove what killed runs left of `sources`: files they were writing, parts of those `done`, empty folders."""
-    with explained(out / PARTS, "tidied up"):
-        for file in leftovers.left_by([JOB, *(source.relative.text for source in sources)]):
-            remove_file(file)
-        for source in done:
-            if source.relative.text in leftovers.parts:
-                remove_folder(parts_folder(out, source.relative), out / PARTS)
-        remove_empty_folders(out / PARTS)
-
-
-def _tasks(
-    job: Job, targets: Sequence[Target], chunk_bytes: int, parts: Mapping[str, set[Part]], child: Child
-) -> Iterator[Task]:
-    """Chunks that are not done; raises OutputError for parts of another job."""
-    done: dict[int, set[tuple[int, int]]] = {}
-    for number, target in enumerate(targets):
-        if found := sorted(parts.get(target.file.source.relative.text, ())):
-            usable = child.each(partial(_is_usable, target), found, partial(_remove_part, target))
-            done[number] = {part.rows for part, fine in zip(found, usable, strict=True) if fine}
-    chunks = split([target.file for target in targets], job.chunk_rows, chunk_bytes)
-    for number, chunk in enumerate(chunks):
-        left = tuple(s for s in chunk.segments if (s.start, s.stop) not in done.get(s.file, ()))
-        if left:
-            yield Task(number, Chunk(left))
-
-
-def _remove_part(target: Target, part: Part, _: CrashError) -> bool:
-    remove_file(target.parts / part.name)
-    return False
-
-
-def _is_usable(target: Target, part: Part) -> bool:
-    """Whether a part can be read; removes one that cannot. Raises OutputError where it is another job's."""
-    place = target.parts / part.name
-    if not is_written_by_us(place):
-        remove_file(place)
-        return False
-    check_settings(place, target.settings)
-    return True
-
-
-def _score_schema(job: Job, bundle: Bundle) -> pa.Schema:
-    dtype = job.embedding_dtype
-    kept = None if dtype is None else embedding_type(bundle.manifest.encoder.hidden_size, dtype)
-    return score_schema(bundle.heads, kept)
-
-
-def _settings(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> dict[str, Any]:
-    """What decides about the scores; written into every output."""
-    compute = COMPUTE.get(bundle.manifest.variants[variant].provider, ("onnxruntime", "onnxruntime-gpu"))
-    return {
-        "bundle": bundle.hash,
-        "encoder": bundle.encoder_hash,
-        "variant": variant,
-        "precision": bundle.manifest.variants[variant].precision,
-        "heads": list(bundle.heads),
-        "tokenizer": bundle.manifest.tokenizer.fast or "tokenizers",
-        "output": job.output,
-        "embeddings": job.embeddings,
-        "text_column": job.text_column,
-        "id_column": job.id_column,
-        "chunk_rows": job.chunk_rows,
-        "chunk_bytes": chunk_bytes,
-        **{name: found for name in (*LIBRARIES, *compute) if (found := _version(name))},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

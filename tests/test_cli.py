@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jql_engine import cli
-from jql_engine.run import CHUNK_ROWS
+from jql_engine.plan import CHUNK_ROWS
 from jql_engine.tokenizer_libraries import fast_name
 from tests.conftest import without_gpu
 from tests.files import damage, made_with_other_tokie

@@ -9,8 +9,8 @@ import pytest
 from jql_engine import Engine, estimate
 from jql_engine.errors import InputError
 from jql_engine.estimate import estimate_work
+from jql_engine.plan import Job
 from jql_engine.ranks import Rank
-from jql_engine.run import Job
 from tests.conftest import MAX_TOKENS
 from tests.files import damage
 from tests.test_dataset import write

@@ -17,9 +17,9 @@ from jql_engine.dataset import find_files
 from jql_engine.errors import OutputError
 from jql_engine.frozen import freeze
 from jql_engine.launch import Machine, score
+from jql_engine.plan import Job
 from jql_engine.progress import RunLog
 from jql_engine.ranks import Rank
-from jql_engine.run import Job
 from tests.test_run import visible, write
 
 

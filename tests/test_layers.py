@@ -34,6 +34,7 @@ LAYERS = [
     {"parts", "apart", "distinct"},
     {"output"},
     {"check", "claim", "frozen"},
+    {"plan"},
     {"run", "worker"},
     {"pool", "rescore", "estimate"},
     {"launch"},

@@ -16,8 +16,8 @@ from jql_engine import Engine
 from jql_engine.bundle import Bundle
 from jql_engine.errors import BundleError, ParityError
 from jql_engine.launch import Machine, rescore, score
+from jql_engine.plan import Job
 from jql_engine.progress import RunLog
-from jql_engine.run import Job
 from jql_export import cli, probes
 from jql_export.export import export_bundle
 from jql_export.hub import Checkpoint

@@ -19,8 +19,8 @@ from jql_engine.data import Chunk, ChunkDone, Segment, Task
 from jql_engine.errors import EngineError, OutputError
 from jql_engine.output import Target
 from jql_engine.parts import find_leftovers
+from jql_engine.plan import Job, Work, prepare
 from jql_engine.pool import Executed, Handout, Order, Pool
-from jql_engine.run import Job, Work, prepare
 from jql_engine.sessions import SessionOptions
 from jql_engine.sessions.choice import Choice
 from jql_engine.worker import Scoring

@@ -31,9 +31,9 @@ from jql_engine import Bundle, EngineError, storage
 from jql_engine.dataset import find_files
 from jql_engine.errors import InputError, OutputError
 from jql_engine.launch import Machine, score
+from jql_engine.plan import Job, prepare
 from jql_engine.progress import RunLog
 from jql_engine.reading import read
-from jql_engine.run import Job, prepare
 from jql_engine.sessions import SessionOptions
 from jql_export import probes
 from tests import servers
@@ -390,7 +390,7 @@ def test_the_command_says_so_and_exits_1(s3, bundle):
         command(bundle, "s3://bucket/out", "s3://bucket/in/*.parquet"), capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "jql-run: s3://bucket/in/*.parquet matches no file\n"
+    assert done.stderr == "jql-run: s3://bucket/in/*.parquet cannot be found: bucket/in\n"
 
 
 def test_a_file_of_this_machine_by_its_url(bundle, corpus, local, tmp_path):

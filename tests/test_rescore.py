@@ -20,10 +20,10 @@ from jql_engine.errors import InputError, OutputError
 from jql_engine.launch import Machine, score
 from jql_engine.launch import rescore as apply_heads
 from jql_engine.output import METADATA_KEY
+from jql_engine.plan import Job
 from jql_engine.progress import RunLog
 from jql_engine.ranks import Rank
 from jql_engine.rescore import Heads
-from jql_engine.run import Job
 from tests.conftest import export, write_head
 from tests.servers import Server, s3
 from tests.test_dataset import write

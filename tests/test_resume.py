@@ -17,8 +17,9 @@ from jql_engine import Engine
 from jql_engine.errors import OutputError
 from jql_engine.output import METADATA_KEY
 from jql_engine.parts import Part, key_of
+from jql_engine.plan import CHUNK_ROWS, Job, prepare
 from jql_engine.progress import Meter, RunLog
-from jql_engine.run import CHUNK_ROWS, Job, prepare, run
+from jql_engine.run import run
 from jql_engine.sessions import CHUNK_BYTES
 from jql_engine.tokens import Tokenizer
 from jql_engine.worker import Worker

@@ -21,9 +21,9 @@ from jql_engine.launch import Machine
 from jql_engine.launch import score as launch
 from jql_engine.names import RelativeName
 from jql_engine.parts import Part
+from jql_engine.plan import CHUNK_ROWS, Job, prepare
 from jql_engine.progress import Meter, RunLog
 from jql_engine.ranks import Rank
-from jql_engine.run import CHUNK_ROWS, Job, prepare
 from jql_engine.sessions import CHUNK_BYTES
 from jql_export.tolerances import TOLERANCES
 from tests.files import damage, not_utf8
