@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 bin = $(VENV)/bin
 
-.PHONY: demo test check bench
+.PHONY: demo test check soak bench
 
 demo: $(VENV)/.installed
 	$(bin)/python examples/demo.py
@@ -17,6 +17,11 @@ check: $(VENV)/.installed-dev
 	$(bin)/ruff format --check .
 	mkdir -p build/typing && ln -sfn ../../export build/typing/jql_export
 	$(bin)/mypy
+
+# Random kills, damaged files, rival jobs, full disks, failing requests: see tests/soak.py. A failure names its seed.
+MINUTES ?= 0.5
+soak: $(VENV)/.installed-dev
+	$(bin)/python -m tests.soak --minutes $(MINUTES)
 
 # ENCODER, BUNDLE, CORPUS and NAME: see benchmarks/throughput.py
 bench: $(VENV)/.installed-dev
