@@ -20,8 +20,9 @@ check: $(VENV)/.installed-dev
 
 # Random kills, damaged files, rival jobs, full disks, failing requests: see tests/soak.py. A failure names its seed.
 MINUTES ?= 0.5
+SEED ?= 1
 soak: $(VENV)/.installed-dev
-	$(bin)/python -m tests.soak --minutes $(MINUTES)
+	$(bin)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
 
 # ENCODER, BUNDLE, CORPUS and NAME: see benchmarks/throughput.py
 bench: $(VENV)/.installed-dev

@@ -445,7 +445,11 @@ def on_s3(folder: Path, corpus: Corpus, draw: random.Random, tally: Tally) -> It
                     files.rm_file(key)
 
         server.fault = fault
-        yield Place("s3://soak/in", "s3://soak/out", environment, pull, publish, forget)
+        try:
+            yield Place("s3://soak/in", "s3://soak/out", environment, pull, publish, forget)
+        finally:  # moto remembers for as long as this process lives
+            files.invalidate_cache()
+            files.rm("soak", recursive=True)
 
 
 def one_round(number: int, seed: int, bundles: tuple[Bundle, Bundle], tally: Tally) -> None:
