@@ -56,7 +56,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(storage, "_retries", storage.RetryPolicy(minutes=0.5 / 60, first=0.01))
+    monkeypatch.setattr(storage, "_retries", storage.RetryPolicy(minutes=3 / 60, first=0.01))
     monkeypatch.setattr(S3FileSystem, "retries", 1)  # of s3fs itself, which waits up to 2 s
     forget()
     yield
