@@ -48,7 +48,8 @@ def test_an_open_bundle_is_not_opened_again(bundle, engine, monkeypatch):
 def test_the_library_that_takes_the_place_of_a_proven_one_is_named_and_logged(bundle, tmp_path, caplog, same_ids):
     engine = Engine(made_with_other_tokie(bundle, tmp_path / "other", same_ids=same_ids).path, device="cpu")
     assert engine.tokenizer.library == (fast_name() if same_ids else oracle_name())
-    assert [(record.name, record.levelname) for record in caplog.records] == [("jql_engine", "WARNING")]
+    ours = [record.levelname for record in caplog.records if record.name == "jql_engine"]  # other libraries log too
+    assert ours == ["WARNING"]
     assert f"the bundle was made with {OTHER_TOKIE}" in caplog.text and engine.tokenizer.library in caplog.text
 
 

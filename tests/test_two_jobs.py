@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +33,9 @@ def swapped(encoders, head_files, tmp_path_factory) -> Bundle:
 
 def begin(bundle: Bundle, out: Path | str, source: Path, *options: object) -> subprocess.Popen[str]:
     command = [SCRIPT, source, "--bundle", bundle.path, "--out", out, "--device", "cpu", "--threads", 1, *options]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -86,7 +90,7 @@ def test_of_two_jobs_that_begin_together_one_fails(bundle, swapped, tmp_path, pa
     assert visible(out) == [f"{i}.parquet" for i in range(n_files)]
 
 
-@pytest.mark.parametrize(("n_files", "n_words", "chunk_rows"), [(6, 2, 10), (60, 160, 20_000)])
+@pytest.mark.parametrize(("n_files", "n_words", "chunk_rows"), [(6, 2, 10), (12, 160, 20_000)])
 def test_a_job_that_starts_over_ends_the_one_before_at_its_next_commit(
     bundle, swapped, tmp_path, n_files, n_words, chunk_rows
 ):
@@ -95,7 +99,12 @@ def test_a_job_that_starts_over_ends_the_one_before_at_its_next_commit(
     while not list(out.glob(".parts/*/*.parquet")) + list(out.glob("*.parquet")):
         assert old.poll() is None, old.communicate()
         time.sleep(0.01)
+    os.killpg(old.pid, signal.SIGSTOP)  # so that neither is done before the other has begun
     new = begin(swapped, out, source, "--chunk-rows", chunk_rows, "--overwrite")
+    while json.loads((out / ".parts/job.json").read_bytes())["bundle"] != swapped.hash:
+        assert new.poll() is None, new.communicate()
+        time.sleep(0.01)
+    os.killpg(old.pid, signal.SIGCONT)
     code, stderr = end(old)
     assert code == 1 and "with other settings" in stderr, stderr
     assert new.poll() is None, "the older job did all its work before it noticed"
