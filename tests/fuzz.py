@@ -70,7 +70,9 @@ class Child:
 
     def __init__(self, kind: str, bases: Path, folder: Path) -> None:
         self.kind, self.n_cases = kind, 0
-        self.log = folder / f"{kind}.log"
+        folder = folder / kind
+        folder.mkdir(exist_ok=True)
+        self.log = folder / "log"
         command = [sys.executable, "-m", "tests.fuzz", "--child", kind, str(bases), str(folder)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
@@ -141,8 +143,7 @@ def report(outcomes: Iterable[Outcome], folder: Path, keep: Path | None = None) 
         if outcome.verdict in ("crash", "violation"):
             shown[case.kind, outcome.message] += 1
             if keep is not None:
-                for file in folder.glob("case.*"):
-                    shutil.copy(file, keep / f"{case.kind}-{case.seed}-{case.number}{''.join(file.suffixes)}")
+                _keep(folder / case.kind, keep / f"{case.kind}-{case.seed}-{case.number}")
             if shown[case.kind, outcome.message] <= SHOWN:
                 again = f"python -m tests.fuzz --seed {case.seed} --only {case.kind}:{case.number}"
                 sys.stderr.write(f"{outcome.verdict}: {outcome.message}\n{outcome.detail}\n  again: {again}\n")
@@ -152,6 +153,13 @@ def report(outcomes: Iterable[Outcome], folder: Path, keep: Path | None = None) 
         "kinds": {kind: _counts(counter) for kind, counter in verdicts.items()},
         "causes": [{"kind": kind, "message": message, "cases": n} for (kind, message), n in shown.most_common()],
     }
+
+
+def _keep(folder: Path, target: Path) -> None:
+    """Copy the last case of a kind, a file or a folder."""
+    for case in folder.glob("case.*"):
+        copy = shutil.copytree if case.is_dir() else shutil.copyfile
+        copy(case, target.with_name(target.name + "".join(case.suffixes)))
 
 
 def _counts(verdicts: Counter[str]) -> dict[str, int]:

@@ -93,6 +93,16 @@ def test_what_is_no_error_of_ours_is_a_violation_that_says_how_to_repeat_it(caps
     assert f"python -m tests.fuzz --seed {SEED} --only head:1" in capsys.readouterr().err
 
 
+def test_the_files_of_violations_and_crashes_are_kept(tmp_path):
+    (tmp_path / "keep").mkdir()
+    for kind, name in (("jsonl", "case.jsonl.gz"), ("encoder", "case.encoder/config.json")):
+        (tmp_path / kind / name).parent.mkdir(parents=True)
+        (tmp_path / kind / name).touch()
+    report([Outcome(Case(kind, 1, 2), "crash") for kind in ("jsonl", "encoder")], tmp_path, tmp_path / "keep")
+    assert (tmp_path / "keep" / "jsonl-1-2.jsonl.gz").is_file()
+    assert (tmp_path / "keep" / "encoder-1-2.encoder" / "config.json").is_file()
+
+
 def test_the_last_line_is_json(capsys, bases):
     assert fuzz.main(["--cases", "3", "--seed", "1", "--kind", "jsonl", "--bases", str(bases)]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])

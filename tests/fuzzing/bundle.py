@@ -39,7 +39,7 @@ class BundleKind:
 
     def write(self, rng: random.Random, folder: Path) -> Path:
         """Damage in a field, seldom in a byte."""
-        if not (copy := folder / "bundle").is_dir():
+        if not (copy := folder / "case.bundle").is_dir():
             shutil.copytree(self.bundle, copy, copy_function=os.link)
             (copy / MANIFEST).unlink()
         raw = damage_json(rng, self.manifest).encode("utf-8", "surrogatepass")

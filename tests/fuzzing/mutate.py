@@ -97,7 +97,7 @@ def _damage_node(rng: random.Random, value: Any) -> Any:
         _, other, place = rng.choice(nodes[1:])
         parent[key] = copy.deepcopy(other[place]) if place in other or isinstance(other, list) else None
     elif isinstance(parent, dict):
-        parent[rng.choice([*TEXTS, *map(str, parent)])] = parent[key] if kind == 6 else parent.pop(key)
+        parent[rng.choice([*TEXTS, *map(str, parent)])] = copy.deepcopy(parent[key]) if kind == 6 else parent.pop(key)
     else:
         parent.insert(key, copy.deepcopy(parent[key]) if kind == 6 else rng.choice(ODD))
     return value
