@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -45,7 +47,11 @@ def test_an_open_bundle_is_not_opened_again(bundle, engine, monkeypatch):
 
 
 @pytest.mark.parametrize("same_ids", [True, False])
-def test_the_library_that_takes_the_place_of_a_proven_one_is_named_and_logged(bundle, tmp_path, caplog, same_ids):
+def test_the_library_that_takes_the_place_of_a_proven_one_is_named_and_logged(
+    bundle, tmp_path, caplog, monkeypatch, same_ids
+):
+    # A library that configures logging in the same process disables the loggers that it does not know.
+    monkeypatch.setattr(logging.getLogger("jql_engine"), "disabled", False)
     engine = Engine(made_with_other_tokie(bundle, tmp_path / "other", same_ids=same_ids).path, device="cpu")
     assert engine.tokenizer.library == (fast_name() if same_ids else oracle_name())
     ours = [record.levelname for record in caplog.records if record.name == "jql_engine"]  # other libraries log too
