@@ -7,7 +7,6 @@ a second death names its chunk; that chunk is given up, its file stays unfinishe
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import signal
@@ -24,6 +23,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol, TypeAlias
 
+from jql_engine.apart import die_with_parent
 from jql_engine.data import Chunk, ChunkDone, Failure, Task
 from jql_engine.errors import EngineError
 from jql_engine.output import Target
@@ -32,7 +32,6 @@ from jql_engine.storage import RetryPolicy, current_retries, set_retries
 IN_FLIGHT = 4  # tasks a worker holds, so that each of its stages has one
 DEATHS = 2  # of workers on one chunk, after which it is given up
 PROGRESS_SECONDS = 0.5
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 POLL_SECONDS = 0.2  # between looks at `stop` while no worker says anything
 
 
@@ -289,7 +288,7 @@ def _send(worker: _Process, message: object) -> bool:
 def work(connection: Connection, spec: Spec, retries: RetryPolicy) -> None:
     """The main function of a worker process."""
     set_retries(retries)
-    _die_with_parent()
+    die_with_parent()
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the job decides when a worker stops
         signal.signal(ignored, signal.SIG_IGN)
     tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
@@ -317,13 +316,6 @@ def work(connection: Connection, spec: Spec, retries: RetryPolicy) -> None:
         sys.stdout.flush()
         connection.close()
         os._exit(0)  # a thread may be in the middle of an execution that nobody waits for
-
-
-def _die_with_parent() -> None:
-    """Let the kernel kill this process with the thread that began it, so that nobody commits for a job that is gone."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone; elsewhere the connection ends a little later
-    if prctl is not None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _listen(
