@@ -344,7 +344,8 @@ class _Held(dict[int, Target]):
 
     def hold(self, order: Order) -> None:
         with self._lock:
-            self.update(order.targets)
+            for number, target in order.targets.items():
+                self.setdefault(number, target)  # the same object: its file is read on where the last chunk ended
             self._users.update(list(order.targets))
 
     def release(self, task: Task) -> None:

@@ -119,9 +119,15 @@ def _describe(bundle: Bundle, source: SourceFile) -> InputFile:
     with open_parquet(source.location) as file:
         schema, metadata = file.schema_arrow, file.metadata
     try:
-        encoder = str(_stored_settings(schema)["encoder"])
+        stored = _stored_settings(schema)
+        encoder, _ = str(stored["encoder"]), list(stored["heads"])
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableError(f"{source.location} was not written by jql-run ({error!r})") from error
+    if EMBEDDING in schema.names and "n_tokens" not in schema.names:
+        raise UnreadableError(f"{source.location} has no column 'n_tokens', as jql-run writes it")
+    if EMBEDDING in schema.names and not pa.types.is_fixed_size_list(schema.field(EMBEDDING).type):
+        found = schema.field(EMBEDDING).type
+        raise UnreadableError(f"{source.location}: column {EMBEDDING!r} is {found}, expected a fixed-size list")
     if EMBEDDING not in schema.names:
         raise UnreadableError(f"{source.location} has no column {EMBEDDING!r}; score it again with --embeddings fp16")
     if encoder != bundle.encoder_hash:

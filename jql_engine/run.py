@@ -55,7 +55,8 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
         sources = [target.file.source for target in work.targets]
         tidy(work.claim.out, sources, done_with, find_leftovers(work.claim.out))
     unfinished = [*work.unreadable, *ledger.failed.values()]
-    if work.listing is not None and not unfinished:
+    # A run that was stopped has files that are neither done nor failed.
+    if work.listing is not None and not unfinished and len(ledger.done()) == len(work.targets):
         work.listing.finish()
     unfinished += work.listing.gone if work.listing else []
     unfinished += [Unfinished(str(log.file), log.failure)] if log.failure else []

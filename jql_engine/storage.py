@@ -347,6 +347,9 @@ def _upload_aside(target: UPath, aside: UPath, put: Callable[..., object], repla
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     _made(aside, lambda: put(aside.path))
     if target.exists():  # not every file system moves onto a file, and HDFS does not even say so
+        if not replace:
+            aside.unlink()
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
         target.unlink()
     _made(target, lambda: target.fs.mv(aside.path, target.path))
 

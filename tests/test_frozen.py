@@ -145,3 +145,12 @@ def test_with_a_limit_the_ranks_share_the_first_documents(bundle, tmp_path):
         score(ranked, bundle, Machine("cpu", "cpu-fp32"), RunLog(None), threading.Event())
     assert visible(out) == ["0.parquet", "1.parquet", "2.parquet"]
     assert sum(pq.read_metadata(out / name).num_rows for name in visible(out)) == 30
+
+
+def test_a_rank_that_was_stopped_has_not_finished(bundle, tmp_path):
+    source, out = corpus(tmp_path / "in", *(f"{i}.parquet" for i in range(4))), tmp_path / "out"
+    stop = threading.Event()
+    stop.set()
+    job = Job((str(source),), out, rank=Rank(0, 2))
+    score(job, bundle, Machine("cpu", "cpu-fp32"), RunLog(None), stop)
+    assert not list(out.glob(".parts/*.done"))

@@ -324,3 +324,15 @@ def test_remote_vectors_give_remote_scores_also_where_requests_fail(other, vecto
     for name in "abc":
         with (bucket / f"out/{name}.parquet").open("rb") as stream:
             assert pq.read_table(stream).equals(pq.read_table(tmp_path / f"out/{name}.parquet"))
+
+
+def test_files_that_were_altered_since_are_named_and_the_others_are_done(other, vectors, tmp_path):
+    table = pq.read_table(vectors / "b.parquet")
+    pq.write_table(table.drop_columns(["n_tokens"]), vectors / "b.parquet")
+    loose = pa.list_(pa.float32())
+    i = table.schema.get_field_index("embedding")
+    altered = table.set_column(i, pa.field("embedding", loose), table["embedding"].cast(loose))
+    pq.write_table(altered, vectors / "d.parquet")
+    summary = rescored(other, tmp_path / "out", vectors)
+    assert sorted(Path(file["file"]).name for file in summary["unfinished"]) == ["b.parquet", "d.parquet"]
+    assert summary["files"] == 2
