@@ -82,13 +82,13 @@ def damage_json(rng: random.Random, value: Any) -> str:
 def _damage_node(rng: random.Random, value: Any) -> Any:
     nodes = list(_nodes(value))
     if len(nodes) == 1 or rng.random() < 0.01:
-        return rng.choice(ODD)
+        return _odd(rng)
     # Every depth as likely as any other: most nodes are a vocabulary or a list of files.
     depth = rng.choice(sorted({node[0] for node in nodes[1:]}))
     _, parent, key = rng.choice([node for node in nodes if node[0] == depth])
     kind = rng.randrange(8)
     if kind < 3:
-        parent[key] = rng.choice(ODD)
+        parent[key] = _odd(rng)
     elif kind == 3:
         del parent[key]
     elif kind == 4:
@@ -99,8 +99,13 @@ def _damage_node(rng: random.Random, value: Any) -> Any:
     elif isinstance(parent, dict):
         parent[rng.choice([*TEXTS, *map(str, parent)])] = copy.deepcopy(parent[key]) if kind == 6 else parent.pop(key)
     else:
-        parent.insert(key, copy.deepcopy(parent[key]) if kind == 6 else rng.choice(ODD))
+        parent.insert(key, copy.deepcopy(parent[key]) if kind == 6 else _odd(rng))
     return value
+
+
+def _odd(rng: random.Random) -> Any:
+    """A copy, since damage after this one may change it."""
+    return copy.deepcopy(rng.choice(ODD))
 
 
 def _nodes(value: Any, depth: int = 0) -> Iterator[tuple[int, Any, Any]]:
