@@ -5,6 +5,9 @@
 The record is created where there is none, never replaced but by --overwrite, and read again before every commit: of two
 jobs with different settings one gets it, and the other ends at its next commit, at the latest. Jobs with the same
 settings share it. It names no process and no machine: a job that was killed goes on by the same command.
+
+The record saves work; it is not what keeps scores apart. That is done by the names of parts and by score files that are
+created, never replaced (jql_engine.output), whatever happens between reading the record and a commit.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ class Claim:
         """Raise OutputError where another job has taken the folder meanwhile."""
         with explained(self.record, "read"):
             found = read_file(self.record)
-            if found is None:  # a job with the same settings has ended, and removed it
+            if found is None:  # another job has ended: one with the same settings, or what it left stops this one
                 self._create()
             else:
                 self._compare(found)
@@ -56,7 +59,8 @@ class Claim:
     def release(self) -> None:
         """Remove the record where nothing is left that it is needed for."""
         with explained(self.record, "removed"):
-            if read_file(self.record) == self._content.to_pybytes() and not find_leftovers(self.out).parts:
+            left = find_leftovers(self.out)
+            if not (left.parts or left.listings) and read_file(self.record) == self._content.to_pybytes():
                 remove_file(self.record)
                 remove_empty_folders(self.out / PARTS)
 
@@ -85,6 +89,6 @@ class Claim:
         key = different[0]
         raise OutputError(
             f"{self.out} belongs to a job with other settings that is under way, or was stopped: {key} is "
-            f"{other.get(key)!r} there, {self.settings.get(key)!r} here; choose another --out, or start over with "
-            "--overwrite"
+            f"{other.get(key)!r} there, {self.settings.get(key)!r} here; finish that job with its own command, choose "
+            "another --out, or start over with --overwrite"
         )

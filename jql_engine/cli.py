@@ -71,7 +71,9 @@ def run(
     ] = 10.0,
     plan: Annotated[bool, typer.Option("--plan", help="Say how long it will take and what it will cost.")] = False,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of this machine, for --plan.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over: compute what is there again.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start over: remove the scores that are there, and compute them again.")
+    ] = False,
     assume_unchanged: Annotated[
         bool, typer.Option("--assume-unchanged", help="Go on with files whose server does not tell if they changed.")
     ] = False,

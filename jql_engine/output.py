@@ -2,8 +2,9 @@
 
     OUT/a/b.parquet    the scores of the input a/b.parquet, all rows in order
 
-Which files and rows are finished is what is there: no database, no lock. A finished file is created, never replaced but
-by --overwrite; where two runs of one job do work twice, the first to finish a file has finished it.
+Which files and rows are finished is what is there: no database, no lock. A finished file is created, never replaced:
+--overwrite removes what is there before its job begins. So whatever jobs meet on one output folder, a file is wholly of
+the job that its metadata names; where two runs of one job do work twice, the first to finish a file has finished it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -32,7 +33,8 @@ from jql_engine.storage import (
     list_files,
     open_parquet,
     read_schema,
-    remove_folder,
+    remove_empty_parents,
+    remove_files,
     retry,
     write,
     writing,
@@ -54,7 +56,6 @@ class Target:
     scores: pa.Schema  # of the columns that scoring adds; rescored: all columns of the output
     kind: Kind
     shared: Settings  # of the whole job, one object for all files
-    replace: bool = False  # a finished file that is there already
     own: Settings | None = None  # of this file, over the shared ones; None: those of its source
 
     @property
@@ -99,7 +100,8 @@ class Target:
     def commit(self, segment: Segment, scores: pa.Table, ids: pa.ChunkedArray | None) -> None:
         """Write the scores of a segment, as the finished file where it is all of it.
 
-        Raises OutputError, also where another job has finished the file meanwhile.
+        Raises OutputError, also where another job has finished the file meanwhile; InputError where the source was
+        changed since the run began.
         """
         schema = self.part_schema
         if len(schema) > scores.num_columns:
@@ -112,38 +114,42 @@ class Target:
         content = sink.getvalue()
         with explained(self.final):
             if self.is_whole(segment):
+                check_unchanged(self.file.source)
                 with self._finishing():
-                    write(self.final, content, self.aside, replace=self.replace)
-            else:
+                    write(self.final, content, self.aside, replace=False)
+            elif not is_finished(self.final, self.settings):
                 write(self.parts / Part(self.key, segment.start, segment.stop).name, content, self.aside)
 
-    def assemble(self) -> None:
-        """Write the finished file from the parts of its settings, and remove all parts.
+    def assemble(self, check: Callable[[], None] = lambda: None) -> None:
+        """Write the finished file from the parts of its settings, and remove those; `check` just before it appears.
 
         Raises OutputError, also where another job has finished the file meanwhile; InputError where the source was
         changed or cannot be read, PartsError where parts are gone.
         """
         try:
-            self._assemble()
+            self._assemble(check)
         except PartsError:
             if not is_finished(self.final, self.settings):
                 raise  # else another run of this job was faster
         with explained(self.final):
-            remove_folder(self.parts, self.out / PARTS)
+            parts = [(place, Part.parse(name)) for place, name in list_files(self.parts)]
+            remove_files([place for place, part in parts if part is not None and part.key == self.key])
+            remove_empty_parents(self.parts, self.out / PARTS)
 
-    def _assemble(self) -> None:
+    def _assemble(self, check: Callable[[], None]) -> None:
         tables = self._append() if self.kind == "append" else self._tables()
         schema = self._final_schema()
         dictionary = with_dictionary(schema) if self.kind == "sidecar" else True
         with (
             explained(self.final),
             self._finishing(),
-            writing(self.final, self.aside, replace=self.replace) as stream,
+            writing(self.final, self.aside, replace=False) as stream,
             pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=dictionary) as out,
         ):
             for group in _groups(tables):
                 out.write_table(group.cast(schema))
             check_unchanged(self.file.source)
+            check()
 
     @contextmanager
     def _finishing(self) -> Iterator[None]:

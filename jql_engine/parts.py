@@ -2,6 +2,7 @@
 
     OUT/.parts/a/b.parquet/<key>.<start>-<stop>.parquet    rows [start, stop) of the scores of the input a/b.parquet
     OUT/.parts/.<owner>.<host>.<process>.<random>.writing  not complete yet; <owner> stands for what it will be
+    OUT/.parts/*.listing                                   see jql_engine.frozen
 
 A part names the settings that made it: <key> is a hash of them. Files are assembled from parts of one key alone, so
 jobs that meet on one output by mistake never mix their scores.
@@ -26,6 +27,7 @@ from jql_engine.names import RelativeName
 from jql_engine.storage import Location, list_files
 
 PARTS = ".parts"
+LISTING = ".listing"  # how the names of lists of files that several ranks share end
 JOB = ".job"  # owner of what is written aside for the job's own records
 OTHER_HOST_SECONDS = 24 * 3600.0
 PART = re.compile(r"([0-9a-f]{12})\.(\d{12})-(\d{12})\.parquet")
@@ -63,6 +65,7 @@ class Leftovers:
 
     parts: dict[str, set[Part]]  # by the name of the file below the output folder
     unfinished: list[Location]  # files that a run was writing when it was killed, or is writing
+    listings: list[str]  # names of the lists of files that several ranks share
 
     def left_by(self, owners: Iterable[str]) -> list[Location]:
         """The unfinished files of these owners (names of files, JOB) whose writers are gone."""
@@ -72,13 +75,15 @@ class Leftovers:
 
 def find_leftovers(out: Location) -> Leftovers:
     """Look into the folder of parts."""
-    found = Leftovers(defaultdict(set), [])
+    found = Leftovers(defaultdict(set), [], [])
     for location, name in list_files(out / PARTS):
         file, _, last = name.rpartition("/")
         if part := Part.parse(last):
             found.parts[file].add(part)
         elif name.endswith(".writing") and name.count(".") == 5:
             found.unfinished.append(location)
+        elif name.endswith(LISTING):
+            found.listings.append(name)
     return found
 
 

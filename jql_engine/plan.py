@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
-from jql_engine.apart import Child, CrashError
+from jql_engine.apart import Child, CrashError, in_threads
 from jql_engine.bundle import Bundle
 from jql_engine.check import check_names, check_output
 from jql_engine.claim import Claim
 from jql_engine.data import Chunk, Task, embedding_type, score_schema
 from jql_engine.dataset import InputFile, SourceFile, find_files, split
-from jql_engine.errors import BundleError, OutputError, UnreadableError
+from jql_engine.errors import BundleError, EngineError, OutputError, UnreadableError
 from jql_engine.formats import open_file
-from jql_engine.frozen import FrozenListing, freeze
+from jql_engine.frozen import FrozenListing, freeze, is_frozen, remove_stray
 from jql_engine.output import (
     Kind,
     Target,
@@ -29,13 +30,25 @@ from jql_engine.output import (
     is_written_by_us,
     settings_of,
 )
-from jql_engine.parts import JOB, PARTS, Leftovers, Part, Settings, find_leftovers, parts_folder
+from jql_engine.parts import JOB, PARTS, Leftovers, Part, Settings, find_leftovers, key_of, parts_folder
 from jql_engine.ranks import Rank, share
-from jql_engine.storage import Location, list_files, locate, remove_empty_folders, remove_file, remove_folder
+from jql_engine.storage import (
+    Location,
+    list_files,
+    list_versions,
+    locate,
+    remove_empty_folders,
+    remove_file,
+    remove_files,
+    version_of,
+)
 
 CHUNK_ROWS = 20_000
 FIRST = 16  # files looked into at a time where only the first documents are to be scored
 LIBRARIES = ("jql-engine", "tokenizers")
+Versions: TypeAlias = Mapping[str, tuple[int, str]]  # sizes and versions of files, by their names
+# At an input file, in another process: what is in it, why it cannot be read, or None where its scores are finished.
+Look: TypeAlias = Callable[[SourceFile], InputFile | UnreadableError | None]
 COMPUTE = {  # by the provider of the variant
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt", "tensorrt-rtx-cu13-libs", "onnxruntime-gpu"),
@@ -97,14 +110,28 @@ class Shared:
     rank: Rank
     gone: list[Unfinished]  # files of the share that are no longer there
     n_new: int  # files that have appeared since the ranks began
-    overwrite: bool
+    everything: Sequence[SourceFile]  # files of all ranks
+    look: Look | None  # at one of them; None where what is there may be of an earlier job
 
-    def finish(self) -> None:
-        """Say that the share is finished."""
-        self.listing.finish(self.rank)
-        if not self.overwrite:  # else what is there may be of an earlier job
-            with explained(self.listing.out, "listed"):
-                self.listing.close_if_all({name for _, name in list_files(self.listing.out)})
+    def finish(self) -> list[int]:
+        """Say that the share is finished, and return the ranks that have yet to finish theirs."""
+        waiting = self.listing.finish(self.rank)
+        if waiting and self.look is not None and self._is_everything_finished(self.look):
+            self.listing.close()
+            return []
+        return waiting
+
+    def _is_everything_finished(self, look: Look) -> bool:
+        """Whether all ranks' files are, as where one rank of a finished job was started once more."""
+        with explained(self.listing.out, "listed"):
+            there = {name for _, name in list_files(self.listing.out)}
+        if not all(file.relative.text in there for file in self.listing.files):
+            return False
+        with Child() as child:
+            try:
+                return all(found is None for found in child.each(look, self.everything, crashed))
+            except EngineError:  # its own rank will say so
+                return False
 
 
 def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
@@ -115,50 +142,98 @@ def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
     if not bundle.heads and job.embeddings is None:
         raise BundleError(f"{bundle.path} has no heads, only embeddings; give --embeddings fp16 or fp32 to keep those")
     settings, scores = _settings(job, bundle, variant, chunk_bytes), _score_schema(job, bundle)
-    claim = Claim(locate(job.out), {**settings, "limit": job.limit})
-    found = find_sources(job, claim.out)
-    with Child() as child:
-        seen = _look_into(job, child, found.sources, None if job.overwrite or job.limit else settings, claim.out)
-        targets = [Target(claim.out, file, scores, job.output, settings, job.overwrite) for file in seen.files]
-        for target in targets:
-            check_names(target.file, target.scores, job.output)
-        finished = seen.finished
-        if job.limit is not None and not job.overwrite:
-            finished = [target.file.source for target in targets if is_finished(target.final, target.settings)]
-        return plan(job, claim, targets, finished, [*found.refused, *seen.unreadable], chunk_bytes, child, found.shared)
+    out = locate(job.out)
+
+    def target_of(file: InputFile) -> Target:
+        check_names(file, scores, job.output)
+        return Target(out, file, scores, job.output, settings)
+
+    look = partial(_look, job.text_column, job.id_column, None if job.overwrite or job.limit else settings, out)
+    return plan(job, Claim(out, {**settings, "limit": job.limit}), look, target_of, chunk_bytes)
 
 
-def plan(
-    job: Job,
-    claim: Claim,
-    targets: list[Target],
-    finished: Sequence[SourceFile],
-    unreadable: list[Unfinished],
-    chunk_bytes: int,
-    child: Child,
-    shared: Shared | None,
-) -> Work:
-    """Claim the output folder and find the chunks of `targets`, less those `finished`, that are not done.
+def plan(job: Job, claim: Claim, look: Look, target_of: Callable[[InputFile], Target], chunk_bytes: int) -> Work:
+    """Claim the output folder, and find the chunks that are not done of the files that `look` does not find finished.
 
-    Raises OutputError where another job has the folder, or has left parts there.
+    Raises InputError; OutputError where another job has the folder, or has left parts there.
     """
-    through = set(finished)
-    targets = [target for target in targets if target.file.source not in through]
-    mine = [target.file.source for target in targets]
-    check_output(claim.out, job.inputs, [*mine, *finished])
-    claim.take(job.overwrite)
+    listed = find_files(job.inputs)
+    refused = [Unfinished(one.file, one.reason) for one in listed.refused]
+    # A run alone goes on with the listing of ranks that were stopped.
+    is_shared = job.rank.world_size > 1 or is_frozen(claim.out, key_of(claim.settings))
+    before = list_versions(claim.out) if job.overwrite else {}
     try:
-        with explained(claim.out / PARTS, "listed"):
-            leftovers = find_leftovers(claim.out)
-        if not (job.overwrite or job.assume_unchanged):
-            begun = [source for source in mine if source.relative.text in leftovers.parts]
-            _check_traceable([*finished, *begun])
-        tidy(claim.out, [*mine, *finished], through.union(mine) if job.overwrite else through, leftovers)
-        tasks = list(_tasks(job, targets, chunk_bytes, {} if job.overwrite else leftovers.parts, child))
+        if is_shared:
+            _take(claim, job, listed.files)
+        sources, shared = _share(job, claim, listed.files, look) if is_shared else (listed.files, None)
+        with Child() as child:
+            seen = _look_into(job, child, sources, look)
+            targets = [target_of(file) for file in seen.files]
+            finished = seen.finished
+            if job.limit is not None and not job.overwrite:
+                finished = [target.file.source for target in targets if is_finished(target.final, target.settings)]
+                targets = [target for target in targets if target.file.source not in set(finished)]
+            if not is_shared:  # only now: where an input cannot be used, nothing is written
+                _take(claim, job, listed.files)
+            tasks = _tasks_left(job, claim, before, targets, finished, chunk_bytes, child)
     except BaseException:
         claim.release()
         raise
-    return Work(claim, targets, tasks, len(finished), unreadable, shared)
+    return Work(claim, targets, tasks, len(finished), [*refused, *seen.unreadable], shared)
+
+
+def _take(claim: Claim, job: Job, sources: Sequence[SourceFile]) -> None:
+    check_output(claim.out, job.inputs, sources)
+    claim.take(job.overwrite)
+    remove_stray(claim.out, key_of(claim.settings), job.overwrite)
+
+
+def _share(
+    job: Job, claim: Claim, sources: Sequence[SourceFile], look: Look
+) -> tuple[Sequence[SourceFile], Shared | None]:
+    """The input files of this rank: its share of one listing, see jql_engine.frozen."""
+    listing = freeze(claim.out, key_of(claim.settings), job.inputs, sources)
+    listing.begin(job.rank)
+    # With a limit, the first of all files are taken before they are shared.
+    found = listing.share_of(job.rank if job.limit is None else Rank(), sources)
+    reason = "was there when the ranks of this job began, and is gone"
+    gone = [] if job.limit else [Unfinished(str(file.relative), f"{file.relative} {reason}") for file in found.gone]
+    everything = listing.share_of(Rank(), sources).sources
+    known = None if job.overwrite or job.limit else look
+    return found.sources, Shared(listing, job.rank, gone, found.n_new, everything, known)
+
+
+def _tasks_left(
+    job: Job,
+    claim: Claim,
+    before: Versions,
+    targets: Sequence[Target],
+    finished: Sequence[SourceFile],
+    chunk_bytes: int,
+    child: Child,
+) -> list[Task]:
+    """Chunks that are not done. With --overwrite none is: what is there of `targets` is removed."""
+    mine = [target.file.source for target in targets]
+    with explained(claim.out / PARTS, "listed"):
+        leftovers = find_leftovers(claim.out)
+    if not (job.overwrite or job.assume_unchanged):
+        begun = [source for source in mine if source.relative.text in leftovers.parts]
+        _check_traceable([*finished, *begun])
+    with explained(claim.out, "tidied up"):
+        _remove_earlier(targets, before)
+    tidy(claim.out, [*mine, *finished], {*finished, *(mine if job.overwrite else ())}, leftovers)
+    return list(_tasks(job, targets, chunk_bytes, {} if job.overwrite else leftovers.parts, child))
+
+
+def _remove_earlier(targets: Sequence[Target], before: Versions) -> None:
+    """Remove the finished files that were there before this job took the folder, and are as they were."""
+
+    def remove(target: Target) -> None:
+        with suppress(FileNotFoundError):
+            if version_of(target.final) == before[target.file.source.relative.text]:
+                remove_file(target.final)  # else a job that began later has made it
+
+    in_threads(remove, [target for target in targets if target.file.source.relative.text in before])
 
 
 def _check_traceable(sources: Sequence[SourceFile]) -> None:
@@ -173,34 +248,6 @@ def _check_traceable(sources: Sequence[SourceFile]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """Input files of this rank."""
-
-    sources: Sequence[SourceFile]
-    refused: list[Unfinished]
-    shared: Shared | None  # where there are several ranks
-
-
-def find_sources(job: Job, out: Location) -> Found:
-    """The input files of this rank; raises InputError, OutputError.
-
-    Several ranks share the files of one listing, see jql_engine.frozen.
-    """
-    listed = find_files(job.inputs)
-    refused = [Unfinished(one.file, one.reason) for one in listed.refused]
-    if job.rank.world_size == 1:
-        return Found(listed.files, refused, None)
-    check_output(out, job.inputs, listed.files)
-    listing = freeze(out, job.inputs, listed.files)
-    # With a limit, the first of all files are taken before they are shared.
-    found = listing.share_of(job.rank if job.limit is None else Rank(), listed.files)
-    reason = "was there when the ranks of this job began, and is gone"
-    gone = [Unfinished(str(file.relative), f"{file.relative} {reason}") for file in found.gone]
-    shared = Shared(listing, job.rank, [] if job.limit else gone, found.n_new, job.overwrite)
-    return Found(found.sources, refused, shared)
-
-
-@dataclass(frozen=True, slots=True)
 class _Seen:
     """What was found in input files."""
 
@@ -212,19 +259,17 @@ class _Seen:
 def open_inputs(job: Job) -> tuple[list[InputFile], list[Unfinished]]:
     """The files of `job` that can be read, and those that cannot; raises InputError."""
     listed = find_files(job.inputs)
+    look = partial(_look, job.text_column, job.id_column, None, None)
     with Child() as child:
-        seen = _look_into(job, child, listed.files if job.limit else share(listed.files, job.rank), None, None)
+        seen = _look_into(job, child, listed.files if job.limit else share(listed.files, job.rank), look)
     return seen.files, [*(Unfinished(one.file, one.reason) for one in listed.refused), *seen.unreadable]
 
 
-def _look_into(
-    job: Job, child: Child, sources: Sequence[SourceFile], settings: Settings | None, out: Location | None
-) -> _Seen:
-    """Open `sources` but those finished with `settings`; with a limit this rank's of the first with so many documents.
+def _look_into(job: Job, child: Child, sources: Sequence[SourceFile], look: Look) -> _Seen:
+    """Look at `sources`; with a limit open this rank's of the first with so many documents.
 
     Raises InputError where a file has not the columns, or none can be read.
     """
-    look = partial(_look, job.text_column, job.id_column, settings, out)
     files: list[InputFile] = []
     finished: list[SourceFile] = []
     errors: list[tuple[SourceFile, UnreadableError]] = []
@@ -247,14 +292,14 @@ def _look_into(
         mine = set(share([file.source for file in files], job.rank))
         files = [file for file in files if file.source in mine]
     unreadable = [Unfinished(str(source.location), str(error)) for source, error in errors]
-    return _Seen(with_shared_schemas(files), finished, unreadable)
+    return _Seen(_with_shared_schemas(files), finished, unreadable)
 
 
 def _look(
     text_column: str, id_column: str | None, settings: Settings | None, out: Location | None, source: SourceFile
 ) -> InputFile | UnreadableError | None:
-    """What is in a file; None where its scores are finished."""
-    if settings is not None and out is not None and _is_done(out, settings, source):
+    """What is in a file; None where its scores, with `settings`, are finished."""
+    if settings and out and is_finished(source.relative.below(out), settings_of(settings, source)):
         return None
     try:
         return open_file(source, text_column, id_column)
@@ -262,16 +307,12 @@ def _look(
         return error
 
 
-def _is_done(out: Location, settings: Settings, source: SourceFile) -> bool:
-    return is_finished(source.relative.below(out), settings_of(settings, source))
-
-
 def crashed(source: SourceFile, error: CrashError) -> UnreadableError:
     """What to say of a file that a process died of."""
-    return UnreadableError(f"{source.location} cannot be looked into: {error}; it is damaged")
+    return UnreadableError(f"{source.location} cannot be looked into: {error}; it is damaged, or takes more memory")
 
 
-def with_shared_schemas(files: Sequence[InputFile]) -> list[InputFile]:
+def _with_shared_schemas(files: Sequence[InputFile]) -> list[InputFile]:
     """One object for equal schemas: of a hundred thousand files each would keep half a gigabyte."""
     known: dict[bytes, pa.Schema] = {}
     return [replace(file, schema=known.setdefault(file.schema.serialize().to_pybytes(), file.schema)) for file in files]
@@ -291,8 +332,8 @@ def tidy(out: Location, sources: Sequence[SourceFile], done: set[SourceFile], le
         for file in leftovers.left_by([JOB, *(source.relative.text for source in sources)]):
             remove_file(file)
         for source in done:
-            if source.relative.text in leftovers.parts:
-                remove_folder(parts_folder(out, source.relative), out / PARTS)
+            folder = parts_folder(out, source.relative)
+            remove_files([folder / part.name for part in leftovers.parts.get(source.relative.text, ())])
         remove_empty_folders(out / PARTS)
 
 

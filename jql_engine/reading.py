@@ -155,8 +155,10 @@ class Cursor:
 
 
 def check_unchanged(source: SourceFile) -> None:
-    """Raise InputError where a file is not the one that was found when the run began."""
-    check_version(source.location, version_of(source.location), source.found)
+    """Raise InputError where a file is not the one that was found when the run began, or is gone."""
+    with unreadable(failed := f"{source.location} cannot be looked at again", failed):
+        found = version_of(source.location)
+    check_version(source.location, found, source.found)
 
 
 def _pieces(cursor: Cursor, segment: Segment, first: int) -> Iterator[Piece]:

@@ -15,7 +15,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from jql_engine.apart import Child
 from jql_engine.bundle import Bundle
 from jql_engine.claim import Claim
 from jql_engine.data import EMBEDDING, ChunkDone, ChunkEnd, Failure, Segment, StageSeconds, Task, score_column
@@ -25,7 +24,7 @@ from jql_engine.errors import BundleError, InputError, UnreadableError
 from jql_engine.formats import unreadable
 from jql_engine.output import METADATA_KEY, Target, is_finished
 from jql_engine.pipeline import StageTime, pipeline
-from jql_engine.plan import Job, Unfinished, Work, crashed, find_sources, plan, with_shared_schemas
+from jql_engine.plan import Job, Work, plan
 from jql_engine.reading import Cursor
 from jql_engine.storage import Location, locate, open_parquet, retry
 
@@ -75,43 +74,22 @@ def prepare_rescoring(job: Job, bundle: Bundle) -> Work:
     """
     if not bundle.heads:
         raise BundleError(f"{bundle.path} has no heads to apply; give a bundle of the same encoder with heads")
-    job = replace(job, chunk_rows=CHUNK_ROWS)
-    claim = Claim(locate(job.out), {"rescored": True, "bundle": bundle.hash, "heads": list(bundle.heads)})
-    inputs = find_sources(job, claim.out)
-    files: list[InputFile] = []
-    errors: list[tuple[SourceFile, UnreadableError]] = []
-    with Child() as child:
-        looked = child.each(partial(_look, bundle), inputs.sources, crashed)
-        for source, found in zip(inputs.sources, looked, strict=True):
-            if isinstance(found, UnreadableError):
-                errors.append((source, found))
-            else:
-                files.append(found)
-        if errors and not files:
-            raise InputError(str(errors[0][1]))
-        targets = [_target(file, claim, bundle, job.overwrite) for file in with_shared_schemas(files)]
-        finished = [] if job.overwrite else list(_finished(targets, child))
-        unreadable = [Unfinished(str(source.location), str(error)) for source, error in errors]
-        return plan(job, claim, targets, finished, [*inputs.refused, *unreadable], CHUNK_BYTES, child, inputs.shared)
+    out = locate(job.out)
+    claim = Claim(out, {"rescored": True, "bundle": bundle.hash, "heads": list(bundle.heads)})
+    target_of = partial(_target, out, bundle)
+    look = partial(_look, bundle, None if job.overwrite else out)
+    return plan(replace(job, chunk_rows=CHUNK_ROWS), claim, look, target_of, CHUNK_BYTES)
 
 
-def _finished(targets: list[Target], child: Child) -> Iterator[SourceFile]:
-    places = [(target.final, target.settings) for target in targets]
-    for target, done in zip(targets, child.each(_is_finished, places, lambda *_: False), strict=True):
-        if done:
-            yield target.file.source
-
-
-def _is_finished(place: tuple[Location, dict[str, Any]]) -> bool:
-    return is_finished(*place)
-
-
-def _look(bundle: Bundle, source: SourceFile) -> InputFile | UnreadableError:
+def _look(bundle: Bundle, out: Location | None, source: SourceFile) -> InputFile | UnreadableError | None:
+    """What is in a file of vectors; None where the scores in `out` are finished."""
     try:
         with unreadable(f"{source.location} cannot be read", f"{source.location} is not a complete parquet file"):
-            return retry(source.location, lambda: _describe(bundle, source))
+            file = retry(source.location, lambda: _describe(bundle, source))
     except UnreadableError as error:
         return error
+    is_done = out is not None and is_finished(source.relative.below(out), _settings(file, bundle))
+    return None if is_done else file
 
 
 def _describe(bundle: Bundle, source: SourceFile) -> InputFile:
@@ -125,39 +103,53 @@ def _describe(bundle: Bundle, source: SourceFile) -> InputFile:
         raise UnreadableError(f"{source.location} was not written by jql-run ({error!r})") from error
     if EMBEDDING in schema.names and "n_tokens" not in schema.names:
         raise UnreadableError(f"{source.location} has no column 'n_tokens', as jql-run writes it")
-    if EMBEDDING in schema.names and not pa.types.is_fixed_size_list(schema.field(EMBEDDING).type):
-        found = schema.field(EMBEDDING).type
-        raise UnreadableError(f"{source.location}: column {EMBEDDING!r} is {found}, expected a fixed-size list")
     if EMBEDDING not in schema.names:
         raise UnreadableError(f"{source.location} has no column {EMBEDDING!r}; score it again with --embeddings fp16")
+    width, found = bundle.manifest.encoder.hidden_size, schema.field(EMBEDDING).type
+    if not _holds_vectors(found, width):
+        raise UnreadableError(
+            f"{source.location}: column {EMBEDDING!r} is {found}, expected vectors of {width} float16 or float32"
+        )
     if encoder != bundle.encoder_hash:
         raise UnreadableError(
             f"{source.location} holds vectors of encoder {encoder[:12]}..., the heads of {bundle.path} read "
             f"those of {bundle.encoder_hash[:12]}...; use a bundle of the same encoder, pooling and length"
         )
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    if any(group.num_rows < 0 for group in groups):
+        raise UnreadableError(
+            f"{source.location} is damaged: a row group has {min(group.num_rows for group in groups)} rows"
+        )
     sizes = tuple(sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)) for group in groups)
     return InputFile(source, EMBEDDING, None, schema, tuple(group.num_rows for group in groups), sizes)
+
+
+def _holds_vectors(kind: pa.DataType, width: int) -> bool:
+    is_list = pa.types.is_fixed_size_list(kind) and kind.list_size == width
+    return is_list and kind.value_type in (pa.float16(), pa.float32())
 
 
 def _stored_settings(schema: pa.Schema) -> dict[str, Any]:
     return dict(json.loads((schema.metadata or {})[METADATA_KEY]))
 
 
-def _target(file: InputFile, claim: Claim, bundle: Bundle, overwrite: bool) -> Target:
+def _settings(file: InputFile, bundle: Bundle) -> dict[str, Any]:
+    before = _stored_settings(file.schema)
+    return {**before, "bundle": bundle.hash, "heads": list(bundle.heads), "rescored_from": file.source.version}
+
+
+def _target(out: Location, bundle: Bundle, file: InputFile) -> Target:
     """The stored columns with the new heads' in the place of the old ones', and without the vectors."""
-    source, before = file.source, _stored_settings(file.schema)
-    old = {score_column(head) for head in before["heads"]}
+    old = {score_column(head) for head in _stored_settings(file.schema)["heads"]}
     kept = [field for field in file.schema if field.name not in old and field.name != EMBEDDING]
     at = next(i for i, field in enumerate(kept) if field.name == "n_tokens")
     new = [pa.field(score_column(head), pa.float32()) for head in bundle.heads]
     if clash := {field.name for field in kept} & {field.name for field in new}:
         raise InputError(
-            f"{source.location}: a column {min(clash)!r} has the name of a score column; choose other head names"
+            f"{file.source.location}: a column {min(clash)!r} has the name of a score column; choose other head names"
         )
-    settings = {**before, "bundle": bundle.hash, "heads": list(bundle.heads), "rescored_from": source.version}
     columns = pa.schema([*kept[:at], *new, *kept[at:]])
-    return Target(claim.out, file, columns, "rescored", {}, overwrite, own=settings)
+    return Target(out, file, columns, "rescored", {}, own=_settings(file, bundle))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,16 +237,20 @@ class Rescorer:
             if not isinstance(item, ChunkEnd):
                 tables.setdefault(item[0], []).append(item[1])
                 continue
-            self.claim.check()
-            failed, n_docs = {failure.segment for failure in item.failures}, 0
+            failures, n_docs = {failure.segment: failure for failure in item.failures}, 0
             for segment in item.task.chunk.segments:
-                if segment in failed:
+                if segment in failures:
                     continue
-                target, n_docs = self.targets[segment.file], n_docs + segment.stop - segment.start
+                target = self.targets[segment.file]
                 found = tables.get(segment) or [target.scores.empty_table()]
-                target.commit(segment, pa.concat_tables(found), None)
+                self.claim.check()
+                try:
+                    target.commit(segment, pa.concat_tables(found), None)
+                    n_docs += segment.stop - segment.start
+                except InputError as error:
+                    failures[segment] = Failure(segment, str(error))
             tables = {}
-            yield item, n_docs
+            yield replace(item, failures=tuple(failures.values())), n_docs
 
 
 def _kept(column: pa.Array) -> pa.Array:

@@ -12,9 +12,7 @@ from jql_engine.apart import Child, CrashError
 from jql_engine.claim import Claim
 from jql_engine.data import ChunkDone, Task
 from jql_engine.errors import InputError, PartsError, UnreadableError
-from jql_engine.output import (
-    Target,
-)
+from jql_engine.output import Target
 from jql_engine.parts import find_leftovers
 from jql_engine.plan import Unfinished, Work, tidy
 from jql_engine.progress import Meter, RunLog
@@ -57,7 +55,10 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
     unfinished = [*work.unreadable, *ledger.failed.values()]
     # A run that was stopped has files that are neither done nor failed.
     if work.listing is not None and not unfinished and len(ledger.done()) == len(work.targets):
-        work.listing.finish()
+        waiting = work.listing.finish()
+        if waiting:
+            ranks = f"{', '.join(map(str, waiting[:8]))}{', ...' if len(waiting) > 8 else ''}"
+            meter.say(f"jql-run: this rank is through; of {work.listing.rank.world_size}, not yet: {ranks}")
     unfinished += work.listing.gone if work.listing else []
     unfinished += [Unfinished(str(log.file), log.failure)] if log.failure else []
     return Outcome(len(ledger.done()), unfinished)
@@ -134,8 +135,7 @@ class _Assembly:
     def _assemble(self, target: Target) -> None:
         child = self._free.get()
         try:
-            self._claim.check()
-            child.call(target.assemble)
+            child.call(target.assemble, self._claim.check)
         except CrashError as error:
             raise UnreadableError(f"{target.file.source.location} or its scores cannot be read: {error}") from error
         finally:
@@ -145,9 +145,10 @@ class _Assembly:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
+        if kind is not None:  # a file that is being put together is left as it is, and no other begun
+            self._pool.shutdown(wait=False, cancel_futures=True)
             for child in self._children:
                 child.close()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True)
         for child in self._children:
             child.close()

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -56,6 +57,7 @@ VERSION_KEYS = (
 )  # fmt: skip
 UNKNOWN = "unknown"  # the version of a file of which only the size is told
 MKDIR_ATTEMPTS = 8
+REMOVALS = 16  # files removed at once
 # fsspec reads ahead by this much; parquet column chunks of one text column are read front to back.
 REMOTE_BLOCK = 8 << 20
 
@@ -348,9 +350,9 @@ def _upload_aside(target: UPath, aside: UPath, put: Callable[..., object], repla
     _made(aside, lambda: put(aside.path))
     if target.exists():  # not every file system moves onto a file, and HDFS does not even say so
         if not replace:
-            aside.unlink()
+            _remove(aside)
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-        target.unlink()
+        _remove(target)
     _made(target, lambda: target.fs.mv(aside.path, target.path))
 
 
@@ -399,28 +401,31 @@ def _made(file: Location, function: Callable[[], T]) -> T:
 def remove_file(location: Location) -> None:
     """Remove a file that may be gone already."""
     with suppress(FileNotFoundError):
-        retry(location, location.unlink)
+        retry(location, lambda: _remove(location))
 
 
-def remove_folder(folder: Location, root: Location) -> None:
-    """Remove `folder` with all in it, and the folders above it, below `root` and `root` itself, that are left empty."""
-    if isinstance(folder, Path):
-        with suppress(FileNotFoundError, NotADirectoryError):  # others remove it too
-            for name in os.listdir(folder):  # noqa: PTH208 (a list: what is removed meanwhile does not matter)
-                (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # another process still writes there, or it is gone
-            for empty in (folder, *folder.parents):
-                empty.rmdir()
-                if empty == root:
-                    break
-    else:
-        with suppress(FileNotFoundError):
-            retry(folder, lambda: folder.fs.rm(folder.path, recursive=True))
-        folder.fs.invalidate_cache(folder.path)
-        for parent in (folder, *folder.parents):
-            remove_if_empty(parent)
-            if parent == root:
-                break
+def remove_files(files: Sequence[Location]) -> None:
+    """Remove files that may be gone already, several at a time."""
+    with ThreadPoolExecutor(REMOVALS, thread_name_prefix="remove") as pool:
+        list(pool.map(remove_file, files))
+
+
+def _remove(location: Location) -> None:
+    if isinstance(location, Path):
+        location.unlink()
+        return
+    try:
+        location.fs.rm_file(location.path)
+    except NotImplementedError:
+        location.fs.rm(location.path)  # which takes a name with "*" for a pattern
+
+
+def remove_empty_parents(folder: Location, root: Location) -> None:
+    """Remove `folder` and those above it, up to and with `root`, as far as nothing is in them."""
+    for parent in (folder, *folder.parents):
+        remove_if_empty(parent)
+        if parent == root:
+            break
 
 
 def remove_empty_folders(root: Location) -> None:
@@ -442,6 +447,20 @@ def remove_if_empty(folder: Location) -> None:
     elif folder.protocol not in OBJECT_STORES:
         with suppress(Exception):  # it is not empty; every file system has errors of its own
             folder.fs.rmdir(folder.path)
+
+
+def list_versions(folder: Location) -> dict[str, tuple[int, str]]:
+    """Sizes and versions, see `version_of`, of the files below `folder`, by their path inside of it."""
+    if isinstance(folder, Path):
+        found = {}
+        for file, name in list_files(folder):
+            with suppress(FileNotFoundError):  # others remove it
+                found[name] = version_of(file)
+        return found
+    folder.fs.invalidate_cache(folder.path)
+    root = folder.path.rstrip("/") + "/"
+    infos: dict[str, dict[str, object]] = retry(folder, lambda: folder.fs.find(folder.path, detail=True))
+    return {path.removeprefix(root): version_from(info) for path, info in infos.items() if path.startswith(root)}
 
 
 def list_files(folder: Location) -> list[tuple[Location, str]]:

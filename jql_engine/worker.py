@@ -7,7 +7,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from jql_engine.bundle import Bundle
 from jql_engine.claim import Claim
-from jql_engine.data import Chunk, ChunkDone, ChunkEnd, Piece, ScoreBatch, Scores, Segment, StageSeconds, Task
+from jql_engine.data import Chunk, ChunkDone, ChunkEnd, Failure, Piece, ScoreBatch, Scores, Segment, StageSeconds, Task
 from jql_engine.dataset import InputFile
 from jql_engine.dictionaries import Column
 from jql_engine.distinct import ChunkDocuments, DistinctDocuments
+from jql_engine.errors import InputError
 from jql_engine.execution import execute
 from jql_engine.output import Target
 from jql_engine.parity import open_certified
@@ -30,7 +31,7 @@ from jql_engine.sessions.choice import Choice
 from jql_engine.tokens import Tokenizer
 
 T = TypeVar("T")
-WRITERS = 8  # small files written at once: creating one waits for the disk, or for the network
+WRITERS = 16  # small files written at once: creating one waits for the disk, or for the network
 STAGES = ("read", "tokenise", "execute", "write")
 
 
@@ -132,13 +133,20 @@ class Worker:
                 chunk.tokens = int(scores.n_tokens.sum())
                 table = scores.to_table()
 
-                def commit(place: tuple[Segment, int], chunk: _Chunk = chunk, table: pa.Table = table) -> None:
+                def commit(
+                    place: tuple[Segment, int], chunk: _Chunk = chunk, table: pa.Table = table
+                ) -> Failure | None:
                     segment, first = place
                     rows = table.slice(first, segment.stop - segment.start)
-                    self.targets[segment.file].commit(segment, rows, chunk.ids.get(segment))
+                    self.claim.check()
+                    try:
+                        self.targets[segment.file].commit(segment, rows, chunk.ids.get(segment))
+                        return None
+                    except InputError as error:
+                        return Failure(segment, str(error))
 
-                self.claim.check()
-                list(pool.map(commit, chunk.segments()))
+                failures = [failure for failure in pool.map(commit, chunk.segments()) if failure is not None]
+                chunk.end = replace(chunk.end, failures=(*chunk.end.failures, *failures))
                 yield chunk
 
     def _until_stopped(self, items: Iterator[T]) -> Iterator[T]:
@@ -203,14 +211,15 @@ class _Chunk:
 
     def done(self, stages: dict[str, StageSeconds]) -> ChunkDone:
         """What was done."""
-        n_docs = sum(segment.stop - segment.start for segment, _ in self.segments())
+        rows = [slice(first, first + segment.stop - segment.start) for segment, first in self.segments()]
+        n_docs = sum(part.stop - part.start for part in rows)
         return ChunkDone(
             self.end.task,
             self.end.failures,
             documents=n_docs,
-            null_documents=n_docs - int((self.index >= 0).sum()),
+            null_documents=sum(int((self.index[part] < 0).sum()) for part in rows),
             invalid_utf8=self.n_invalid,
-            truncated=int(self.truncated.sum()),
+            truncated=sum(int(self.truncated[part].sum()) for part in rows),
             tokens=self.tokens,
             padding=self.padding,
             memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jql_engine.dataset import find_files
 from jql_engine.errors import OutputError
-from jql_engine.frozen import freeze
+from jql_engine.frozen import freeze, remove_stray
 from jql_engine.launch import Machine, score
 from jql_engine.plan import Job
 from jql_engine.progress import RunLog
@@ -33,6 +33,13 @@ def corpus(folder: Path, *names: str) -> Path:
     return folder
 
 
+KEY = "0123456789ab"
+
+
+def begin(out: Path, sources, given: tuple[str, ...] = ("in",)):
+    return freeze(out, KEY, given, sources)
+
+
 @given(st.lists(st.sets(st.integers(0, 9), min_size=1), min_size=1, max_size=5), st.integers(1, 5))
 @settings(max_examples=50, deadline=None)
 def test_every_file_of_the_listing_belongs_to_one_rank_whatever_the_ranks_see(tmp_path_factory, seen, world_size):
@@ -42,7 +49,7 @@ def test_every_file_of_the_listing_belongs_to_one_rank_whatever_the_ranks_see(tm
     shares = []
     for rank in range(world_size):
         sources = [everything[i] for i in sorted(seen[rank % len(seen)])]
-        shares.append(freeze(folder / "out", ["in"], sources).share_of(Rank(rank, world_size), sources))
+        shares.append(begin(folder / "out", sources).share_of(Rank(rank, world_size), sources))
     first = {everything[i].relative.text for i in seen[0]}
     taken = [name for share in shares for name in [*names(share.sources), *(f.relative.text for f in share.gone)]]
     assert sorted(taken) == sorted(first)
@@ -55,50 +62,97 @@ def test_ranks_that_begin_at_once_take_the_same_listing(tmp_path):
     sources = find_files([str(corpus(tmp_path / "in", *(f"{i}.parquet" for i in range(16))))]).files
     together = threading.Barrier(16)
 
-    def begin(number: int) -> str:
+    def start(number: int) -> str:
         together.wait()
-        return freeze(tmp_path / "out", ["in"], sources[: number + 1]).id
+        return begin(tmp_path / "out", sources[: number + 1]).id
 
     with ThreadPoolExecutor(16) as pool:
-        assert len(set(pool.map(begin, range(16)))) == 1
+        assert len(set(pool.map(start, range(16)))) == 1
 
 
 def test_the_next_listing_begins_once_all_ranks_have_finished_this_one(tmp_path):
     sources = find_files([str(corpus(tmp_path / "in", "a.parquet", "b.parquet"))]).files
     out = tmp_path / "out"
-    first = freeze(out, ["in"], sources[:1])
-    first.finish(Rank(0, 2))
-    assert freeze(out, ["in"], sources).id == first.id
-    first.finish(Rank(1, 2))
+    first = begin(out, sources[:1])
+    assert first.finish(Rank(0, 2)) == [1]
+    assert begin(out, sources).id == first.id
+    assert first.finish(Rank(1, 2)) == []
     assert visible(out) == []
-    second = freeze(out, ["in"], sources)
+    second = begin(out, sources)
     assert second.id != first.id and [file.relative.text for file in second.files] == ["a.parquet", "b.parquet"]
 
 
-def test_a_rank_that_was_killed_while_it_removed_a_finished_listing_leaves_no_old_one_behind(tmp_path):
+def test_a_rank_that_begins_again_has_not_finished(tmp_path):
+    sources = find_files([str(corpus(tmp_path / "in", "a.parquet", "b.parquet"))]).files
+    listing = begin(tmp_path / "out", sources)
+    listing.finish(Rank(0, 2))
+    listing.begin(Rank(0, 2))
+    assert listing.finish(Rank(1, 2)) == [0]
+    assert begin(tmp_path / "out", sources).id == listing.id
+
+
+def test_who_closes_a_listing_late_leaves_the_next_one_alone(tmp_path):
     sources = find_files([str(corpus(tmp_path / "in", "a.parquet", "b.parquet"))]).files
     out = tmp_path / "out"
-    first = freeze(out, ["in"], sources[:1])
-    (out / ".parts" / f"{first.inputs}.0.{first.id}.0-of-1.done").write_bytes(b"")
-    second = freeze(out, ["in"], sources)
-    assert second.number == 1 and len(second.files) == 2
-    assert [name for name in visible(out) if first.id in name or ".0." in name] == []
+    first = begin(out, sources[:1])
+    first.finish(Rank())
+    second = begin(out, sources)
+    assert second.number == first.number  # numbers begin anew where nothing is left
+    first.close()
+    assert begin(out, sources).id == second.id
+    assert [name for name in visible(out) if first.id in name] == []
 
 
-def test_other_inputs_have_a_listing_of_their_own(tmp_path):
+@pytest.mark.parametrize("left", ["{first}.0-of-1.done", "{first}.closed"])
+def test_a_rank_that_was_killed_while_it_closed_a_listing_leaves_nothing_behind(tmp_path, left):
+    sources = find_files([str(corpus(tmp_path / "in", "a.parquet", "b.parquet"))]).files
+    out = tmp_path / "out"
+    first = begin(out, sources[:1])
+    place = out / ".parts" / left.format(first=f"{KEY}.0.{first.id}")
+    if "done" in left:  # before it removed the listing
+        place.write_bytes(b"")
+        second = begin(out, sources)
+        assert second.number == 1 and len(second.files) == 2
+    else:  # after it
+        first.finish(Rank())
+        place.parent.mkdir()
+        place.write_bytes(b"")
+        remove_stray(out, KEY, overwrite=False)
+        assert visible(out) == []
+        second = begin(out, sources)
+    assert visible(out) == [f".parts/{KEY}.{second.number}.listing"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_job_that_starts_over_removes_the_listings_of_others(tmp_path, overwrite):
     sources = find_files([str(corpus(tmp_path / "in", "a.parquet"))]).files
-    one, other = (freeze(tmp_path / "out", [given], sources) for given in ("in", "more"))
-    assert one.id != other.id and freeze(tmp_path / "out", ["in/"], sources).id == one.id
+    listing = begin(tmp_path / "out", sources)
+    (tmp_path / "out/.parts" / f"{KEY}.0.{listing.id}.1-of-2.done").write_bytes(b"")
+    before = visible(tmp_path / "out")
+    remove_stray(tmp_path / "out", KEY, overwrite)
+    assert visible(tmp_path / "out") == before
+    remove_stray(tmp_path / "out", "f" * 12, overwrite)
+    assert visible(tmp_path / "out") == ([] if overwrite else before)
+
+
+def test_other_inputs_of_one_rank_are_an_error(tmp_path):
+    sources = find_files([str(corpus(tmp_path / "in", "a.parquet"))]).files
+    listing = begin(tmp_path / "out", sources)
+    assert begin(tmp_path / "out", sources, ("in/",)).id == listing.id
+    with pytest.raises(OutputError, match=r"only there in, only here in/1, in/2; .* a pattern in quotes"):
+        begin(tmp_path / "out", sources, ("in/1", "in/2"))
+    listing.finish(Rank())
+    assert begin(tmp_path / "out", sources, ("more",)).id != listing.id
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"id": 1}', b'{"id": "x", "files": [["../x", 1]]}', b"\xff"])
 def test_a_damaged_listing_is_named(tmp_path, content):
     sources = find_files([str(corpus(tmp_path / "in", "a.parquet"))]).files
-    freeze(tmp_path / "out", ["in"], sources)
+    begin(tmp_path / "out", sources)
     [listing] = (tmp_path / "out/.parts").glob("*.listing")
     listing.write_bytes(content)
     with pytest.raises(OutputError, match=r"\.listing is damaged .*remove it"):
-        freeze(tmp_path / "out", ["in"], sources)
+        begin(tmp_path / "out", sources)
 
 
 def run(bundle, source: Path, out: Path, rank: int, world_size: int = 3) -> dict[str, object]:
@@ -154,3 +208,22 @@ def test_a_rank_that_was_stopped_has_not_finished(bundle, tmp_path):
     job = Job((str(source),), out, rank=Rank(0, 2))
     score(job, bundle, Machine("cpu", "cpu-fp32"), RunLog(None), stop)
     assert not list(out.glob(".parts/*.done"))
+
+
+def test_the_output_belongs_to_the_ranks_until_all_are_through(bundle, tmp_path, capfd):
+    source, out = corpus(tmp_path / "in", *(f"{i}.parquet" for i in range(4))), tmp_path / "out"
+    run(bundle, source, out, 0)
+    assert "this rank is through; of 3, not yet: 1, 2" in capfd.readouterr().err
+    with pytest.raises(OutputError, match=r"finish that job with its own command.*--overwrite"):
+        score(Job((str(source),), out, limit=1), bundle, Machine("cpu", "cpu-fp32"), RunLog(None), threading.Event())
+    assert run(bundle, source, out, 0, 1)["unfinished"] == []  # alone, instead of the others
+    assert visible(out) == visible(source)
+
+
+def test_a_rank_with_other_inputs_is_refused_and_changes_nothing(bundle, tmp_path):
+    source, out = corpus(tmp_path / "in", *(f"{i}.parquet" for i in range(4))), tmp_path / "out"
+    run(bundle, source, out, 0)
+    before = visible(out)
+    with pytest.raises(OutputError, match="pattern in quotes"):
+        run(bundle, source / "*.parquet", out, 1)
+    assert visible(out) == before

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -205,6 +206,41 @@ def test_a_file_that_another_run_has_finished_is_finished(tmp_path):
     before = (tmp_path / "out/a.parquet").stat()
     target.assemble()
     assert (tmp_path / "out/a.parquet").stat() == before
+
+
+def other_job(target: Target) -> Target:
+    return replace(target, shared={**SETTINGS, "variant": "openvino-bf16"})
+
+
+def test_a_finished_file_of_another_job_is_never_replaced(tmp_path):
+    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 4))
+    write_all(tmp_path / "out", target.file)
+    before = (tmp_path / "out/a.parquet").read_bytes()
+    for start in (0, 2):  # as the whole file, and as a part of it
+        with pytest.raises(OutputError, match="was computed with other settings: variant was 'cpu-fp32'"):
+            other_job(target).commit(Segment(0, start, 4), scores(start, 4), None)
+    assert visible(tmp_path / "out") == [".parts", "a.parquet"]
+    assert (tmp_path / "out/a.parquet").read_bytes() == before
+
+
+def test_assembly_leaves_the_parts_of_another_job(tmp_path):
+    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 4))
+    commit_parts(other_job(target), 0, 2)
+    commit_parts(target, 0, 2, 4)
+    target.assemble()
+    assert rows(tmp_path / "out") == {"a.parquet": {(0, 2)}}
+    assert visible(tmp_path / "out")[-1] == "a.parquet"
+
+
+def test_a_file_in_one_chunk_whose_source_was_changed_does_not_appear(tmp_path):
+    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet"))
+    source(tmp_path / "a.parquet", 5)
+    with pytest.raises(InputError, match=r"a\.parquet was changed during the run"):
+        target.commit(Segment(0, 0, 4), scores(0, 4), None)
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(InputError, match=r"a\.parquet cannot be looked at again"):
+        target.commit(Segment(0, 0, 4), scores(0, 4), None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_row_groups_of_the_finished_file_hold_many_parts(tmp_path):

@@ -336,3 +336,15 @@ def test_files_that_were_altered_since_are_named_and_the_others_are_done(other, 
     summary = rescored(other, tmp_path / "out", vectors)
     assert sorted(Path(file["file"]).name for file in summary["unfinished"]) == ["b.parquet", "d.parquet"]
     assert summary["files"] == 2
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32(), 31), pa.list_(pa.float64(), 32), pa.list_(pa.float32())])
+def test_vectors_of_another_width_or_type_are_refused(other, vectors, tmp_path, kind):
+    table = pq.read_table(next(vectors.glob("*.parquet")))
+    width = kind.list_size if pa.types.is_fixed_size_list(kind) else 32
+    column = pa.array([[0.0] * width] * table.num_rows, kind)
+    at = table.column_names.index("embedding")
+    (tmp_path / "other").mkdir()
+    pq.write_table(table.set_column(at, pa.field("embedding", kind), column), tmp_path / "other/a.parquet")
+    with pytest.raises(InputError, match=r"column 'embedding' is .*, expected vectors of 32 float16 or float32"):
+        rescored(other, tmp_path / "out", tmp_path / "other")

@@ -27,7 +27,7 @@ from jql_engine.storage import (
     open_read,
     remove_empty_folders,
     remove_file,
-    remove_folder,
+    remove_files,
     retry,
     set_retries,
     version_of,
@@ -268,17 +268,6 @@ def test_files_are_listed_from_the_inside_of_a_folder_in_order(folder):
     assert all(exists(location) and location.name == name.rpartition("/")[2] for location, name in found)
 
 
-def test_a_folder_is_removed_with_what_is_in_it_and_the_empty_ones_above(folder):
-    for name in ("parts/de/a.parquet/1", "parts/de/a.parquet/.2.writing", "parts/de/b.parquet/1", "a.parquet"):
-        put(folder / name, b"")
-    remove_folder(folder / "parts/de/a.parquet", folder / "parts")
-    assert names(folder) == ["a.parquet", "parts/de/b.parquet/1"]
-    remove_folder(folder / "parts/de/b.parquet", folder / "parts")
-    remove_folder(folder / "parts/de/b.parquet", folder / "parts")  # again does no harm
-    assert names(folder) == ["a.parquet"]
-    assert not exists(folder / "parts") and exists(folder)
-
-
 def test_a_folder_that_others_remove_while_it_is_listed_is_passed_over(tmp_path, monkeypatch):
     for name in ("a/1", "gone/2", "z/3"):
         put(tmp_path / name, b"")
@@ -325,6 +314,13 @@ def test_a_file_that_is_gone_can_be_removed(folder):
     remove_file(folder / "a")
     remove_file(folder / "a")
     assert not exists(folder / "a")
+
+
+def test_a_name_that_looks_like_a_pattern_removes_itself_alone(folder):
+    for name in ("a", "*", "x[1]", "x1", "b/?", "b/c"):
+        put(folder / name, b"")
+    remove_files([folder / name for name in ("*", "x[1]", "b/?", "b/absent*")])
+    assert names(folder) == ["a", "b/c", "x1"]
 
 
 class Flaky:

@@ -113,3 +113,32 @@ def test_a_job_that_starts_over_ends_the_one_before_at_its_next_commit(
     assert {json.loads(pq.read_schema(out / name).metadata[METADATA_KEY])["bundle"] for name in visible(out)} == {
         swapped.hash
     }
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)], ids=["created", "overwritten"])
+@pytest.mark.parametrize("chunk_rows", [10, 20_000])
+@pytest.mark.parametrize("inputs", ["folder", "file"])
+def test_a_job_that_runs_wholly_between_two_commits_of_another_stays_whole(
+    bundle, swapped, tmp_path, options, chunk_rows, inputs
+):
+    source, out = corpus(tmp_path / "in", 4, 600), tmp_path / "out"
+    old = begin(bundle, out, source, "--chunk-rows", chunk_rows, *options)
+    while not list(out.glob(".parts/job.json")):
+        assert old.poll() is None, old.communicate()
+        time.sleep(0.002)
+    os.killpg(old.pid, signal.SIGSTOP)
+    given = source if inputs == "folder" else source / "3.parquet"
+    code, stderr = end(begin(swapped, out, given, "--chunk-rows", chunk_rows, "--overwrite"))
+    assert code == 0, stderr
+    os.killpg(old.pid, signal.SIGCONT)
+    code, stderr = end(old)
+    assert code == 1 and "with other settings" in stderr, stderr
+    assert_whole(out, source, {b.hash: Engine(b.path, device="cpu") for b in (bundle, swapped)})
+    named = {name: json.loads(pq.read_schema(out / name).metadata[METADATA_KEY])["bundle"] for name in scores(out)}
+    assert named["3.parquet"] == swapped.hash
+    if inputs == "folder":
+        assert named == {f"{i}.parquet": swapped.hash for i in range(4)}
+
+
+def scores(out: Path) -> list[str]:
+    return [name for name in visible(out) if not name.startswith(".parts/")]
