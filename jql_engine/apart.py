@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import pickle
 import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
 from jql_engine.errors import EngineError
+from jql_engine.printing import say
 from jql_engine.storage import RetryPolicy, current_retries, set_retries
 
 S = TypeVar("S")
 T = TypeVar("T")
 TOGETHER = 64  # items of one call
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+PATIENCE_SECONDS = 60.0
 THREADS = 16  # items at once: on a remote file system each waits for the network
 
 
@@ -33,19 +38,22 @@ class Child:
     """A process that makes calls, one at a time; begun with the first, and anew after each that it dies of."""
 
     def __init__(self) -> None:
-        self._process: SpawnProcess | None = None
-        self._connection: Connection | None = None
+        self._running: tuple[SpawnProcess, Connection] | None = None
+        self._starting = threading.Lock()
+        self._closed = False
 
     def call(self, function: Callable[..., T], *arguments: object) -> T:
         """What `function` returns or raises; raises CrashError where the process dies. All three must be picklable."""
-        if self._connection is None:
-            self._start()
-        assert self._connection is not None
+        process, connection = self._started()
         try:
-            self._connection.send((function, arguments))
-            returned, value = self._connection.recv()
+            connection.send((function, arguments))
+            returned, value = connection.recv()
         except (EOFError, OSError) as error:
-            raise CrashError(f"a process died of it ({self._exit()})") from error
+            process.join()
+            connection.close()
+            code = process.exitcode or 0
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise CrashError(f"a process died of it ({how})") from error
         if returned:
             return value  # type: ignore[no-any-return]  # what `function` returned
         raise value
@@ -66,10 +74,13 @@ class Child:
                         yield crashed(item, error)
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
-        if self._process is not None:
-            self._process.kill()
-            self._exit()
+        """End the process, whatever it is doing, for good; a call that another thread is making raises CrashError."""
+        with self._starting:
+            self._closed, running = True, self._running
+        if running is not None:
+            process, _ = running
+            process.kill()
+            process.join()
 
     def __enter__(self) -> Child:
         return self
@@ -77,26 +88,39 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> None:
-        context = get_context("spawn")  # a forked copy of Arrow's threads would hang
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, current_retries()), daemon=True)
-        self._process.start()
-        theirs.close()
+    def _started(self) -> tuple[SpawnProcess, Connection]:
+        with self._starting:
+            if self._closed:
+                raise CrashError("the process that would have done it was ended")
+            if self._running is None or not self._running[0].is_alive():
+                context = get_context("spawn")  # a forked copy of Arrow's threads would hang
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, current_retries()), daemon=True)
+                process.start()
+                theirs.close()
+                self._running = process, ours
+            return self._running
 
-    def _exit(self) -> str:
-        assert self._process is not None and self._connection is not None
-        self._process.join()
-        code, self._process, connection, self._connection = self._process.exitcode or 0, None, self._connection, None
-        connection.close()
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
+def in_threads(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """`function` of each item, in order, THREADS at a time; what one raises comes out at once.
 
-def in_threads(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
-    """`function` of each item, in order, THREADS at a time; what one raises comes out at once."""
+    Every minute stderr names those that still wait, for a server that is gone, say.
+    """
     pool = ThreadPoolExecutor(THREADS)
     try:
-        return list(pool.map(function, items))
+        futures = [pool.submit(function, item) for item in items]
+        began = time.monotonic()
+        while left := wait(futures, PATIENCE_SECONDS, FIRST_EXCEPTION).not_done:
+            for future in futures:
+                if future.done():
+                    future.result()  # raises what it raised
+            names = [
+                str(getattr(item, "location", item)) for item, f in zip(items, futures, strict=True) if f.running()
+            ]
+            after = time.monotonic() - began
+            say(f"jql-run: after {after:.0f} s still {len(left)} to go; waiting for {', '.join(names[:4])}")
+        return [future.result() for future in futures]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # one may sleep between two attempts
 
@@ -106,6 +130,9 @@ def die_with_parent() -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone; elsewhere the connection ends a little later
     if prctl is not None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it was gone before the kernel knew
+        os._exit(1)
 
 
 def _serve(connection: Connection, retries: RetryPolicy) -> None:

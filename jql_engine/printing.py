@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 # What stands before the "@" of these names no user but a container or a repository.
 PLACES = {"abfs", "abfss", "az", "wasb", "wasbs", "github"}
@@ -18,6 +19,13 @@ def redact(text: str) -> str:
     """
     text = text.encode("utf-8", "backslashreplace").decode()
     return QUERY.sub(r"\1…", USER.sub(_without_user, text))
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, over the live line where there is one."""
+    start = "\r\x1b[K" if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{start}{redact(line)}\n")
+    sys.stderr.flush()
 
 
 def _without_user(found: re.Match[str]) -> str:

@@ -10,7 +10,6 @@ import errno
 import io
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from jql_engine.errors import EngineError, InputError
-from jql_engine.printing import redact
+from jql_engine.printing import say
 
 Location: TypeAlias = Path | UPath
 T = TypeVar("T")
@@ -49,7 +48,8 @@ DENIED = (401, 403)  # statuses of http
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf"})
 # What a store answers where a file that must not exist does; fsspec makes a FileExistsError of most of these.
 CONDITION_FAILED = {"PreconditionFailed", "412"}
-NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # of a file system without them
+# Of a file system without hard links, or one that is put together from several.
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}
 # What the file systems of fsspec call entity tags, hashes and times of modification.
 VERSION_KEYS = (
     "ETag", "etag", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "Digest", "mtime", "updated",
@@ -128,10 +128,8 @@ def retry(location: Location, function: Callable[[], T]) -> T:
 
 def report_wait(location: Location, error: Exception, seconds: float) -> None:
     """Say on stderr what went wrong and when it is tried again."""
-    start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the live line
     what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
-    sys.stderr.write(f"{start}{redact(f'jql-run: {location}: {what}; again in {seconds:.2g} s')}\n")
-    sys.stderr.flush()
+    say(f"jql-run: {location}: {what}; again in {seconds:.2g} s")
 
 
 def _is_final(error: Exception) -> bool:

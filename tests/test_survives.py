@@ -7,11 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from jql_engine.apart import Child, CrashError
+from jql_engine import apart
+from jql_engine.apart import Child, CrashError, in_threads
 from jql_engine.errors import InputError
 from tests.test_run import TEXTS, assert_scored, visible, write
 
@@ -42,6 +45,62 @@ def test_a_call_that_its_process_dies_of_is_an_error_and_the_next_is_made():
         with pytest.raises(InputError, match="7 is refused"):
             child.call(refuse, 7)
         assert list(child.each(odd_aborts, range(5), lambda number, _: number)) == [0, 1, -2, 3, -4]
+
+
+def sleep(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def test_a_child_that_is_closed_in_mid_call_ends_the_call_and_makes_no_other():
+    for pause in (0, 0.3, 1.5):  # before its process has begun, and while it is at work
+        child = Child()
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(child.call, sleep, 60)
+            time.sleep(pause)
+            child.close()
+            with pytest.raises(CrashError):
+                call.result(timeout=30)
+        with pytest.raises(CrashError, match="was ended"):
+            child.call(abs, 1)
+        child.close()
+
+
+def test_what_waits_for_long_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(apart, "PATIENCE_SECONDS", 0.05)
+    assert in_threads(sleep, [0.0, 0.3]) == [0.0, 0.3]
+    err = capsys.readouterr().err
+    assert "still 1 to go; waiting for 0.3" in err and len(err.splitlines()) > 2
+
+
+def test_what_one_of_several_raises_comes_out_at_once():
+    began = time.monotonic()
+    with pytest.raises(InputError, match="7 is refused"):
+        in_threads(lambda number: refuse(7) if number == 7 else time.sleep(3), [1, 7, 2])
+    assert time.monotonic() - began < 2
+
+
+ORPHAN = """
+import multiprocessing, os, signal, sys, time
+from jql_engine.apart import die_with_parent
+
+def work(place):
+    time.sleep(1)  # as an import does
+    die_with_parent()
+    open(place, "w").close()
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work, args=(sys.argv[1],)).start()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_whose_parent_is_gone_before_it_begins_does_nothing(tmp_path):
+    script, place = tmp_path / "orphan.py", tmp_path / "place"
+    script.write_text(ORPHAN)
+    process = subprocess.Popen([sys.executable, script, place], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.communicate(timeout=30)  # until the last that has its stdout is gone
+    assert not place.exists()
 
 
 def test_there_are_files_that_pyarrow_dies_of():
