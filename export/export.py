@@ -15,6 +15,7 @@ import pyarrow as pa
 from jql_engine import probe_texts
 from jql_engine.bundle import (
     FORMAT,
+    HEADS,
     MANIFEST,
     PROBES,
     Bundle,
@@ -80,7 +81,7 @@ def export_bundle(
     with _written_aside(out, overwrite) as folder:
         (folder / "graphs").mkdir()
         stacked = stack(heads, encoder.shape.hidden_size)
-        write_heads(folder / "heads.safetensors", stacked)
+        write_heads(folder / HEADS, stacked)
         tokenizer = _write_tokenizer(folder, checkpoint, encoder.shape.pad_id, report)
         draft = _manifest(checkpoint, encoder, heads, chosen_pooling, limit, tokenizer)
         texts = probe_texts.texts() if calibration is None else calibration

@@ -62,6 +62,7 @@ and returns scores float32 [B, H] and embedding float32 [B, D]. The identity of 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -78,6 +79,7 @@ from jql_engine.names import RelativeName
 
 FORMAT = 1
 MANIFEST = "bundle.json"
+HEADS = "heads.safetensors"
 PROBES = "probes.safetensors"
 TOKENIZER = "tokenizer.json"
 MOST = 2**31 - 1  # of sizes and ids, which graphs and runtimes hold in 32 bits
@@ -222,6 +224,7 @@ class Bundle:
         path = Path(path)
         raw = _read_manifest(path)
         manifest = _parse(path, raw)
+        _check_weights(path, manifest)
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda item: _verify(path, *item), manifest.files.items()))
         return cls(path, manifest, hashlib.sha256(raw).hexdigest())
@@ -307,8 +310,8 @@ def _check_range(name: str, value: int, least: int) -> None:
 
 
 def _check_names(path: Path, manifest: Manifest) -> None:
-    """Raise BundleError for a file outside of the bundle, and for a graph or an engine that is not among the files."""
-    needed = [TOKENIZER, *(variant.graph for variant in manifest.variants.values()), *manifest.engines]
+    """Raise BundleError for a file outside of the bundle, and for one that is needed and not among the files."""
+    needed = [TOKENIZER, HEADS, PROBES, *(variant.graph for variant in manifest.variants.values()), *manifest.engines]
     for name in [*manifest.files, *needed]:
         try:
             RelativeName(name)
@@ -317,6 +320,18 @@ def _check_names(path: Path, manifest: Manifest) -> None:
     for name in needed:
         if name not in manifest.files:
             raise BundleError(f"{path / MANIFEST}: {name!r} is not among its files; export the bundle again")
+
+
+def _check_weights(path: Path, manifest: Manifest) -> None:
+    """Raise BundleError for weights that would be loaded with a graph, unverified: they are named after it."""
+    for variant in manifest.variants.values():
+        graph = path / variant.graph
+        for file in graph.parent.glob(f"{glob.escape(graph.stem)}.*"):
+            if (name := file.relative_to(path).as_posix()) not in manifest.files:
+                raise BundleError(
+                    f"{path / MANIFEST}: {name!r} lies beside {variant.graph} and is not among its files; remove it, "
+                    "or export the bundle again"
+                )
 
 
 def _read_manifest(path: Path) -> bytes:

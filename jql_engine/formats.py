@@ -21,6 +21,7 @@ from jql_engine.storage import Location, open_parquet, open_read, retry
 
 READ_ROWS = 2_048  # rows handed out at a time, at most
 READ_BYTES = 4 << 20  # handed out at a time, by the row group's own statistics; lines of JSON parsed at a time
+LINE_BYTES = 256 << 20  # of a line of JSON, which is held whole
 DECODED_BYTES = 32 << 20  # decoded at a time, at most, if each row has the largest of all values
 UNKNOWN_BYTES = 1 << 19  # that a text is taken to have, at most, where only the mean is known
 TEXT = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
@@ -293,13 +294,22 @@ def _blocks(location: Location) -> Iterator[bytes]:
     """The file in blocks of about READ_BYTES that end with a line."""
     with _opened(location) as stream:
         rest: list[bytes] = []
+        n_bytes, n_lines = 0, 0
         while block := _some(stream, READ_BYTES):
             end = block.rfind(b"\n") + 1
             if not end:
                 rest.append(block)
+                n_bytes += len(block)
+                if n_bytes > LINE_BYTES:
+                    raise UnreadableError(
+                        f"{location}: line {n_lines + 1} is longer than {LINE_BYTES >> 20} MiB; cut it, or leave the "
+                        "file out"
+                    )
                 continue
-            yield b"".join([*rest, block[:end]])
-            rest = [block[end:]] if block[end:] else []
+            whole = b"".join([*rest, block[:end]])
+            yield whole
+            rest, n_bytes = ([block[end:]] if block[end:] else []), len(block) - end
+            n_lines += whole.count(b"\n")
         if rest:
             yield b"".join(rest)
 

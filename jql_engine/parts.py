@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 from uuid import uuid4
 
 from jql_engine.names import RelativeName
-from jql_engine.storage import Location, list_files
+from jql_engine.storage import Location, list_files, modified
 
 PARTS = ".parts"
 LISTING = ".listing"  # how the names of lists of files that several ranks share end
@@ -129,4 +129,5 @@ def _is_left(file: Location) -> bool:
     number, _, started = process.partition("-")
     if host == _host() and number.isdigit():
         return _started(int(number)) != started
-    return isinstance(file, Path) and time.time() - file.stat().st_mtime > OTHER_HOST_SECONDS
+    changed = modified(file)
+    return changed is not None and time.time() - changed > OTHER_HOST_SECONDS

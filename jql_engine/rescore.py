@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from jql_engine.bundle import Bundle
+from jql_engine.bundle import HEADS, Bundle
 from jql_engine.claim import Claim
 from jql_engine.data import EMBEDDING, ChunkDone, ChunkEnd, Failure, Segment, StageSeconds, Task, score_column
 from jql_engine.dataset import InputFile, SourceFile
@@ -48,7 +48,7 @@ class Heads:
     @classmethod
     def of(cls, bundle: Bundle) -> Heads:
         """The heads of heads.safetensors."""
-        tensors = load_file(bundle.path / "heads.safetensors")
+        tensors = load_file(bundle.path / HEADS)
         hidden = np.ascontiguousarray(tensors["hidden.weight"].T)
         return cls(bundle.heads, hidden, tensors["hidden.bias"], tensors["output.weight"], tensors["output.bias"])
 

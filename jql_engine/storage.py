@@ -168,6 +168,16 @@ def version_from(info: dict[str, object]) -> tuple[int, str]:
     return (size if isinstance(size, int) else -1), version
 
 
+def modified(location: Location) -> float | None:
+    """When a file was last written, in seconds since 1970; None where that is not told, or it is gone."""
+    with suppress(Exception):  # every file system has errors of its own
+        if isinstance(location, Path):
+            return location.stat().st_mtime
+        found: datetime = location.fs.modified(location.path)
+        return found.replace(tzinfo=found.tzinfo or UTC).timestamp()
+    return None
+
+
 def check_version(location: Location, found: tuple[int, str], expected: tuple[int, str]) -> None:
     """Raise InputError where a file is not the one of which `version_of` gave what is `expected`."""
     if found != expected:

@@ -12,6 +12,7 @@ import pytest
 from jql_engine.bundle import (
     FORMAT,
     MANIFEST,
+    PROBES,
     Bundle,
     EngineKey,
     Manifest,
@@ -20,7 +21,7 @@ from jql_engine.bundle import (
 )
 from jql_engine.errors import BundleError
 
-FILES = ("graphs/cpu-fp32.onnx", "graphs/cpu-fp32.onnx.data", "heads.safetensors", "tokenizer.json")
+FILES = ("graphs/cpu-fp32.onnx", "graphs/cpu-fp32.onnx.data", "heads.safetensors", PROBES, "tokenizer.json")
 ENGINE = EngineKey("tensorrt-fp16", "ab" * 32, "tensorrt-rtx", "1.7", None, "8.0", "fp16", [[32, 512]])
 
 
@@ -82,6 +83,20 @@ def test_a_changed_size_is_found(copy, name):
 def test_a_missing_file_is_found(copy, name):
     (copy / name).unlink()
     assert_refused(copy, f"{name} is missing")
+
+
+@pytest.mark.parametrize("name", [FILES[0], *FILES[2:]])
+def test_a_file_that_is_needed_must_be_listed(copy, name):
+    change_manifest(copy, lambda fields: fields["files"].pop(name))
+    assert_refused(copy, f"{name!r} is not among its files")
+
+
+@pytest.mark.parametrize("name", [FILES[1], "graphs/cpu-fp32.bin", "graphs/cpu-fp32.anything"])
+def test_weights_that_are_not_listed_are_refused(copy, name):
+    """They would be loaded with the graph, whatever they hold."""
+    change_manifest(copy, lambda fields: fields["files"].pop(name, None))
+    (copy / name).touch()
+    assert_refused(copy, f"{name!r} lies beside graphs/cpu-fp32.onnx and is not among its files")
 
 
 def test_what_took_the_place_of_an_opened_bundle_is_seen(copy):

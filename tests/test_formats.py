@@ -5,6 +5,8 @@ import json
 import random
 import re
 import resource
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,26 @@ def test_blank_lines_at_the_beginning_hide_nothing(tmp_path, small_blocks):
 def test_a_line_longer_than_a_block_is_read(tmp_path, small_blocks):
     documents = [{"text": "a"}, {"text": "süß 月亮 " * 1_000}, {"text": "b"}, {"text": "c" * 100}]
     assert rows_of(opened(lines(tmp_path / "a.jsonl.gz", *documents))) == documents
+
+
+def test_a_line_without_an_end_is_an_error_before_it_fills_the_memory(tmp_path):
+    """Half a gigabyte in half a megabyte."""
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        stream.write(b'{"text": "a"}\n' * 3 + b'{"text": "')
+        for _ in range(512):
+            stream.write(b"a" * (1 << 20))
+    code = (
+        "import resource, sys; from pathlib import Path; from tests.test_dataset import opened\n"
+        "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    opened(Path(sys.argv[1]))\n"
+        "except Exception as error:\n    print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    message, grown = done.stdout.splitlines()
+    assert message == f"{path}: line 4 is longer than 256 MiB; cut it, or leave the file out"
+    assert int(grown) < 320 << 10  # KiB
 
 
 @pytest.mark.parametrize(

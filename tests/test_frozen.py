@@ -181,6 +181,14 @@ def test_files_that_come_and_go_between_the_ranks_are_left_to_nobody(bundle, tmp
         assert pq.read_metadata(out / name).num_rows == pq.read_metadata(source / name).num_rows
 
 
+def test_a_rank_whose_share_cannot_be_read_names_it(bundle, tmp_path):
+    source, out = corpus(tmp_path / "in", "a.parquet"), tmp_path / "out"
+    (source / "b.parquet").write_bytes(b"x")
+    unfinished = [file for rank in range(2) for file in run(bundle, source, out, rank, 2)["unfinished"]]
+    assert [Path(file["file"]).name for file in unfinished] == ["b.parquet"]
+    assert "a.parquet" in visible(out)
+
+
 def test_a_rank_alone_finishes_what_is_finished(bundle, tmp_path):
     source, out = corpus(tmp_path / "in", "a.parquet", "b.parquet"), tmp_path / "out"
     for rank in range(2):

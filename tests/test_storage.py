@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from jql_engine.storage import (
     is_remote,
     list_files,
     locate,
+    modified,
     open_parquet,
     open_read,
     remove_empty_folders,
@@ -321,6 +323,12 @@ def test_a_name_that_looks_like_a_pattern_removes_itself_alone(folder):
         put(folder / name, b"")
     remove_files([folder / name for name in ("*", "x[1]", "b/?", "b/absent*")])
     assert names(folder) == ["a", "b/c", "x1"]
+
+
+def test_the_time_of_a_change_is_told(folder):
+    put(folder / "a", b"")
+    assert abs(modified(folder / "a") - time.time()) < 60
+    assert modified(folder / "absent") is None
 
 
 class Flaky:
