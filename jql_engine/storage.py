@@ -467,7 +467,9 @@ def list_versions(folder: Location) -> dict[str, tuple[int, str]]:
         return found
     folder.fs.invalidate_cache(folder.path)
     root = folder.path.rstrip("/") + "/"
-    infos: dict[str, dict[str, object]] = retry(folder, lambda: folder.fs.find(folder.path, detail=True))
+    infos: dict[str, dict[str, object]] = {}
+    with suppress(FileNotFoundError):
+        infos = retry(folder, lambda: folder.fs.find(folder.path, detail=True))
     return {path.removeprefix(root): version_from(info) for path, info in infos.items() if path.startswith(root)}
 
 
@@ -480,7 +482,9 @@ def list_files(folder: Location) -> list[tuple[Location, str]]:
     else:
         folder.fs.invalidate_cache(folder.path)  # what it knows of other folders saves a request for each file
         root = folder.path.rstrip("/") + "/"
-        paths: list[str] = retry(folder, lambda: folder.fs.find(folder.path))
+        paths: list[str] = []
+        with suppress(FileNotFoundError):
+            paths = retry(folder, lambda: folder.fs.find(folder.path))
         found = [(folder / path.removeprefix(root), path.removeprefix(root)) for path in paths if path.startswith(root)]
     return sorted(found, key=lambda item: item[1])
 

@@ -188,15 +188,12 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(bundle, tmp_p
 def test_a_signal_finishes_the_chunk_in_hand_and_leaves_a_resumable_state(bundle, tmp_path, signal_, more):
     source, out, log = slow(tmp_path / "a.parquet"), tmp_path / "out", tmp_path / "log.jsonl"
     options = (source, *SLOW, *more, "--metrics", log)
-    process = start(bundle, out, *options)
-    began = time.monotonic()
-    result = interrupt(process, out, signal_)
-    assert time.monotonic() - began < 10
+    result = interrupt(start(bundle, out, *options), out, signal_)
     assert result.code == 1 and result.stdout == ""
     assert f"{signal_.name}: finishing what is in hand" in result.stderr
     assert "start the same command again" in result.stderr and "Traceback" not in result.stderr
     done = segments(log)
-    assert done and not (out / "a.parquet").exists()
+    assert 0 < len(done) < 50 and not (out / "a.parquet").exists()
     assert not list(out.rglob(".*.writing"))
     again = finish(start(bundle, out, *options))
     assert again.code == 0, again.stderr
