@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ Places: TypeAlias = frozenset[int]  # how far a path has come in a pattern; seve
 NOTHING_THERE = "it is a link to nothing; remove it, or mount what it leads to"
 NAMELESS = "a folder in it has an empty name and cannot be listed; rename what is in that"
 SPECIAL = "it is neither a file nor a folder"
+FILE_NAME = re.compile(r"[^.]\.[A-Za-z]\w*\Z")  # a folder may be called v1.0, hardly notes.txt
 REMOTE_LINK = "it is a link that is not followed on this file system; give what it leads to as an input"
 
 
@@ -66,6 +68,11 @@ class Pattern:
     def accepts(self, places: Places, name: str) -> bool:
         """Whether a file `name` that came to `places` is one."""
         return len(self.segments) in places and name.endswith(self.suffixes)
+
+    def may_hide(self, places: Places, name: str) -> bool:
+        """Whether a link `name` to nothing, come to `places`, may have led to a file that matches or to a folder."""
+        is_folder = self.leads_on(places) and not FILE_NAME.search(name)
+        return is_folder or self.accepts(places, name)
 
     def leads_on(self, places: Places) -> bool:
         """Whether a folder that came to `places` may hold files."""
@@ -126,9 +133,9 @@ def _look(entry: os.DirEntry[str], name: str, pattern: Pattern, places: Places) 
     try:
         status = entry.stat()
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP):
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise
-        return Found(name, entry.path, fault=NOTHING_THERE)
+        return Found(name, entry.path, fault=NOTHING_THERE) if pattern.may_hide(places, entry.name) else None
     if stat.S_ISDIR(status.st_mode) or not accepted:
         return None
     if not stat.S_ISREG(status.st_mode):
@@ -190,7 +197,7 @@ def _look_remote(root: UPath, name: str, info: dict[str, Any], pattern: Pattern,
         try:
             info = _asked(root, path, lambda: root.fs.info(path))
         except FileNotFoundError:
-            fault = NOTHING_THERE
+            fault = NOTHING_THERE if pattern.may_hide(places, name) else None
         else:
             fault = {"file": None, "directory": REMOTE_LINK}.get(info["type"], SPECIAL if accepted else None)
     if fault or accepted:

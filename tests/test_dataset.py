@@ -326,20 +326,55 @@ def test_what_is_no_file_is_refused_by_name_and_the_others_are_found(tmp_path):
     (tmp_path / "gone.parquet").symlink_to("nothing")
     (tmp_path / "unmounted").symlink_to("nothing")  # it may have been a folder of inputs
     (tmp_path / "self.parquet").symlink_to("self.parquet")
+    (tmp_path / "v1.0").symlink_to("good.parquet/v1.0")  # and so may this
     os.mkfifo(tmp_path / "pipe.parquet")
     os.mkfifo(tmp_path / "pipe.txt")
-    (tmp_path / ".#lock").symlink_to("nothing")
+    for name in (".#lock", "notes.txt", "README.md", "a.tar.gz"):  # no names of inputs, nor of folders
+        (tmp_path / name).symlink_to("nothing")
     found = find_files([str(tmp_path)])
     assert [file.location for file in found.files] == [good]
-    links, pipe = ("gone.parquet", "self.parquet", "unmounted"), str(tmp_path / "pipe.parquet")
+    links, pipe = ("gone.parquet", "self.parquet", "unmounted", "v1.0"), str(tmp_path / "pipe.parquet")
     assert refused(found).keys() == {*(str(tmp_path / name) for name in links), pipe}
     for file, reason in refused(found).items():
         assert (
             reason.startswith(file) and ("neither a file nor a folder" if file == pipe else "link to nothing") in reason
         )
-    assert refused(find_files([str(tmp_path / "*.parquet")])).keys() == refused(found).keys() - {
-        f"{tmp_path}/unmounted"
-    }
+    named = refused(find_files([str(tmp_path / "*.parquet")])).keys()
+    assert named == refused(found).keys() - {f"{tmp_path}/unmounted", f"{tmp_path}/v1.0"}
+    assert refused(find_files([str(tmp_path / "**/*.parquet")])).keys() == refused(found).keys()
+
+
+class Links(MemoryFileSystem):
+    """Empty files stand for links to nothing, as the file system of SFTP tells of them."""
+
+    protocol = "links"
+    store: ClassVar[dict[str, object]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("links://").strip("/")
+
+    def ls(self, path, detail=True, **options):
+        found = super().ls(path, detail=True, **options)
+        return [{**one, "type": one["type"] if one["size"] or one["type"] == "directory" else "link"} for one in found]
+
+    def info(self, path, **options):
+        found = super().info(path, **options)
+        if found["type"] == "file" and not found["size"]:
+            raise FileNotFoundError(path)
+        return found
+
+
+def test_of_remote_links_to_nothing_those_are_refused_that_may_hide_files():
+    fsspec.register_implementation("links", Links, clobber=True)
+    fs = fsspec.filesystem("links")
+    for name in ("gone.parquet", "unmounted", "v1.0", "notes.txt"):
+        fs.pipe_file(f"/corpus/{name}", b"")
+    fs.pipe_file("/corpus/a.parquet", b"x")
+    found = find_files(["links://corpus"])
+    assert [file.relative.text for file in found.files] == ["a.parquet"]
+    assert {file.rpartition("/")[2] for file in refused(found)} == {"gone.parquet", "unmounted", "v1.0"}
 
 
 def test_a_name_that_is_not_utf8_is_refused_and_can_be_printed(tmp_path):
