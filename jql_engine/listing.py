@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -25,6 +26,7 @@ Places: TypeAlias = frozenset[int]  # how far a path has come in a pattern; seve
 NOTHING_THERE = "it is a link to nothing; remove it, or mount what it leads to"
 NAMELESS = "a folder in it has an empty name and cannot be listed; rename what is in that"
 SPECIAL = "it is neither a file nor a folder"
+MOST_WAYS = 64  # by links, to one folder
 FILE_NAME = re.compile(r"[^.]\.[A-Za-z]\w*\Z")  # a folder may be called v1.0, hardly notes.txt
 REMOTE_LINK = "it is a link that is not followed on this file system; give what it leads to as an input"
 
@@ -102,8 +104,12 @@ def search(folder: Location, pattern: Pattern) -> Iterator[Found]:
 
 
 def _search_local(root: Path, pattern: Pattern) -> Iterator[Found]:
-    """Follows links. A folder that is entered again on a way that leads to no other matches is a loop."""
+    """Follows links. A folder that is entered again on a way that leads to no other matches is a loop.
+
+    Several ways to one folder that are no loops are as many folders of inputs: its files are found under each name.
+    """
     entered: frozenset[tuple[int, int, Places]] = frozenset()
+    n_ways: Counter[tuple[int, int, Places]] = Counter()
     left = [(str(root), "", pattern.start, entered)]
     while left:
         folder, inside, places, entered = left.pop()
@@ -111,6 +117,12 @@ def _search_local(root: Path, pattern: Pattern) -> Iterator[Found]:
             status = Path(folder).stat()
             if (here := (status.st_dev, status.st_ino, places - {len(pattern.segments)})) in entered:
                 continue
+            n_ways[here] += 1
+            if n_ways[here] > MOST_WAYS:  # N folders that link to each other have N! ways through them
+                raise InputError(
+                    f"{folder} is a folder that more than {MOST_WAYS} ways lead to, by links from folder to folder; "
+                    "remove some of the links, or give the folders that they lead to as inputs"
+                )
             with os.scandir(folder) as entries:
                 for entry in entries:
                     there, name = pattern.after(places, entry.name), inside + entry.name

@@ -257,6 +257,21 @@ def test_links_are_followed(tmp_path):
     assert [relative for _, relative in places(find_files([str(folder / "*/deep/*")]))] == expected[1:]
 
 
+def test_a_folder_under_two_names_is_two_folders(tmp_path):
+    write(tmp_path / "in/a/x.parquet", {"text": ["a"]})
+    (tmp_path / "in/b").symlink_to("a")
+    assert [file.relative.text for file in find_files([str(tmp_path / "in")]).files] == ["a/x.parquet", "b/x.parquet"]
+
+
+def test_folders_that_all_link_to_each_other_are_an_error_soon(tmp_path):
+    for i in range(12):
+        write(tmp_path / f"in/{i}/x.parquet", {"text": ["a"]})
+        for j in range(12):
+            (tmp_path / f"in/{i}/to{j}").symlink_to(f"../{j}")
+    with pytest.raises(InputError, match="is a folder that more than 64 ways lead to"):
+        find_files([str(tmp_path / "in")])
+
+
 def test_a_loop_of_links_ends(tmp_path):
     write(tmp_path / "in" / "a" / "x.parquet", ["x"])
     (tmp_path / "in" / "a" / "up").symlink_to(tmp_path / "in")
