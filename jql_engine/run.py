@@ -53,8 +53,9 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
         sources = [target.file.source for target in work.targets]
         tidy(work.claim.out, sources, done_with, find_leftovers(work.claim.out))
     unfinished = [*work.unreadable, *ledger.failed.values()]
-    # A run that was stopped has files that are neither done nor failed.
-    if work.listing is not None and not unfinished and len(ledger.done()) == len(work.targets):
+    # A run that was stopped has files that are neither done nor failed. Those that cannot be read are in the next
+    # listing as well; they do not keep the others from being made.
+    if work.listing is not None and len(ledger.done()) + len(ledger.failed) == len(work.targets):
         waiting = work.listing.finish()
         if waiting:
             ranks = f"{', '.join(map(str, waiting[:8]))}{', ...' if len(waiting) > 8 else ''}"

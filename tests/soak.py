@@ -1,4 +1,4 @@
-"""Does a job survive whatever happens to it? Random kills, damaged files, full disks, failing requests, rival jobs.
+"""Does a job survive whatever happens to it? Kills, damaged files, full disks, failing requests, rival jobs, ranks.
 
     python -m tests.soak --minutes 30 --seed 7             rounds until the time is over
     python -m tests.soak --seed 7 --only 12                round 12 of that seed alone
@@ -35,6 +35,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jql_engine import Engine
 from jql_engine.bundle import Bundle
 from jql_engine.output import METADATA_KEY
 from jql_export import probes
@@ -45,6 +46,7 @@ RUN = [sys.executable, "-c", "from jql_engine.cli import main; main()"]
 TOLERANCE = 1e-5  # a score alone against the same in another batch
 DATA = Path(__file__).with_name("data")
 WORDS = " ".join(probes.SENTENCES[:12]).split()
+SCORES = ("score_edu", "score_prose")
 LIMIT_SECONDS = 300  # of one command: longer is a hang
 
 
@@ -170,11 +172,13 @@ class Settings:
     output: str
     ranks: int
 
-    def command(self, place: Place, *, bundle: Bundle | None = None, rank: int | None = None) -> list[str]:
+    def command(
+        self, place: Place, *, bundle: Bundle | None = None, rank: int | None = None, inputs: tuple[str, ...] = ()
+    ) -> list[str]:
         """The command line."""
         given = [
-            *RUN, place.source, "--bundle", (bundle or self.bundle).path, "--out", place.out, "--device", "cpu",
-            "--threads", 1, "--workers", self.workers, "--chunk-rows", self.chunk_rows, "--output", self.output,
+            *RUN, *(inputs or (place.source,)), "--bundle", (bundle or self.bundle).path, "--out", place.out,
+            "--device", "cpu", "--threads", 1, "--workers", self.workers, "--chunk-rows", self.chunk_rows, "--output", self.output,
             "--retry-minutes", 1,
         ]  # fmt: skip
         if rank is not None:
@@ -192,6 +196,7 @@ class Round:
     draw: random.Random
     tally: Tally
     name: str
+    engines: dict[str, Engine]  # by the hash of their bundles
 
     def start(self, command: list[str], limit: int | None = None) -> subprocess.Popen[str]:
         """A command in a process group of its own; `limit`: bytes after which a file cannot grow, as on a full disk."""
@@ -213,7 +218,9 @@ class Round:
             self.tally.check(False, f"{self.name}: {what} hangs")
             self.kill(process)
             stdout, stderr = process.communicate()
-        self.tally.check("Traceback" not in stderr, f"{self.name}: {what} gave a traceback: {stderr[-3000:]}")
+        # Python's own, while it is still importing what handles the signal, is none of ours.
+        calm = "Traceback" not in stderr or stderr.rstrip().endswith("KeyboardInterrupt")
+        self.tally.check(calm, f"{self.name}: {what} gave a traceback: {stderr[-3000:]}")
         return process.returncode, stdout, stderr
 
     def kill(self, process: subprocess.Popen[str]) -> None:
@@ -223,13 +230,19 @@ class Round:
 
     def disturb(self) -> None:
         """Start the job, and let something happen to it."""
-        rank = self.draw.randrange(self.settings.ranks) if self.settings.ranks > 1 else None
-        command = self.settings.command(self.place, rank=rank)
-        event = self.draw.choice(
-            [self.killed, self.killed, self.killed, self.worker_killed, self.rival, self.full, self.changed]
-        )
-        event(command)
+        rank = self.draw.choice(self.ranks)
+        events = [
+            self.killed, self.killed, self.killed, self.worker_killed, self.interrupted, self.rival, self.rival,
+            self.full, self.changed, self.grown,
+        ]  # fmt: skip
+        if rank is not None:
+            events += [self.together, self.other_inputs]
+        self.draw.choice(events)(self.settings.command(self.place, rank=rank))
         self.check_finished()
+
+    @property
+    def ranks(self) -> list[int | None]:
+        return list(range(self.settings.ranks)) if self.settings.ranks > 1 else [None]
 
     def killed(self, command: list[str]) -> None:
         process = self.start(command)
@@ -249,17 +262,110 @@ class Round:
             self.tally.counts["kills"] += 1
         self.end(process, "a job of which a process was killed")
 
-    def rival(self, command: list[str]) -> None:
-        """Another job on the same output folder: one of the two must fail unless it had nothing to do."""
+    def interrupted(self, command: list[str]) -> None:
+        process = self.start(command)
+        self.wait(process)
+        process.send_signal(self.draw.choice([signal.SIGINT, signal.SIGTERM]))
+        code, _, stderr = self.end(process, "a job that was interrupted")
+        self.tally.check(code in (0, 1, -2, -15, 130, 143), f"{self.name}: interrupted, exit {code}: {stderr[-500:]}")
+        self.tally.counts["kills"] += 1
+
+    def together(self, _: list[str]) -> None:
+        """All ranks at once, of which one may be killed."""
+        processes = [self.start(self.settings.command(self.place, rank=rank)) for rank in self.ranks]
+        if self.draw.random() < 0.5:
+            victim = self.draw.choice(processes)
+            self.wait(victim)
+            self.kill(victim)
+            self.tally.counts["kills"] += 1
+        for process in processes:
+            self.end(process, "one of several ranks")
+
+    def other_inputs(self, command: list[str]) -> None:
+        """A rank whose shell has expanded the pattern is refused while the ranks have a listing."""
+        self.end(self.start(command), "a rank")
+        if not (self.place.pull() / ".parts").is_dir() or not list(self.place.pull().glob(".parts/*.listing")):
+            return
+        inputs = tuple(f"{self.place.source}/{name}" for name in self.corpus.good)
+        code, _, stderr = self.end(
+            self.start(self.settings.command(self.place, rank=self.draw.choice(self.ranks), inputs=inputs)),
+            "a rank with other inputs",
+        )
+        self.tally.check(
+            code in (1, 2) and ("in quotes" in stderr or "would both be written" in stderr),
+            f"{self.name}: a rank with other inputs, exit {code}: {stderr[-500:]}",
+        )
+        self.tally.counts["faults"] += 1
+
+    def grown(self, command: list[str]) -> None:
+        """A file appears while the job runs, or before."""
+        name = f"{self.draw.choice(['', 'de/'])}new{len(self.corpus.good):02}.parquet"
         process = self.start(command)
         if self.draw.random() < 0.5:
             self.wait(process)
-        other = self.start(self.settings.command(self.place, bundle=self.settings.rival))
-        codes = self.end(process, "a job with a rival")[0], self.end(other, "a rival")[0]
-        self.tally.check(codes != (0, 0), f"{self.name}: two jobs with different settings both exit 0")
+        file = self.corpus.folder / name
+        write_good(file.with_name("_" + file.name), self.draw)
+        file.with_name("_" + file.name).replace(file)
+        self.place.publish(name)
+        self.corpus.good.append(name)
+        self.end(process, "a job while a file appeared")
         self.tally.counts["faults"] += 1
-        if codes[1] == 0 or self.named() == {self.settings.rival.hash}:  # the rival was first: start over
-            self.end(self.start([*command, "--overwrite"]), "a job that starts over")
+
+    def rival(self, command: list[str]) -> None:
+        """Another job on the same output folder, for all inputs or for one, either of them maybe with --overwrite.
+
+        Often this job stands still while the rival runs, as between two commits.
+        """
+        over = [["--overwrite"] if self.draw.random() < 0.5 else [] for _ in range(2)]
+        few = self.draw.random() < 0.3
+        names = [self.draw.choice(self.corpus.good)] if few else self.corpus.good
+        inputs = (f"{self.place.source}/{names[0]}",) if few and "/" not in names[0] else (self.place.source,)
+        process = self.start([*command, *over[0]])
+        if self.draw.random() < 0.7:
+            self.wait(process)
+        stands = self.draw.random() < 0.5
+        if stands:
+            self.signal(process, signal.SIGSTOP)
+        other = self.start([*self.settings.command(self.place, bundle=self.settings.rival, inputs=inputs), *over[1]])
+        codes = [0, 0]
+        if stands:
+            codes[1] = self.end(other, "a rival")[0]
+            self.signal(process, signal.SIGCONT)
+        codes[0] = self.end(process, "a job with a rival")[0]
+        if not stands:
+            codes[1] = self.end(other, "a rival")[0]
+        self.tally.counts["faults"] += 1
+        self.check_scores(f"rivals {over}, exit {codes}")
+        if codes == [0, 0] and self.settings.ranks == 1:
+            self.check_serial(inputs, over)
+        if self.named() - {self.settings.bundle.hash}:
+            for rank in self.ranks:
+                again = [*self.settings.command(self.place, rank=rank), "--overwrite"]
+                self.end(self.start(again), "a job that starts over")
+
+    def check_serial(self, inputs: tuple[str, ...], over: list[list[str]]) -> None:
+        """Both jobs were well: then all is as if one had run after the other."""
+        found = {file.relative_to(self.place.pull()).as_posix(): s["bundle"] for file, s in finished(self.place.pull())}
+        ours, rival = self.settings.bundle.hash, self.settings.rival.hash
+        mine = set(found.values()) if inputs == (self.place.source,) else {found.get(Path(inputs[0]).name)}
+        self.tally.check(mine in ({ours}, {rival}, set()), f"{self.name}: two jobs both exit 0, {over}: {found}")
+
+    def check_scores(self, what: str) -> None:
+        """Every finished file holds the scores of the bundle that its metadata names."""
+        out = self.place.pull()
+        for file, settings in finished(out):
+            table = pq.read_table(file)
+            documents = texts_of(self.corpus.folder, file, out)
+            if table.num_rows != len(documents):
+                continue  # its source was replaced since
+            expected = self.engines[str(settings["bundle"])].score(documents).to_table().select(SCORES)
+            self.tally.check(
+                same(table.select(SCORES), expected), f"{self.name}: {what}: {file.name} has scores of another job"
+            )
+
+    def signal(self, process: subprocess.Popen[str], number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
 
     def full(self, command: list[str]) -> None:
         left = self.draw.choice([300, 2_000, 8_000, 40_000])
@@ -305,14 +411,23 @@ class Round:
         """What is finished is whole, at any time."""
         out = self.place.pull()
         for file, _ in finished(out):
-            n_rows, expected = pq.read_metadata(file).num_rows, n_rows_of(self.corpus.folder, file, out)
+            n_rows, expected = pq.read_metadata(file).num_rows, len(texts_of(self.corpus.folder, file, out))
             self.tally.check(n_rows == expected, f"{self.name}: {file} has {n_rows} rows, expected {expected}")
 
     def check(self, reference: Path) -> None:
         """Run it undisturbed to its end, and compare."""
-        ranks = range(self.settings.ranks) if self.settings.ranks > 1 else [None]
+        for _ in range(1 if self.settings.ranks == 1 else 3):  # what has appeared since is in the next listing
+            unfinished, n_docs = self._last_runs()
+            if not n_docs:
+                break
+        bad = {Path(name).name for name in self.corpus.bad}
+        self.tally.check(unfinished == bad, f"{self.name}: unfinished {sorted(unfinished)}, bad {sorted(bad)}")
+        self._compare(self.place.pull(), reference)
+
+    def _last_runs(self) -> tuple[set[str], int]:
         unfinished: set[str] = set()
-        for rank in ranks:
+        n_docs = 0
+        for rank in self.ranks:
             command = self.settings.command(self.place, rank=rank)
             code, stdout, stderr = self.end(self.start(command), "the last run")
             summary = json.loads(stdout.splitlines()[-1]) if stdout.strip() else {}
@@ -325,9 +440,8 @@ class Round:
                 all(name in stderr for name in found), f"{self.name}: bad files are not all named on stderr"
             )
             unfinished |= found
-        bad = {Path(name).name for name in self.corpus.bad}
-        self.tally.check(unfinished == bad, f"{self.name}: unfinished {sorted(unfinished)}, bad {sorted(bad)}")
-        self._compare(self.place.pull(), reference)
+            n_docs += summary.get("documents", 0)
+        return unfinished, n_docs
 
     def _compare(self, out: Path, reference: Path) -> None:
         there = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
@@ -372,14 +486,15 @@ def output_name(name: str) -> str:
     return name.partition(".jsonl")[0] + ".parquet" if ".jsonl" in name else name
 
 
-def n_rows_of(corpus: Path, file: Path, out: Path) -> int:
-    """Rows of the input of a score file."""
+def texts_of(corpus: Path, file: Path, out: Path) -> list[str | None]:
+    """Documents of the input of a score file."""
     name = file.relative_to(out).as_posix()
     if (corpus / name).is_file():
-        return pq.read_metadata(corpus / name).num_rows
+        return pq.read_table(corpus / name, columns=["text"])["text"].to_pylist()
     lines = next(found for suffix in (".jsonl", ".jsonl.gz") if (found := corpus / (name[:-8] + suffix)).is_file())
-    content = lines.read_bytes()
-    return (gzip.decompress(content) if lines.name.endswith(".gz") else content).count(b"\n")
+    content = gzip.decompress(lines.read_bytes()) if lines.name.endswith(".gz") else lines.read_bytes()
+    found: list[str | None] = [json.loads(line)["text"] for line in content.splitlines()]
+    return found
 
 
 @contextmanager
@@ -452,7 +567,7 @@ def on_s3(folder: Path, corpus: Corpus, draw: random.Random, tally: Tally) -> It
             files.rm("soak", recursive=True)
 
 
-def one_round(number: int, seed: int, bundles: tuple[Bundle, Bundle], tally: Tally) -> None:
+def one_round(number: int, seed: int, bundles: tuple[Bundle, Bundle], engines: dict[str, Engine], tally: Tally) -> None:
     """Round `number` of `seed`."""
     draw = random.Random(f"{seed}-{number}")
     remote = draw.random() < 0.3
@@ -466,7 +581,7 @@ def one_round(number: int, seed: int, bundles: tuple[Bundle, Bundle], tally: Tal
         )  # fmt: skip
         name = f"seed {seed} round {number}"
         with on_s3(folder, corpus, draw, tally) if remote else on_disk(folder, corpus) as place:
-            this = Round(settings, corpus, place, draw, tally, name)
+            this = Round(settings, corpus, place, draw, tally, name, engines)
             before = outside(folder)
             for _ in range(draw.randint(2, 8)):
                 this.disturb()
@@ -474,8 +589,8 @@ def one_round(number: int, seed: int, bundles: tuple[Bundle, Bundle], tally: Tal
             calm = replace(this, place=reference, name=f"{name}, undisturbed")
             calm.end(calm.start(replace(settings, ranks=1).command(reference)), "the undisturbed run")
             this.check(folder / "reference")
-            after = outside(folder)
-            tally.check(before == after, f"{name}: outside of --out {sorted(before ^ after)}")
+            stray = outside(folder) ^ (before | {f"in/{file}" for file in corpus.good if not file.startswith("link/")})
+            tally.check(not stray, f"{name}: outside of --out {sorted(stray)}")
     tally.counts["rounds"] += 1
 
 
@@ -485,6 +600,7 @@ def outside(folder: Path) -> set[str]:
         name
         for file in folder.rglob("*")
         if not (name := file.relative_to(folder).as_posix()).startswith(("disk", "pulled", "reference"))
+        and (file.is_symlink() or not file.is_dir())
     }
 
 
@@ -503,9 +619,10 @@ def main() -> None:
         heads = {name: write_head(folder / f"{name}.ckpt", seed=i) for i, name in enumerate(("edu", "prose"))}
         bundle = export(encoder, heads, folder / "bundle")
         rival = export(encoder, dict(zip(heads, reversed(heads.values()), strict=True)), folder / "rival")
+        engines = {one.hash: Engine(one, device="cpu", threads=1) for one in (bundle, rival)}
         number = 0 if given.only is None else given.only
         while True:
-            one_round(number, given.seed, (bundle, rival), tally)
+            one_round(number, given.seed, (bundle, rival), engines, tally)
             number += 1
             if given.only is not None or time.monotonic() - began > 60 * given.minutes:
                 break

@@ -186,7 +186,11 @@ def test_a_rank_whose_share_cannot_be_read_names_it(bundle, tmp_path):
     (source / "b.parquet").write_bytes(b"x")
     unfinished = [file for rank in range(2) for file in run(bundle, source, out, rank, 2)["unfinished"]]
     assert [Path(file["file"]).name for file in unfinished] == ["b.parquet"]
-    assert "a.parquet" in visible(out)
+    assert visible(out) == ["a.parquet"]  # all ranks are through: what comes next is in the next listing
+    corpus(source, "c.parquet")
+    for rank in range(2):
+        run(bundle, source, out, rank, 2)
+    assert visible(out) == ["a.parquet", "c.parquet"]
 
 
 def test_a_rank_alone_finishes_what_is_finished(bundle, tmp_path):
