@@ -178,8 +178,8 @@ class Settings:
         """The command line."""
         given = [
             *RUN, *(inputs or (place.source,)), "--bundle", (bundle or self.bundle).path, "--out", place.out,
-            "--device", "cpu", "--threads", 1, "--workers", self.workers, "--chunk-rows", self.chunk_rows, "--output", self.output,
-            "--retry-minutes", 1,
+            "--device", "cpu", "--threads", 1, "--workers", self.workers, "--chunk-rows", self.chunk_rows,
+            "--output", self.output, "--retry-minutes", 1,
         ]  # fmt: skip
         if rank is not None:
             given += ["--rank", rank, "--world-size", self.ranks]
