@@ -412,7 +412,7 @@ def test_killed_at_random_moments_it_ends_with_the_output_of_an_uninterrupted_ru
     start += ["--workers", "2"]
     killed.append(kill(start, log, 5, 0))
     assert all(killed)
-    done = subprocess.run(start, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(start, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert_bucket_is(local)
     puts = Counter(request.path for request in s3.requests if request.method == "PUT")
