@@ -69,6 +69,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -323,15 +324,20 @@ def _check_names(path: Path, manifest: Manifest) -> None:
 
 
 def _check_weights(path: Path, manifest: Manifest) -> None:
-    """Raise BundleError for weights that would be loaded with a graph, unverified: they are named after it."""
-    for variant in manifest.variants.values():
-        graph = path / variant.graph
-        for file in graph.parent.glob(f"{glob.escape(graph.stem)}.*"):
-            if (name := file.relative_to(path).as_posix()) not in manifest.files:
-                raise BundleError(
-                    f"{path / MANIFEST}: {name!r} lies beside {variant.graph} and is not among its files; remove it, "
-                    "or export the bundle again"
-                )
+    """Raise BundleError for a file beside a graph that is not listed: the runtime may load weights from it."""
+    graphs = {path / variant.graph for variant in manifest.variants.values()}
+    # In the bundle's own folder, where other files lie as well, weights are named after their graph.
+    beside = chain.from_iterable(
+        graph.parent.glob(f"{glob.escape(graph.stem)}.*") if graph.parent == path else graph.parent.rglob("*")
+        for graph in graphs
+    )
+    for file in beside:
+        name = file.relative_to(path).as_posix()
+        if name not in manifest.files and file.is_file() and not file.name.startswith("."):
+            raise BundleError(
+                f"{path / MANIFEST}: {name!r} lies beside a graph and is not among its files; remove it, or export the "
+                "bundle again"
+            )
 
 
 def _read_manifest(path: Path) -> bytes:
