@@ -3,7 +3,7 @@
 Method. The first `--documents` documents with text of a real corpus are written to one parquet file. It is then scored
 from parquet to parquet, with the same bundle, variant and number of threads, by
 
-    jql-run      jql_engine.launch.score, one worker; reads text and id, writes id and scores
+    jql-run      jql_engine.job.launch.score, one worker; reads text and id, writes id and scores
     datatrove    LocalPipelineExecutor, one task: ParquetReader, JQLAnnotator, ParquetWriter; carries all columns along
     Ray Data     read_parquet, score_dataset with one actor, write_parquet; carries all columns along
 
@@ -49,12 +49,12 @@ from jql_engine.data import DocumentBatch
 from jql_engine.engine import as_texts
 from jql_engine.integrations.datatrove import JQLAnnotator
 from jql_engine.integrations.ray import score_dataset
-from jql_engine.launch import Machine, score
-from jql_engine.plan import Job
-from jql_engine.progress import RunLog
-from jql_engine.sessions import SessionOptions
-from jql_engine.sessions.choice import choose
-from jql_engine.tokens import Tokenizer
+from jql_engine.job.launch import Machine, score
+from jql_engine.job.plan import Job
+from jql_engine.job.progress import RunLog
+from jql_engine.sessions.base import SessionOptions
+from jql_engine.sessions.select import choose
+from jql_engine.tokenizer import Tokenizer
 
 EQUAL = 1e-5  # scores of one document in different batches
 BASE = "jql-run"

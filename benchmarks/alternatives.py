@@ -2,8 +2,8 @@
 
 Method. Each graph is written from the checkpoint, loaded on the GPU, and computes the same batches, which lie there
 beforehand (benchmarks.kernel); `--rounds` repeats them all in turn, the median counts. A graph is worth its lines in
-jql_export.packed where it is faster at the best budget on the GPUs that matter; what is slower everywhere goes from
-here. `score_difference` is that to the exported graph.
+jql_export.graph.cuda_packed where it is faster at the best budget on the GPUs that matter; what is slower everywhere
+goes from here. `score_difference` is that to the exported graph.
 
     python -m benchmarks.alternatives --encoder DIR --bundle BUNDLE --corpus CORPUS.parquet --name NAME
 
@@ -33,13 +33,13 @@ from benchmarks.kernel import Resident, batches_of
 from benchmarks.table import GpuRow, print_rows, write_result
 from jql_engine.bundle import Bundle
 from jql_engine.data import TokenBatch
-from jql_engine.gpu import Gpu
-from jql_engine.sessions import onnxruntime_cuda
-from jql_engine.tokens import Tokenizer
-from jql_export.checkpoint import EncoderSpec, EncoderWeights, LayerWeights, read_encoder
-from jql_export.dialects import MICROSOFT
-from jql_export.graph import Dialect, FloatType, GraphWriter, Pooling, write_graph
-from jql_export.packed import CudaDialect, first_rows, rotated, stacked
+from jql_engine.sessions.cuda import provider as onnxruntime_cuda
+from jql_engine.sessions.gpu import Gpu
+from jql_engine.tokenizer import Tokenizer
+from jql_export.families.checkpoint import EncoderSpec, EncoderWeights, LayerWeights, read_encoder
+from jql_export.graph.cuda_packed import CudaDialect, first_rows, rotated, stacked
+from jql_export.graph.dialects import MICROSOFT
+from jql_export.graph.encoder import Dialect, FloatType, GraphWriter, Pooling, write_graph
 from jql_export.tensors import Linear, Norm
 
 BUDGETS = (16_384, 32_768, 65_536)

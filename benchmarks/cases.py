@@ -16,13 +16,13 @@ from scipy.stats import spearmanr
 from benchmarks.table import Row
 from jql_engine.bundle import Bundle
 from jql_engine.data import TokenBatch, score_column
-from jql_engine.plan import Job, prepare
-from jql_engine.progress import Meter, RunLog
-from jql_engine.run import run
-from jql_engine.sessions import CHUNK_BYTES, Session
-from jql_engine.tokens import Tokenizer
-from jql_engine.worker import Worker
-from jql_export.heads import StackedHeads
+from jql_engine.job.finish import run
+from jql_engine.job.plan import Job, prepare
+from jql_engine.job.progress import Meter, RunLog
+from jql_engine.job.worker import Worker
+from jql_engine.sessions.base import CHUNK_BYTES, Session
+from jql_engine.tokenizer import Tokenizer
+from jql_export.readouts.jql_head import StackedHeads
 
 ORACLE = ("reference", "transformers, one at a time", "fp32")
 Run = Callable[[TokenBatch], np.ndarray | None]  # scores [N, H] in the order of the documents

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.engine import as_texts
-from jql_engine.tokens import Tokenizer
+from jql_engine.tokenizer import Tokenizer
 
 
 def sample(corpus: Path, n_docs: int, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[str], TokenBatch]:

@@ -36,8 +36,8 @@ import typer
 from benchmarks.table import Row, print_rows, write_result
 from benchmarks.throughput import ZeroSession, run_job
 from jql_engine.bundle import Bundle
-from jql_engine.plan import Job
-from jql_engine.tokens import Tokenizer
+from jql_engine.job.plan import Job
+from jql_engine.tokenizer import Tokenizer
 
 SHORT_CHARACTERS = 62  # about 15 tokens of this corpus
 HUGE_BYTES = 50_000_000

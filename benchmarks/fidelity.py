@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch, score_column
 from jql_engine.engine import as_texts
-from jql_engine.tokens import Tokenizer
+from jql_engine.tokenizer import Tokenizer
 from jql_export.reference import load_encoder
 from jql_export.tolerances import TOLERANCES
 

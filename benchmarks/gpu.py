@@ -11,7 +11,7 @@ is warmed up on the first documents and then timed on all of them. What is compa
                 is off: it builds a plan for every new shape, and every batch has another
                 sentence-transformers, bf16, sorted by length, from texts to scores; where it is installed
     kernel      ours: the graph alone, every batch on the GPU beforehand (TensorRT: within the session, copies included)
-    engine      ours: ids to scores, jql_engine.execution.execute
+    engine      ours: ids to scores, jql_engine.sessions.base.execute
     end_to_end  ours: parquet to parquet, jql-run's own pipeline, the sample in 8 chunks at least
     profile     time by op, nodes by provider, attention kernels: see benchmarks.profile
     ceiling     large matrix products with torch, and a copy on the device, by CUDA events
@@ -48,13 +48,15 @@ from benchmarks.table import GpuRow, print_ops
 from jql_engine.batching import plan
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, ScoreBatch, TokenBatch
-from jql_engine.execution import execute
-from jql_engine.gpu import Gpu
-from jql_engine.sessions import CHUNK_BYTES, Session, cuda, onnxruntime_cuda, open_variant
-from jql_engine.sessions.buffered import MAX_BATCH_TOKENS, token_budget
-from jql_engine.sessions.choice import runnable
-from jql_engine.tokens import Tokenizer
-from jql_export.checkpoint import is_jina_v3, read_config, read_encoder
+from jql_engine.sessions.base import CHUNK_BYTES, Session, execute
+from jql_engine.sessions.cuda import provider as onnxruntime_cuda
+from jql_engine.sessions.cuda import session as cuda
+from jql_engine.sessions.cuda.buffers import MAX_BATCH_TOKENS, token_budget
+from jql_engine.sessions.gpu import Gpu
+from jql_engine.sessions.open import open_variant
+from jql_engine.sessions.select import runnable
+from jql_engine.tokenizer import Tokenizer
+from jql_export.families.checkpoint import is_jina_v3, read_config, read_encoder
 
 BUDGETS = (8_192, 16_384, 32_768, 65_536, 131_072)
 ARRIVALS = 1_000  # documents in a batch of JQL's loop

@@ -30,7 +30,7 @@ from benchmarks.table import GpuRow, print_rows, write_result
 from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch
 from jql_engine.engine import as_texts
-from jql_engine.tokens import Tokenizer
+from jql_engine.tokenizer import Tokenizer
 
 TFLOPS = (317, 423, 528)  # with Snowflake's shape about 1.5, 2.0 and 2.5 million tokens a second
 VARIANT, BUDGET = "cuda-fp16", 65_536

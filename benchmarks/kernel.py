@@ -11,7 +11,7 @@ import onnxruntime as ort
 from benchmarks.profile import feeds_of
 from jql_engine.batching import plan
 from jql_engine.data import Batch, Budget, Layout, TokenBatch
-from jql_engine.sessions.buffered import Capacity, halves
+from jql_engine.sessions.cuda.buffers import Capacity, halves
 
 
 class Resident:

@@ -30,9 +30,9 @@ from benchmarks.table import Row, print_rows, write_result
 from jql_engine.batching import plan
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget, ScoreBatch, TokenBatch
-from jql_engine.tokens import Tokenizer
-from jql_export.checkpoint import read_encoder
-from jql_export.graph import write_graph
+from jql_engine.tokenizer import Tokenizer
+from jql_export.families.checkpoint import read_encoder
+from jql_export.graph.encoder import write_graph
 from jql_export.variants import VARIANTS
 
 BATCH_TOKENS = 4096

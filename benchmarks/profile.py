@@ -35,9 +35,9 @@ import typer
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch
-from jql_engine.gpu import Gpu
-from jql_engine.sessions import onnxruntime_cuda
-from jql_engine.sessions.layouts import fields_of, pack, pad, used_bytes
+from jql_engine.sessions.cuda import provider as onnxruntime_cuda
+from jql_engine.sessions.cuda.layouts import fields_of, pack, pad, used_bytes
+from jql_engine.sessions.gpu import Gpu
 
 ROOT = Path(__file__).parent.parent
 KERNEL = re.compile(r"Operator=(?P<operator>\S+)(?: Node=(?P<node>.*?))? DataType=\S+ SdpaKernel=(?P<kernel>[A-Z_]+)")

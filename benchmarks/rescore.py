@@ -38,11 +38,11 @@ from benchmarks.ceilings import onnx_product
 from benchmarks.table import Row, write_result
 from jql_engine.bundle import Bundle
 from jql_engine.data import Scores
-from jql_engine.launch import rescore
-from jql_engine.plan import Job, prepare
-from jql_engine.progress import RunLog
-from jql_engine.rescore import PRODUCT_ROWS, Heads
-from jql_engine.sessions import CHUNK_BYTES
+from jql_engine.job.launch import rescore
+from jql_engine.job.plan import Job, prepare
+from jql_engine.job.progress import RunLog
+from jql_engine.job.rescore import PRODUCT_ROWS, Heads
+from jql_engine.sessions.base import CHUNK_BYTES
 
 MILLION = 1_000_000
 PRODUCTS = 8  # a ceiling's rounds: one product is short

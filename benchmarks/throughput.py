@@ -42,10 +42,10 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
 from jql_engine.engine import Engine
 from jql_engine.errors import EngineError
-from jql_engine.plan import Job
-from jql_engine.sessions import CHUNK_BYTES
-from jql_engine.sessions.choice import choose, runnable
-from jql_engine.tokens import Tokenizer
+from jql_engine.job.plan import Job
+from jql_engine.sessions.base import CHUNK_BYTES
+from jql_engine.sessions.select import choose, runnable
+from jql_engine.tokenizer import Tokenizer
 
 DOCUMENTS = {"cpu": 24, "cuda": 4_000}
 

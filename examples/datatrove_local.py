@@ -20,10 +20,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
 
-from jql_engine.integrations.datatrove import (
-    JQLAnnotator,
-    stats_adapter,
-)  # was: from datatrove_jql_annotator import ...
+from jql_engine.integrations.datatrove import JQLAnnotator, stats_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = 2

@@ -71,12 +71,12 @@ def export(
     from transformers.utils import logging as transformers_logging
 
     from jql_engine.bundle import Bundle, EngineKey
-    from jql_engine.engine_files import build_ahead
-    from jql_engine.tensorrt import RTX
-    from jql_export.export import export_bundle
-    from jql_export.heads import read_head
+    from jql_engine.sessions.tensorrt.build import RTX
+    from jql_engine.sessions.tensorrt.cache import build_ahead
+    from jql_export.bundle import export_bundle
     from jql_export.hub import edu_heads, find_checkpoint
     from jql_export.quantize import read_texts
+    from jql_export.readouts.jql_head import read_head
 
     quiet: Any = transformers_logging  # untyped
     quiet.set_verbosity_error()

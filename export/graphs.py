@@ -11,12 +11,12 @@ from jql_engine.bundle import Manifest
 from jql_engine.data import TokenBatch
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.sessions.openvino import unavailable_reason
-from jql_export.checkpoint import FAMILIES, EncoderSpec, EncoderWeights, read_config, read_encoder
-from jql_export.foreign import VARIANT as FOREIGN
-from jql_export.foreign import ForeignEncoder, Shape, read_foreign, read_shape, write_foreign
-from jql_export.graph import Pooling, write_graph
-from jql_export.heads import StackedHeads
+from jql_export.families.checkpoint import FAMILIES, EncoderSpec, EncoderWeights, read_config, read_encoder
+from jql_export.graph.encoder import Pooling, write_graph
+from jql_export.onnx_encoder import VARIANT as FOREIGN
+from jql_export.onnx_encoder import ForeignEncoder, Shape, read_foreign, read_shape, write_foreign
 from jql_export.quantize import check_installed, quantize_int8
+from jql_export.readouts.jql_head import StackedHeads
 from jql_export.variants import VARIANTS
 
 Report = Callable[[str], None]

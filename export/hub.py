@@ -17,9 +17,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import CheckpointError, HeadError
-from jql_export.checkpoint import HUB_PATTERNS
 from jql_export.defaults import EDU_HEADS, EDU_REPOSITORY
-from jql_export.heads import HeadWeights, read_head
+from jql_export.families.checkpoint import HUB_PATTERNS
+from jql_export.readouts.jql_head import HeadWeights, read_head
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.probe_texts import SENTENCES
-from jql_engine.tokens import Tokenizer
+from jql_engine.tokenizer import Tokenizer
 
 # Borders of powers of two and of kernels' block sizes; three of each of the first ones, so that batches hold several.
 SHORT = (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257)

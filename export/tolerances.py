@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jql_engine.parity import LONG_TOKENS, Tolerance
-from jql_engine.sessions import ON_GPU
+from jql_engine.sessions.base import ON_GPU
+from jql_engine.sessions.certify import LONG_TOKENS, Tolerance
 
 __all__ = ["LONG_TOKENS", "TOLERANCES", "Tolerance", "tolerance_of"]
 

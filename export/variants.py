@@ -9,10 +9,10 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from jql_engine.data import Layout
-from jql_export.dialects import CpuDialect, StandardDialect
-from jql_export.graph import Dialect
-from jql_export.packed import CudaDialect
-from jql_export.padded import PaddedCudaDialect
+from jql_export.graph.cuda_packed import CudaDialect
+from jql_export.graph.cuda_padded import PaddedCudaDialect
+from jql_export.graph.dialects import CpuDialect, StandardDialect
+from jql_export.graph.encoder import Dialect
 
 
 @dataclass(frozen=True, slots=True)

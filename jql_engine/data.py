@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -22,30 +22,6 @@ Embeddings: TypeAlias = NDArray[np.float32] | NDArray[np.float16]
 EMBEDDING = "embedding"  # the column of stored vectors
 Layout = Literal["exact", "padded", "packed"]
 """How a graph takes a batch: [B, L] of one exact length, [B, L] padded with a mask, or [T] without padding."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Rows [start, stop) of input file number `file`."""
-
-    file: int
-    start: int
-    stop: int
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.start <= self.stop, self
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive rows of one large file, or several small files: the unit of work and of commit."""
-
-    segments: tuple[Segment, ...]
-
-    @property
-    def n_docs(self) -> int:
-        """Rows in all segments; row numbers run through the segments in order."""
-        return sum(segment.stop - segment.start for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,73 +39,6 @@ class DocumentBatch:
     def of(cls, texts: pa.LargeStringArray, first: int = 0) -> DocumentBatch:
         """Number `texts` from `first`."""
         return cls(np.arange(first, first + len(texts), dtype=np.int64), texts)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A few consecutive rows of one chunk, as they were read."""
-
-    segment: Segment
-    first: int  # number of the first of the rows in the chunk
-    texts: pa.DictionaryArray  # [N], distinct values of large_string; null where there is no text to score
-    ids: pa.ChunkedArray | None  # [N], the column that goes into the output as it is
-    n_invalid: int  # texts that are not UTF-8; null in `texts`
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A segment of a chunk that could not be read."""
-
-    segment: Segment
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A chunk and its number in the job."""
-
-    number: int
-    chunk: Chunk
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkEnd:
-    """All of a chunk was read; follows its pieces."""
-
-    task: Task
-    failures: tuple[Failure, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StageSeconds:
-    """How one stage spent its time."""
-
-    busy: float
-    starved: float  # waiting for input
-    blocked: float  # waiting for room
-
-    def __add__(self, other: StageSeconds) -> StageSeconds:
-        return StageSeconds(self.busy + other.busy, self.starved + other.starved, self.blocked + other.blocked)
-
-    def __sub__(self, other: StageSeconds) -> StageSeconds:
-        return StageSeconds(self.busy - other.busy, self.starved - other.starved, self.blocked - other.blocked)
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkDone:
-    """What was done for one chunk; its scores are committed."""
-
-    task: Task
-    failures: tuple[Failure, ...] = ()
-    documents: int = 0  # rows read, scored or not
-    null_documents: int = 0  # rows without a text, invalid UTF-8 included
-    invalid_utf8: int = 0
-    truncated: int = 0
-    tokens: int = 0
-    padding: int = 0
-    memory_bytes: int = 0  # the most that the worker's process has held so far
-    stages: dict[str, StageSeconds] = field(default_factory=dict)  # since the chunk before
-    overflowed: int = 0  # documents that left fp16 and were computed again in fp32
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch, ScoreBatch, Scores, TokenBatch
-from jql_engine.engine_files import EngineOptions
 from jql_engine.errors import DeviceError, InputError
-from jql_engine.execution import execute
-from jql_engine.parity import open_certified
-from jql_engine.sessions import Session, SessionOptions
-from jql_engine.sessions.choice import choose
-from jql_engine.tokens import Tokenizer, with_proven_tokenizer
+from jql_engine.sessions.base import Session, SessionOptions, execute
+from jql_engine.sessions.open import open_session
+from jql_engine.sessions.select import choose
+from jql_engine.sessions.tensorrt.cache import EngineOptions
+from jql_engine.tokenizer import Tokenizer, with_proven_tokenizer
 
 Texts: TypeAlias = Sequence[str | None] | pa.Array | pa.ChunkedArray
 
@@ -53,7 +52,7 @@ class Engine:
         if "," in device:
             raise DeviceError(f"device {device}: an Engine computes on one; make one for each")
         options = SessionOptions(threads, engines or EngineOptions())
-        self.session: Session = open_certified(self.bundle, choice, choice.devices[0], options)
+        self.session: Session = open_session(self.bundle, choice, choice.devices[0], options)
         self.tokenizer = Tokenizer.of(self.bundle)
 
     @property

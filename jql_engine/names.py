@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TypeVar
 
 from jql_engine.errors import UnsafeNameError
-from jql_engine.storage import Location
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+L = TypeVar("L", "Path", "UPath", "Path | UPath")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -48,7 +53,7 @@ class RelativeName:
         """The same place under another name."""
         return RelativeName("/".join([*self.segments[:-1], name]))
 
-    def below(self, root: Location) -> Location:
+    def below(self, root: L) -> L:
         """The file in the folder `root`."""
         return root / self.text
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from jql_engine.bundle import MANIFEST, Bundle, Manifest, Variant, describe_files
-from jql_export.checkpoint import EncoderWeights, read_encoder
-from jql_export.graph import Pooling, write_graph
-from jql_export.heads import StackedHeads, write_heads
+from jql_export.families.checkpoint import EncoderWeights, read_encoder
+from jql_export.graph.encoder import Pooling, write_graph
+from jql_export.readouts.jql_head import StackedHeads, write_heads
 from jql_export.variants import VARIANTS
 from tests.conftest import write_encoder, write_tokenizer
 

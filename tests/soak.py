@@ -37,12 +37,12 @@ import pyarrow.parquet as pq
 
 from jql_engine import Engine
 from jql_engine.bundle import Bundle
-from jql_engine.output import METADATA_KEY
+from jql_engine.files.output import METADATA_KEY
 from jql_export import probes
 from tests import servers
 from tests.conftest import export, write_encoder, write_head
 
-RUN = [sys.executable, "-c", "from jql_engine.cli import main; main()"]
+RUN = [sys.executable, "-c", "from jql_engine.cli.run import main; main()"]
 TOLERANCE = 1e-5  # a score alone against the same in another batch
 DATA = Path(__file__).with_name("data")
 WORDS = " ".join(probes.SENTENCES[:12]).split()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from jql_engine.bundle import Bundle
-from jql_export.export import Checkpoint, export_bundle
-from jql_export.heads import read_head
+from jql_export.bundle import Checkpoint, export_bundle
+from jql_export.readouts.jql_head import read_head
 
 VARIANT = "tensorrt-fp16"
 DEMO = Path(__file__).parent.parent / "examples" / "demo"

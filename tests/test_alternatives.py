@@ -14,8 +14,8 @@ from benchmarks.profile import feeds_of
 from benchmarks.table import GpuRow
 from jql_engine.batching import plan
 from jql_engine.data import Budget
-from jql_engine.parity import read_probes
-from jql_export.checkpoint import read_encoder
+from jql_engine.sessions.certify import read_probes
+from jql_export.families.checkpoint import read_encoder
 from tests.conftest import FAMILIES
 
 

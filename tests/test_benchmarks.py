@@ -27,10 +27,10 @@ from jql_engine.batching import plan
 from jql_engine.data import Batch, Budget, DocumentBatch, TokenBatch
 from jql_engine.engine import as_texts
 from jql_engine.errors import DeviceError
-from jql_engine.sessions import open_variant
-from jql_engine.sessions.buffered import MAX_BATCH_TOKENS, Capacity, token_budget
-from jql_engine.tokens import Tokenizer
-from jql_export.checkpoint import EncoderSpec
+from jql_engine.sessions.cuda.buffers import MAX_BATCH_TOKENS, Capacity, token_budget
+from jql_engine.sessions.open import open_variant
+from jql_engine.tokenizer import Tokenizer
+from jql_export.families.checkpoint import EncoderSpec
 from jql_export.probes import SENTENCES
 
 from .conftest import FAMILIES

@@ -17,7 +17,7 @@ from benchmarks.profile import Profile
 from benchmarks.table import print_rows
 from jql_engine.data import Budget, DocumentBatch
 from jql_engine.engine import as_texts
-from jql_engine.tokens import Tokenizer
+from jql_engine.tokenizer import Tokenizer
 from jql_export.probes import SENTENCES
 from tests.test_benchmarks import GIB, RAGGED, engine_row
 

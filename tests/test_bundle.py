@@ -9,16 +9,7 @@ from typing import Any
 
 import pytest
 
-from jql_engine.bundle import (
-    FORMAT,
-    MANIFEST,
-    PROBES,
-    Bundle,
-    EngineKey,
-    Manifest,
-    describe_files,
-    sha256_of,
-)
+from jql_engine.bundle import FORMAT, MANIFEST, PROBES, Bundle, EngineKey, Manifest, describe_files, sha256_of
 from jql_engine.errors import BundleError
 
 FILES = ("graphs/cpu-fp32.onnx", "graphs/cpu-fp32.onnx.data", "heads.safetensors", PROBES, "tokenizer.json")

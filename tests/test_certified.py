@@ -15,10 +15,13 @@ import pytest
 from jql_engine.bundle import MANIFEST, PROBES, Bundle
 from jql_engine.data import BatchOutput
 from jql_engine.errors import BundleError, DeviceError, ParityError
-from jql_engine.parity import SHORT_TOKENS, open_certified, read_probes, run_all, write_probes
-from jql_engine.sessions import choice, cuda, open_variant, tensorrt
-from jql_engine.sessions.buffered import BufferedSession, Capacity, OutOfMemoryError
-from jql_engine.sessions.choice import Choice, choose, runnable
+from jql_engine.sessions import select as choice
+from jql_engine.sessions.certify import SHORT_TOKENS, read_probes, run_all, write_probes
+from jql_engine.sessions.cuda import session as cuda
+from jql_engine.sessions.cuda.buffers import BufferedSession, Capacity, OutOfMemoryError
+from jql_engine.sessions.open import open_session, open_variant
+from jql_engine.sessions.select import Choice, choose, runnable
+from jql_engine.sessions.tensorrt import session as tensorrt
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, export, without_gpu
 from tests.test_cuda import ReferenceExecutor
@@ -56,7 +59,7 @@ def evaluated(monkeypatch):
 
 def opened(bundle, variant, tolerance=None):
     said = []
-    session = open_certified(bundle, Choice(("cuda:0",), variant, tolerance), "cuda:0", report=said.append)
+    session = open_session(bundle, Choice(("cuda:0",), variant, tolerance), "cuda:0", report=said.append)
     return session, said
 
 
@@ -226,7 +229,7 @@ def test_without_probes_no_gpu_is_certified(gpu_bundles, tmp_path, evaluated):
 
 
 def test_a_bundle_without_heads_is_certified_by_its_embeddings(encoders, tmp_path, evaluated):
-    from jql_export.export import Checkpoint, export_bundle
+    from jql_export.bundle import Checkpoint, export_bundle
 
     checkpoint = Checkpoint(encoders["bert"], "bert", None)
     bundle = export_bundle(checkpoint, None, tmp_path / "out", "mean", 96, [FP32])

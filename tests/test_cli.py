@@ -14,8 +14,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from jql_engine import cli
-from jql_engine.plan import CHUNK_ROWS
+from jql_engine.cli import run as cli
+from jql_engine.job.plan import CHUNK_ROWS
 from jql_engine.tokenizer_libraries import fast_name
 from tests.conftest import without_gpu
 from tests.files import damage, made_with_other_tokie

@@ -17,14 +17,18 @@ from benchmarks.operators import OPERATORS
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import BundleError, DeviceError
-from jql_engine.sessions import Fallback, buffered, cuda, layouts, onnxruntime_cuda
-from jql_engine.sessions.buffered import BufferedSession, Capacity, OutOfMemoryError, halves, token_budget
-from jql_engine.sessions.layouts import pack
-from jql_engine.sessions.overflow import select
-from jql_engine.tokens import Tokenizer
+from jql_engine.sessions.base import Fallback
+from jql_engine.sessions.cuda import buffers as buffered
+from jql_engine.sessions.cuda import layouts
+from jql_engine.sessions.cuda import provider as onnxruntime_cuda
+from jql_engine.sessions.cuda import session as cuda
+from jql_engine.sessions.cuda.buffers import BufferedSession, Capacity, OutOfMemoryError, halves, token_budget
+from jql_engine.sessions.cuda.layouts import pack
+from jql_engine.sessions.fallback import select
+from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
-from jql_export.checkpoint import read_encoder
-from jql_export.heads import read_head, stack
+from jql_export.families.checkpoint import read_encoder
+from jql_export.readouts.jql_head import read_head, stack
 from jql_export.reference import Reference
 from tests.conftest import HAS_GPU
 from tests.graphs import CUDA, write_bundle

@@ -6,19 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jql_engine.data import (
-    Batch,
-    BatchOutput,
-    Budget,
-    Chunk,
-    DocumentBatch,
-    ScoreBatch,
-    Scores,
-    Segment,
-    StageSeconds,
-    TokenBatch,
-    score_schema,
-)
+from jql_engine.data import Batch, BatchOutput, Budget, DocumentBatch, ScoreBatch, Scores, TokenBatch, score_schema
+from jql_engine.files.chunks import Chunk, Segment, StageSeconds
 
 PAD = -1
 

@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
-from jql_engine import dataset, storage
-from jql_engine.data import Chunk, Segment
-from jql_engine.dataset import InputFile, Listing, SourceFile, find_files, split
 from jql_engine.errors import EngineError, InputError
-from jql_engine.formats import open_file
+from jql_engine.files import inputs as dataset
+from jql_engine.files import storage
+from jql_engine.files.chunks import Chunk, Segment, split
+from jql_engine.files.formats import open_file
+from jql_engine.files.inputs import InputFile, Listing, SourceFile, find_files
+from jql_engine.files.storage import version_from, version_of
 from jql_engine.names import RelativeName
-from jql_engine.storage import version_from, version_of
 from tests.files import damage, not_utf8
 
 __all__ = ["damage", "not_utf8", "write"]  # used by other tests

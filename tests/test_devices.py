@@ -15,9 +15,9 @@ from jql_engine.engine import Engine
 from jql_engine.errors import DeviceError
 from jql_engine.integrations.datatrove import JQLAnnotator
 from jql_engine.sessions import devices
-from jql_engine.sessions.choice import Choice, choose
+from jql_engine.sessions.cuda.provider import PROVIDER
 from jql_engine.sessions.devices import every_gpu, gpu_without_driver
-from jql_engine.sessions.onnxruntime_cuda import PROVIDER
+from jql_engine.sessions.select import Choice, choose
 from tests.conftest import without_gpu
 
 CPU = Choice(("cpu",), "cpu-fp32")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jql_engine.dictionaries import Column, compact, decode, encode, is_text, join
+from jql_engine.files.dictionaries import Column, compact, decode, encode, is_text, join
 
 TEXT = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()]
 VALUES = ["a", None, "", "süß", "a", "b" * 50]
@@ -51,7 +51,7 @@ def test_joined_parts_hold_each_value_once(parts):
 
 
 def test_a_column_holds_equal_texts_of_all_its_parts_once(monkeypatch):
-    monkeypatch.setattr("jql_engine.dictionaries.JOIN_BYTES", 5_000)
+    monkeypatch.setattr("jql_engine.files.dictionaries.JOIN_BYTES", 5_000)
     column, rows = Column(), []
     for i in range(40):
         part = [f"{(i + k) % 7}" * 1_000 for k in range(3)]

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jql_engine import distinct
 from jql_engine.data import DocumentBatch, TokenBatch
-from jql_engine.distinct import ChunkDocuments
-from jql_engine.tokens import Tokenizer
+from jql_engine.job import distinct
+from jql_engine.job.distinct import ChunkDocuments
+from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
 from tests.test_formats import lines
 from tests.test_run import score

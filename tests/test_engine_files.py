@@ -13,10 +13,13 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from jql_engine import engine_files
 from jql_engine.bundle import MANIFEST, Bundle, EngineKey, describe_file
 from jql_engine.data import Budget
-from jql_engine.engine_files import (
+from jql_engine.errors import BundleError, CacheError, DeviceError
+from jql_engine.sessions.gpu import Gpu
+from jql_engine.sessions.tensorrt import cache as engine_files
+from jql_engine.sessions.tensorrt.build import Built, Library, load_library
+from jql_engine.sessions.tensorrt.cache import (
     EngineOptions,
     build_ahead,
     engine_for,
@@ -27,10 +30,7 @@ from jql_engine.engine_files import (
     provide,
     why_none,
 )
-from jql_engine.errors import BundleError, CacheError, DeviceError
-from jql_engine.gpu import Gpu
-from jql_engine.profiles import budget_for
-from jql_engine.tensorrt import Built, Library, load_library
+from jql_engine.sessions.tensorrt.profiles import budget_for
 
 KEY = EngineKey(
     "tensorrt-fp16", "ab" * 32, "tensorrt", "10.16.1", "NVIDIA A100-SXM4-80GB", "8.0", "fp16", [[32, 512], [64, 256]]

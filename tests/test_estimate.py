@@ -6,11 +6,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jql_engine import Engine, estimate
+from jql_engine import Engine
 from jql_engine.errors import InputError
-from jql_engine.estimate import estimate_work
-from jql_engine.plan import Job
-from jql_engine.ranks import Rank
+from jql_engine.job import estimate
+from jql_engine.job.estimate import estimate_work
+from jql_engine.job.plan import Job
+from jql_engine.job.ranks import Rank
 from tests.conftest import MAX_TOKENS
 from tests.files import damage
 from tests.test_dataset import write

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from jql_engine.batching import plan
 from jql_engine.data import BatchOutput, Budget, TokenBatch
-from jql_engine.execution import execute
-from jql_engine.sessions import MAX_STREAMS, streams_of
+from jql_engine.sessions.base import MAX_STREAMS, execute, streams_of
 from jql_engine.sessions.openvino import OpenVinoSession
 from tests.conftest import export
 

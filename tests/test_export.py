@@ -12,10 +12,10 @@ from jql_engine import Engine
 from jql_engine.bundle import MANIFEST, PROBES, Bundle, describe_files, sha256_of
 from jql_engine.errors import BundleError, CheckpointError, HeadError, ParityError
 from jql_export import probes
-from jql_export.checkpoint import read_encoder
-from jql_export.export import Checkpoint, export_bundle
-from jql_export.heads import read_head
+from jql_export.bundle import Checkpoint, export_bundle
+from jql_export.families.checkpoint import read_encoder
 from jql_export.hub import find_checkpoint
+from jql_export.readouts.jql_head import read_head
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, MAX_TOKENS, POOLING, export
 

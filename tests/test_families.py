@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from jql_engine import parity
 from jql_engine.errors import CheckpointError, ParityError
+from jql_engine.sessions import certify as parity
 from jql_engine.sessions.cpu import CpuSession
-from jql_engine.tokens import Tokenizer
+from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
-from jql_export.checkpoint import read_encoder
-from jql_export.export import Checkpoint, export_bundle
-from jql_export.heads import read_head
+from jql_export.bundle import Checkpoint, export_bundle
+from jql_export.families.checkpoint import read_encoder
+from jql_export.readouts.jql_head import read_head
 from jql_export.reference import Reference, load_encoder
 from jql_export.tolerances import LONG_TOKENS, TOLERANCES
 from tests.conftest import MAX_TOKENS, ON_CPU, write_tokenizer
@@ -436,7 +436,7 @@ def test_torch_parametrizations_have_the_names_of_this_layout():
 
 
 def test_the_wrong_adapter_is_refused(checkpoints, heads, tmp_path, monkeypatch):
-    monkeypatch.setattr("jql_export.checkpoint.LORA_TASK", "separation")
+    monkeypatch.setattr("jql_export.families.checkpoint.LORA_TASK", "separation")
     with pytest.raises(ParityError, match="out of tolerance"):
         export_to(tmp_path / "bundle", checkpoints["jina"], heads)
 

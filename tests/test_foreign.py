@@ -19,10 +19,10 @@ from jql_engine import Engine
 from jql_engine.bundle import Bundle
 from jql_engine.errors import BundleError, CheckpointError, ParityError
 from jql_export import cli, probes
-from jql_export.export import export_bundle
-from jql_export.foreign import VARIANT, read_foreign, write_foreign
-from jql_export.heads import read_head, stack
+from jql_export.bundle import export_bundle
 from jql_export.hub import Checkpoint
+from jql_export.onnx_encoder import VARIANT, read_foreign, write_foreign
+from jql_export.readouts.jql_head import read_head, stack
 from jql_export.reference import load_encoder
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import MAX_TOKENS, POOLING, write_tokenizer

@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
-from jql_engine import formats
-from jql_engine.dataset import InputFile
-from jql_engine.dictionaries import compact
 from jql_engine.errors import InputError, UnreadableError
-from jql_engine.formats import batches, open_file
-from jql_engine.reading import as_text
+from jql_engine.files import formats
+from jql_engine.files.dictionaries import compact
+from jql_engine.files.formats import batches, open_file
+from jql_engine.files.inputs import InputFile
+from jql_engine.files.reading import as_text
 from tests.fuzzing.mutate import read_struct, write_struct
 from tests.test_dataset import opened, source, write
 

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jql_engine.dataset import find_files
 from jql_engine.errors import OutputError
-from jql_engine.frozen import freeze, remove_stray
-from jql_engine.launch import Machine, score
-from jql_engine.plan import Job
-from jql_engine.progress import RunLog
-from jql_engine.ranks import Rank
+from jql_engine.files.inputs import find_files
+from jql_engine.job.frozen import freeze, remove_stray
+from jql_engine.job.launch import Machine, score
+from jql_engine.job.plan import Job
+from jql_engine.job.progress import RunLog
+from jql_engine.job.ranks import Rank
 from tests.test_run import visible, write
 
 

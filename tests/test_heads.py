@@ -10,7 +10,7 @@ import torch
 
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import HeadError
-from jql_export.heads import check_heads, read_head, stack
+from jql_export.readouts.jql_head import check_heads, read_head, stack
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import write_head
 

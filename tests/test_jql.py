@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from jql_engine.errors import DeviceError, HeadError
-from jql_engine.integrations import bundles as cache
+from jql_engine.integrations import export_cache as cache
 from jql_engine.integrations.checkpoints import read_tensors
 from jql_engine.integrations.jql import HEAD_TENSORS, RegressionHead, get_embedder_instance
 from jql_export import probes

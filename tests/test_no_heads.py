@@ -15,11 +15,11 @@ from safetensors.numpy import load_file
 from jql_engine import Engine
 from jql_engine.bundle import Bundle
 from jql_engine.errors import BundleError, ParityError
-from jql_engine.launch import Machine, rescore, score
-from jql_engine.plan import Job
-from jql_engine.progress import RunLog
+from jql_engine.job.launch import Machine, rescore, score
+from jql_engine.job.plan import Job
+from jql_engine.job.progress import RunLog
 from jql_export import cli, probes
-from jql_export.export import export_bundle
+from jql_export.bundle import export_bundle
 from jql_export.hub import Checkpoint
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, MAX_TOKENS, ON_CPU, POOLING

@@ -13,19 +13,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jql_engine import parity, probe_texts
+from jql_engine import probe_texts
 from jql_engine.bundle import MANIFEST, PROBES, describe_files
 from jql_engine.data import Budget
 from jql_engine.engine import Engine
-from jql_engine.engine_files import EngineOptions
 from jql_engine.errors import BundleError, CheckpointError, DeviceError, InputError, ParityError
-from jql_engine.sessions import SessionOptions, open_variant
+from jql_engine.sessions import certify as parity
 from jql_engine.sessions import openvino as session_file
-from jql_engine.sessions.choice import TOLERANCE, choose
+from jql_engine.sessions.base import SessionOptions
+from jql_engine.sessions.open import open_variant
+from jql_engine.sessions.select import TOLERANCE, choose
+from jql_engine.sessions.tensorrt.cache import EngineOptions
 from jql_export import probes
-from jql_export.export import export_bundle
-from jql_export.heads import read_head
+from jql_export.bundle import export_bundle
 from jql_export.quantize import N_DOCUMENTS, read_texts
+from jql_export.readouts.jql_head import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, POOLING, export
@@ -205,8 +207,15 @@ def test_a_worker_with_a_share_of_the_cores_pins_none(bundle):
 
 def test_jql_run_scores_with_the_chosen_variant_and_says_so(bundle, tmp_path):
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "texts.parquet")
-    command = [sys.executable, "-m", "jql_engine.cli", str(tmp_path / "texts.parquet"), "--bundle", str(bundle.path)]
-    code = "import sys; from jql_engine.cli import main; sys.argv[0] = 'jql-run'; main()"
+    command = [
+        sys.executable,
+        "-m",
+        "jql_engine.cli.run",
+        str(tmp_path / "texts.parquet"),
+        "--bundle",
+        str(bundle.path),
+    ]
+    code = "import sys; from jql_engine.cli.run import main; sys.argv[0] = 'jql-run'; main()"
     command[1:3] = ["-c", code]
     limit = str(bundle.manifest.variants[INT8].parity["max_abs_score"])
     done = subprocess.run(

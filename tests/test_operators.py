@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from torch.nn import functional
 
 from benchmarks.operators import OPERATORS
-from jql_export.dialects import MICROSOFT
+from jql_export.graph.dialects import MICROSOFT
 
 
 def model_of(op_type, inputs, **attributes):

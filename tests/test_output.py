@@ -13,20 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jql_engine.check import check_names, check_output
-from jql_engine.data import Segment, embedding_type, score_schema
-from jql_engine.dataset import InputFile, SourceFile
+from jql_engine.data import embedding_type, score_schema
 from jql_engine.errors import InputError, OutputError
-from jql_engine.formats import open_file
+from jql_engine.files.chunks import Segment
+from jql_engine.files.formats import open_file
+from jql_engine.files.inputs import InputFile, SourceFile
+from jql_engine.files.output import METADATA_KEY, Target, check_settings, is_finished
+from jql_engine.files.parts import Part, find_leftovers
+from jql_engine.files.storage import version_of
+from jql_engine.job.check import check_names, check_output
 from jql_engine.names import RelativeName
-from jql_engine.output import (
-    METADATA_KEY,
-    Target,
-    check_settings,
-    is_finished,
-)
-from jql_engine.parts import Part, find_leftovers
-from jql_engine.storage import version_of
 from tests.files import damage
 
 HEADS = ("edu", "prose")

@@ -16,14 +16,14 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKern
 from benchmarks.operators import OPERATORS
 from jql_engine.batching import plan
 from jql_engine.data import Budget, TokenBatch
-from jql_engine.sessions.buffered import Capacity
-from jql_engine.sessions.layouts import pack
-from jql_engine.tokens import Tokenizer
+from jql_engine.sessions.cuda.buffers import Capacity
+from jql_engine.sessions.cuda.layouts import pack
+from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
-from jql_export.checkpoint import read_encoder
-from jql_export.graph import write_graph
-from jql_export.heads import read_head, stack
-from jql_export.packed import CudaDialect
+from jql_export.families.checkpoint import read_encoder
+from jql_export.graph.cuda_packed import CudaDialect
+from jql_export.graph.encoder import write_graph
+from jql_export.readouts.jql_head import read_head, stack
 from jql_export.reference import Expected, Reference
 from tests.conftest import FAMILIES, write_encoder
 

@@ -16,14 +16,14 @@ from onnx.reference import ReferenceEvaluator
 from benchmarks.operators import OPERATORS
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
-from jql_engine.sessions.buffered import BufferedSession, Capacity, halves, largest_batch
-from jql_engine.sessions.layouts import fields_of, pad, size_of, used_bytes
-from jql_engine.tokens import Tokenizer
+from jql_engine.sessions.cuda.buffers import BufferedSession, Capacity, halves, largest_batch
+from jql_engine.sessions.cuda.layouts import fields_of, pad, size_of, used_bytes
+from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
-from jql_export.checkpoint import read_encoder
-from jql_export.graph import write_graph
-from jql_export.heads import read_head, stack
-from jql_export.padded import PaddedCudaDialect
+from jql_export.families.checkpoint import read_encoder
+from jql_export.graph.cuda_padded import PaddedCudaDialect
+from jql_export.graph.encoder import write_graph
+from jql_export.readouts.jql_head import read_head, stack
 from jql_export.reference import Reference
 from jql_export.variants import VARIANTS
 from tests.conftest import FAMILIES, write_encoder

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jql_engine.data import StageSeconds
-from jql_engine.pipeline import CAPACITY, StageTime, pipeline
+from jql_engine.files.chunks import StageSeconds
+from jql_engine.job.pipeline import CAPACITY, StageTime, pipeline
 
 
 def run(items: Iterable[int], *stages, capacity: int = CAPACITY):
@@ -213,7 +213,7 @@ def test_a_stage_that_has_not_begun_has_spent_nothing():
 
 def test_working_and_waiting_add_up_exactly(monkeypatch):
     now = iter([10.0, 11.0, 13.0, 20.0, 24.0, 25.0])
-    monkeypatch.setattr("jql_engine.pipeline.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("jql_engine.job.pipeline.time.monotonic", lambda: next(now))
     clock = StageTime("x")
     with clock.working():  # from 10 to 25
         with clock.waiting("starved"):  # from 11 to 13

@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jql_engine import pool
-from jql_engine.data import Chunk, ChunkDone, Segment, Task
 from jql_engine.errors import EngineError, OutputError
-from jql_engine.output import Target
-from jql_engine.parts import find_leftovers
-from jql_engine.plan import Job, Work, prepare
-from jql_engine.pool import Executed, Handout, Order, Pool
-from jql_engine.sessions import SessionOptions
-from jql_engine.sessions.choice import Choice
-from jql_engine.worker import Scoring
+from jql_engine.files.chunks import Chunk, ChunkDone, Segment, Task
+from jql_engine.files.output import Target
+from jql_engine.files.parts import find_leftovers
+from jql_engine.job import pool
+from jql_engine.job.plan import Job, Work, prepare
+from jql_engine.job.pool import Executed, Handout, Order, Pool
+from jql_engine.job.worker import Scoring
+from jql_engine.sessions.base import SessionOptions
+from jql_engine.sessions.select import Choice
 
 ROWS = 100
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jql_engine.dataset import SourceFile
 from jql_engine.errors import EngineError
+from jql_engine.files.inputs import SourceFile
+from jql_engine.job.ranks import Rank, rank_of, share
 from jql_engine.names import RelativeName
-from jql_engine.ranks import Rank, rank_of, share
 
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
 STEP = BATCH | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}

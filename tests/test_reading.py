@@ -19,12 +19,12 @@ from upath import UPath
 from upath.implementations.memory import MemoryPath
 from upath.registry import register_implementation
 
-from jql_engine import formats, storage
-from jql_engine.data import Chunk, ChunkEnd, Piece, Segment, Task
-from jql_engine.dataset import InputFile
 from jql_engine.errors import InputError
-from jql_engine.reading import Cursor, as_text, file_columns, read
-from jql_engine.storage import version_of
+from jql_engine.files import formats, storage
+from jql_engine.files.chunks import Chunk, ChunkEnd, Piece, Segment, Task
+from jql_engine.files.inputs import InputFile
+from jql_engine.files.reading import Cursor, as_text, file_columns, read
+from jql_engine.files.storage import version_of
 from tests.files import damage, not_utf8
 from tests.test_dataset import chunks_of, opened, write
 from tests.test_formats import PACK, lines, write_groups

@@ -18,9 +18,9 @@ import pytest
 
 from benchmarks.alternatives import ALTERNATIVES
 from benchmarks.recorder import MISSING, Recorder
-from jql_export.checkpoint import read_encoder
-from jql_export.heads import read_head, stack
+from jql_export.families.checkpoint import read_encoder
 from jql_export.probes import SENTENCES
+from jql_export.readouts.jql_head import read_head, stack
 from tests.conftest import FAMILIES, export
 from tests.graphs import CUDA, write_bundle, write_snowflake
 

@@ -27,14 +27,15 @@ import s3fs
 from s3fs import S3FileSystem
 from upath import UPath
 
-from jql_engine import Bundle, EngineError, storage
-from jql_engine.dataset import find_files
+from jql_engine import Bundle, EngineError
 from jql_engine.errors import InputError, OutputError
-from jql_engine.launch import Machine, score
-from jql_engine.plan import Job, prepare
-from jql_engine.progress import RunLog
-from jql_engine.reading import read
-from jql_engine.sessions import SessionOptions
+from jql_engine.files import storage
+from jql_engine.files.inputs import find_files
+from jql_engine.files.reading import read
+from jql_engine.job.launch import Machine, score
+from jql_engine.job.plan import Job, prepare
+from jql_engine.job.progress import RunLog
+from jql_engine.sessions.base import SessionOptions
 from jql_export import probes
 from tests import servers
 from tests.servers import Fault, Request, Server

@@ -14,16 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
-from jql_engine import Engine, probe_texts, rescore
+from jql_engine import Engine, probe_texts
 from jql_engine.bundle import Bundle
 from jql_engine.errors import InputError, OutputError
-from jql_engine.launch import Machine, score
-from jql_engine.launch import rescore as apply_heads
-from jql_engine.output import METADATA_KEY
-from jql_engine.plan import Job
-from jql_engine.progress import RunLog
-from jql_engine.ranks import Rank
-from jql_engine.rescore import Heads
+from jql_engine.files.output import METADATA_KEY
+from jql_engine.job import rescore
+from jql_engine.job.launch import Machine, score
+from jql_engine.job.launch import rescore as apply_heads
+from jql_engine.job.plan import Job
+from jql_engine.job.progress import RunLog
+from jql_engine.job.ranks import Rank
+from jql_engine.job.rescore import Heads
 from tests.conftest import export, write_head
 from tests.servers import Server, s3
 from tests.test_dataset import write

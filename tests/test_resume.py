@@ -15,14 +15,14 @@ import pytest
 
 from jql_engine import Engine
 from jql_engine.errors import OutputError
-from jql_engine.output import METADATA_KEY
-from jql_engine.parts import Part, key_of
-from jql_engine.plan import CHUNK_ROWS, Job, prepare
-from jql_engine.progress import Meter, RunLog
-from jql_engine.run import run
-from jql_engine.sessions import CHUNK_BYTES
-from jql_engine.tokens import Tokenizer
-from jql_engine.worker import Worker
+from jql_engine.files.output import METADATA_KEY
+from jql_engine.files.parts import Part, key_of
+from jql_engine.job.finish import run
+from jql_engine.job.plan import CHUNK_ROWS, Job, prepare
+from jql_engine.job.progress import Meter, RunLog
+from jql_engine.job.worker import Worker
+from jql_engine.sessions.base import CHUNK_BYTES
+from jql_engine.tokenizer import Tokenizer
 from tests.test_run import TEXTS, assert_scored, score, sparse, state, visible, write
 
 

@@ -15,16 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from jql_engine import Engine, EngineError, probe_texts
-from jql_engine.data import Chunk, ChunkDone, Segment, StageSeconds, Task
 from jql_engine.errors import OutputError
-from jql_engine.launch import Machine
-from jql_engine.launch import score as launch
+from jql_engine.files.chunks import Chunk, ChunkDone, Segment, StageSeconds, Task
+from jql_engine.files.parts import Part
+from jql_engine.job.launch import Machine
+from jql_engine.job.launch import score as launch
+from jql_engine.job.plan import CHUNK_ROWS, Job, prepare
+from jql_engine.job.progress import Meter, RunLog
+from jql_engine.job.ranks import Rank
 from jql_engine.names import RelativeName
-from jql_engine.parts import Part
-from jql_engine.plan import CHUNK_ROWS, Job, prepare
-from jql_engine.progress import Meter, RunLog
-from jql_engine.ranks import Rank
-from jql_engine.sessions import CHUNK_BYTES
+from jql_engine.sessions.base import CHUNK_BYTES
 from jql_export.tolerances import TOLERANCES
 from tests.files import damage, not_utf8
 

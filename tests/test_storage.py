@@ -16,9 +16,9 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from upath import UPath
 
-from jql_engine import storage
 from jql_engine.errors import EngineError
-from jql_engine.storage import (
+from jql_engine.files import storage
+from jql_engine.files.storage import (
     RetryPolicy,
     exists,
     is_remote,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from jql_engine import apart
-from jql_engine.apart import Child, CrashError, in_threads
 from jql_engine.errors import InputError
+from jql_engine.job import apart
+from jql_engine.job.apart import Child, CrashError, in_threads
 from tests.test_run import TEXTS, assert_scored, visible, write
 
 DATA = Path(__file__).with_name("data")

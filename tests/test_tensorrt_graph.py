@@ -14,17 +14,17 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from jql_engine import parity
 from jql_engine.batching import plan
 from jql_engine.bundle import Bundle
 from jql_engine.data import Budget
 from jql_engine.errors import CheckpointError, ParityError
+from jql_engine.sessions import certify as parity
 from jql_engine.sessions.cpu import CpuSession
-from jql_engine.tokens import Tokenizer
+from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
-from jql_export.checkpoint import read_encoder
-from jql_export.graph import write_graph
-from jql_export.heads import read_head, stack
+from jql_export.families.checkpoint import read_encoder
+from jql_export.graph.encoder import write_graph
+from jql_export.readouts.jql_head import read_head, stack
 from jql_export.reference import Reference
 from jql_export.tensors import Linear
 from jql_export.tolerances import LONG_TOKENS, TOLERANCES

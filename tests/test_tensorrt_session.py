@@ -6,18 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jql_engine import parity
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
-from jql_engine.engine_files import EngineOptions
 from jql_engine.errors import CacheError, DeviceError, InputError
-from jql_engine.gpu import Buffer, Gpu
-from jql_engine.profiles import Profile
-from jql_engine.sessions.tensorrt import TensorRTSession, _Kernels, _view, full_batch, run_in_parts
-from jql_engine.tensorrt import load_library
-from jql_engine.tokens import Tokenizer
+from jql_engine.sessions import certify as parity
+from jql_engine.sessions.gpu import Buffer, Gpu
+from jql_engine.sessions.tensorrt.build import load_library
+from jql_engine.sessions.tensorrt.cache import EngineOptions
+from jql_engine.sessions.tensorrt.profiles import Profile
+from jql_engine.sessions.tensorrt.session import TensorRTSession, _Kernels, _view, full_batch, run_in_parts
+from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
-from jql_export.heads import read_head
+from jql_export.readouts.jql_head import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
 from tests.tensorrt_models import DEMO, VARIANT, export_demo

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as OracleTokenizer
 from jql_engine import probe_texts
 from jql_engine.data import DocumentBatch
 from jql_engine.errors import CheckpointError, TokenizerError
-from jql_engine.tokens import UNLIMITED, Tokenizer, prove_fast
+from jql_engine.tokenizer import UNLIMITED, Tokenizer, prove_fast
 from jql_export.tokenizer import write_tokenizer
 from tests.conftest import SPECIALS
 

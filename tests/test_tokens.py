@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
 
 from jql_engine import probe_texts, tokenizer_libraries
-from jql_engine import tokens as module
+from jql_engine import tokenizer as module
 from jql_engine.bundle import TokenizerInfo
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import TokenizerError
+from jql_engine.tokenizer import UNLIMITED, Tokenizer, with_proven_tokenizer
 from jql_engine.tokenizer_libraries import fast_encoder, fast_name, oracle_encoder, oracle_name, read_oracle
-from jql_engine.tokens import UNLIMITED, Tokenizer, with_proven_tokenizer
 from tests.conftest import SPECIALS
 from tests.files import OTHER_TOKIE, made_with_other_tokie
 

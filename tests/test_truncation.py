@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as OracleTokenizer
 
-from jql_engine import probe_texts, tokens, truncation
+from jql_engine import probe_texts, truncation
+from jql_engine import tokenizer as tokens
 from jql_engine.bundle import TokenizerInfo
 from jql_engine.data import DocumentBatch
+from jql_engine.tokenizer import Tokenizer
 from jql_engine.tokenizer_libraries import oracle_encoder, read_oracle
-from jql_engine.tokens import Tokenizer
 from jql_engine.truncation import letters_and_marks, shortener
 from tests.conftest import SPECIALS
 from tests.test_tokenizer import specials, write_unigram, write_wordpiece, xlm_roberta_normalizer

@@ -17,8 +17,8 @@ from datatrove.pipeline.writers.disk_base import DiskWriter
 from jql_engine.bundle import Bundle
 from jql_engine.data import Scores, score_column
 from jql_engine.engine import Engine
-from jql_engine.integrations.bundles import exported
-from jql_engine.sessions.choice import choose
+from jql_engine.integrations.export_cache import exported
+from jql_engine.sessions.select import choose
 
 SNOWFLAKE = "Snowflake/snowflake-arctic-embed-m-v2.0"
 # Scored together, and so sorted by length, whatever batch_size says; a buffer closes past either.

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from jql_engine.engine import Engine
-from jql_engine.integrations.bundles import exported
 from jql_engine.integrations.checkpoints import read_tensors
+from jql_engine.integrations.export_cache import exported
 
 HEAD_TENSORS = ("layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias")
 

@@ -6,7 +6,7 @@ import onnxruntime as ort
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget
-from jql_engine.sessions import streams_of
+from jql_engine.sessions.base import streams_of
 
 # Small batches keep the activations of a layer in the cache; see benchmarks/README.md for the sweep.
 BATCH_TOKENS = 1024

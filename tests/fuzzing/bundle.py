@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from jql_engine.bundle import MANIFEST, Bundle
 from jql_engine.data import DocumentBatch
-from jql_engine.profiles import budget_for
-from jql_engine.sessions.choice import choose
-from jql_engine.tokens import Tokenizer
+from jql_engine.sessions.select import choose
+from jql_engine.sessions.tensorrt.profiles import budget_for
+from jql_engine.tokenizer import Tokenizer
 from tests.fuzzing import bases
 from tests.fuzzing.mutate import cut, damage, damage_json
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import zstandard
 
-from jql_engine.dataset import split
+from jql_engine.files.chunks import split
 from tests.fuzzing.mutate import ODD, cut, damage, damage_json
 from tests.fuzzing.parquet import CHUNK_BYTES, CHUNK_ROWS, opened, rows_of
 

@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jql_engine.data import Chunk, Piece, Task
-from jql_engine.dataset import InputFile, find_files, split
 from jql_engine.errors import InputError
-from jql_engine.formats import open_file
-from jql_engine.reading import as_text, read
+from jql_engine.files.chunks import Chunk, Piece, Task, split
+from jql_engine.files.formats import open_file
+from jql_engine.files.inputs import InputFile, find_files
+from jql_engine.files.reading import as_text, read
 from tests.fuzzing.mutate import cut, damage, damage_thrift
 
 N_ROWS = 60

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import TokenizerError
-from jql_engine.tokens import Tokenizer, prove_fast
+from jql_engine.tokenizer import Tokenizer, prove_fast
 from jql_export import probes
 from jql_export.tokenizer import write_tokenizer
 from tests.fuzzing import bases

@@ -2,7 +2,7 @@
 
 import sys
 
-from jql_engine.cli import main
+from jql_engine.cli.run import main
 
 if __name__ == "__main__":  # workers import it anew
     sys.argv[0] = "jql-run"

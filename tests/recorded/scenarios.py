@@ -27,15 +27,15 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, DocumentBatch, TokenBatch
 from jql_engine.engine import Engine
 from jql_engine.errors import EngineError
-from jql_engine.execution import execute
-from jql_engine.gpu import Gpu
-from jql_engine.parity import Tolerance, certify, open_certified, read_probes
-from jql_engine.sessions import Session
-from jql_engine.sessions.choice import Choice, choose
-from jql_engine.sessions.cuda import open_cuda
-from jql_engine.sessions.layouts import carve, fields_of, pack, used_bytes
-from jql_engine.sessions.onnxruntime_cuda import load
-from jql_engine.tokens import Tokenizer
+from jql_engine.sessions.base import Session, execute
+from jql_engine.sessions.certify import Tolerance, certify, read_probes
+from jql_engine.sessions.cuda.layouts import carve, fields_of, pack, used_bytes
+from jql_engine.sessions.cuda.provider import load
+from jql_engine.sessions.cuda.session import open_cuda
+from jql_engine.sessions.gpu import Gpu
+from jql_engine.sessions.open import open_session
+from jql_engine.sessions.select import Choice, choose
+from jql_engine.tokenizer import Tokenizer
 
 
 def batch_of(lengths: list[int], seed: int = 0, layout: str = "packed") -> Batch:
@@ -177,7 +177,7 @@ def closed(bundle: str) -> dict[str, Any]:
 def certified(bundle: str) -> list[int]:
     """Bytes on the GPU once a session is certified, its fallback too, and once one is open that ran the same alone."""
     record, opened, used = Record(), Bundle.open(bundle), []
-    session: Session = open_certified(opened, Choice(("cuda:0",), "cuda-fp16"), "cuda:0")
+    session: Session = open_session(opened, Choice(("cuda:0",), "cuda-fp16"), "cuda:0")
     used.append(record.used())
     del session
     session = open_cuda(opened, "cuda-fp16")
@@ -212,7 +212,7 @@ def benchmark(bundle: str, texts: list[str]) -> list[dict[str, Any]]:
 def alternatives(encoder: str, bundle: str, lengths: list[int]) -> dict[str, Any]:
     """The kernels that each of benchmarks.alternatives launches for a batch, with their blocks; and its rows."""
     from benchmarks import alternatives
-    from jql_export.checkpoint import read_encoder
+    from jql_export.families.checkpoint import read_encoder
 
     record, opened, weights, launched = Record(), Bundle.open(bundle), read_encoder(Path(encoder)), {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,204 @@
+"""Checkpoint and heads -> a certified bundle, written aside and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pyarrow as pa
+
+from jql_engine import probe_texts
+from jql_engine.bundle import (
+    FORMAT,
+    HEADS,
+    MANIFEST,
+    PROBES,
+    Bundle,
+    EncoderInfo,
+    EngineKey,
+    HeadInfo,
+    Manifest,
+    TokenizerInfo,
+    Variant,
+    describe_file,
+    describe_files,
+    sha256_of,
+)
+from jql_engine.data import DocumentBatch, TokenBatch
+from jql_engine.errors import BundleError
+from jql_engine.sessions.base import ON_GPU
+from jql_engine.sessions.certify import Tolerance, certify, write_probes
+from jql_engine.sessions.open import open_variant
+from jql_engine.tokenizer import Tokenizer, prove_fast
+from jql_export import probes
+from jql_export.graph.encoder import Pooling
+from jql_export.graphs import Encoder, read_sources, write_graphs
+from jql_export.hub import Checkpoint
+from jql_export.onnx_encoder import VARIANT as FOREIGN
+from jql_export.onnx_encoder import explained
+from jql_export.readouts.jql_head import HeadWeights, check_heads, stack, write_heads
+from jql_export.reference import Reference
+from jql_export.settings import KNOWN_POOLING, check_texts, max_tokens_of, pooling_of
+from jql_export.tokenizer import write_tokenizer
+from jql_export.tolerances import tolerance_of
+from jql_export.variants import VARIANTS
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    heads: Sequence[HeadWeights] | None,
+    out: Path,
+    pooling: str | None = None,
+    max_tokens: int | None = None,
+    variants: Sequence[str] = ("cpu-fp32",),
+    overwrite: bool = False,
+    report: Callable[[str], None] = lambda _: None,
+    encoder_onnx: Path | None = None,
+    calibration: Sequence[str] | None = None,
+    build: Callable[[Bundle], Mapping[str, EngineKey]] = lambda _: {},
+) -> Bundle:
+    """Fuse encoder and heads into one graph per variant, prove each against PyTorch, and write the bundle `out`.
+
+    `heads` None: a bundle that only embeds. `encoder_onnx`: an ONNX file of the same encoder, for the further variant
+    foreign-fp32. `calibration`: documents for int8, by default the probe texts. `build` writes engines into the
+    bundle and returns what they are, for the manifest. `report` is told what happens, one sentence a step. Raises an
+    EngineError and leaves no bundle where anything is wrong: CheckpointError, HeadError, TokenizerError, ParityError,
+    or BundleError where `out` exists.
+    """
+    if unknown := sorted(set(variants) - set(VARIANTS)):
+        raise BundleError(f"variant {unknown[0]!r} is unknown; known are {', '.join(VARIANTS)}")
+    chosen_pooling = pooling_of(checkpoint.directory, pooling, report, KNOWN_POOLING.get(checkpoint.id))
+    check_texts(checkpoint.directory)
+    encoder = read_sources(checkpoint.directory, variants, encoder_onnx, report)
+    limit = max_tokens_of(checkpoint.directory, encoder.shape.max_positions, max_tokens)
+    if heads is not None:
+        check_heads(heads, encoder.shape.hidden_size)
+    heads = heads or ()
+    with _written_aside(out, overwrite) as folder:
+        (folder / "graphs").mkdir()
+        stacked = stack(heads, encoder.shape.hidden_size)
+        write_heads(folder / HEADS, stacked)
+        tokenizer = _write_tokenizer(folder, checkpoint, encoder.shape.pad_id, report)
+        draft = _manifest(checkpoint, encoder, heads, chosen_pooling, limit, tokenizer)
+        texts = probe_texts.texts() if calibration is None else calibration
+        write_graphs(folder, draft, encoder, stacked, lambda: _encode(Bundle(folder, draft, ""), texts), report)
+        certified = _certify(Bundle(folder, draft, ""), checkpoint, heads, chosen_pooling, encoder_onnx, report)
+        files = describe_files(folder)
+        engines = dict(build(Bundle(folder, replace(draft, variants=certified, files=files), "")))
+        files |= {name: describe_file(folder / name) for name in engines}
+        final = replace(draft, variants=certified, files=files, engines=engines)
+        (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
+    return Bundle.open(out)
+
+
+def _write_tokenizer(folder: Path, checkpoint: Checkpoint, pad_id: int, report: Callable[[str], None]) -> TokenizerInfo:
+    file = folder / "tokenizer.json"
+    texts = probe_texts.texts()
+    info = prove_fast(file, write_tokenizer(checkpoint.directory, file, pad_id), texts)
+    if info.fast:
+        report(f"tokenizer: {info.fast} gives the oracle's ids on all {len(texts)} probe texts")
+    else:
+        report("tokenizer: no fast tokenizer gives the oracle's ids on this vocabulary; the run will use `tokenizers`")
+    return info
+
+
+def _encode(draft: Bundle, texts: Sequence[str]) -> TokenBatch:
+    return Tokenizer.of(draft).encode(DocumentBatch.of(pa.array(texts, pa.large_string())))
+
+
+def _certify(
+    draft: Bundle,
+    checkpoint: Checkpoint,
+    heads: Sequence[HeadWeights],
+    pooling: Pooling,
+    encoder_onnx: Path | None,
+    report: Callable[[str], None],
+) -> dict[str, Variant]:
+    tokens = probes.token_batch(Tokenizer.of(draft))
+    report(f"computing {len(tokens.rows)} probe documents, {len(tokens.ids):,} tokens, with PyTorch")
+    expected = Reference(checkpoint.directory, heads, pooling).run(tokens)
+    write_probes(draft.path / PROBES, tokens, expected)
+    certified = dict(draft.manifest.variants)
+    for name, variant in draft.manifest.variants.items():
+        if variant.provider in ON_GPU:
+            report(f"parity of {name}: every GPU that opens it will certify it first, with {PROBES}")
+            continue
+        with explained(encoder_onnx) if encoder_onnx and name == FOREIGN else nullcontext():
+            figures = certify(open_variant(draft, name), tokens, expected, Tolerance(**variant.tolerance))
+        report(f"parity of {name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+        certified[name] = replace(variant, parity=figures)
+    return certified
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    encoder: Encoder,
+    heads: Sequence[HeadWeights],
+    pooling: Pooling,
+    max_tokens: int,
+    tokenizer: TokenizerInfo,
+) -> Manifest:
+    """The manifest without parity figures and files."""
+    shape, directory = encoder.shape, checkpoint.directory
+    source = [file for file in sorted(directory.iterdir()) if file.suffix in (".safetensors", ".bin", ".json")]
+    info = EncoderInfo(
+        checkpoint.id,
+        checkpoint.revision,
+        shape.architecture,
+        shape.n_layers,
+        shape.hidden_size,
+        files={file.name: sha256_of(file) for file in source},
+        unused_tensors=list(encoder.weights.unused_tensors) if encoder.weights else [],
+    )
+    return Manifest(
+        FORMAT,
+        info,
+        [HeadInfo(head.name, head.hidden_size, head.sha256, head.source, head.revision) for head in heads],
+        pooling,
+        max_tokens,
+        tokenizer,
+        {name: _variant(name) for name in encoder.variants},
+        files={},
+        created_with={name: version(name) for name in ("jql-engine", "torch", "transformers", "onnx", "tokenizers")},
+    )
+
+
+def _variant(name: str) -> Variant:
+    kind = VARIANTS["standard-fp32" if name == FOREIGN else name]  # the same inputs, and for no runtime in particular
+    tolerance = asdict(tolerance_of(kind.precision, kind.provider))
+    graph = f"{name}.onnx" if name == FOREIGN else kind.graph
+    return Variant(f"graphs/{graph}", kind.layout, kind.precision, kind.provider, tolerance, parity={})
+
+
+@contextmanager
+def _written_aside(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out` that takes its place once all went well."""
+    if out.exists() and not (out.is_dir() and overwrite and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
+        what = (
+            "a bundle; give --overwrite to replace it"
+            if (out / MANIFEST).is_file()
+            else "no bundle; choose another --out"
+        )
+        raise BundleError(f"{out} exists and is {what}")
+    out = out.resolve()
+    aside = out.with_name(f".{out.name}.{os.getpid()}.writing")
+    replaced = out.with_name(f".{out.name}.{os.getpid()}.replaced")
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise BundleError(f"{aside} cannot be created: {error.strerror}; choose another --out") from error
+    try:
+        yield aside
+        if out.exists():
+            out.rename(replaced)
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,196 @@
+"""Tasks -> pieces of text: each file once from front to back, again from where it broke off if a network fails."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from typing import Protocol, TypeAlias
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from jql_engine.errors import InputError
+from jql_engine.files.chunks import ChunkEnd, Failure, Piece, Segment, Task
+from jql_engine.files.dictionaries import compact, encode
+from jql_engine.files.formats import READ_BYTES, batches, unreadable
+from jql_engine.files.inputs import InputFile, SourceFile
+from jql_engine.files.storage import check_version, exchanged, is_exchange, retry, version_of
+
+FILES_AHEAD = 8
+Begin: TypeAlias = Callable[[], Iterable[Piece]]
+
+
+class Files(Protocol):
+    """Input files by number."""
+
+    def __getitem__(self, number: int, /) -> InputFile:
+        """File `number`."""
+        ...
+
+
+def read(files: Files, tasks: Iterable[Task]) -> Iterator[Piece | ChunkEnd]:
+    """Yield the pieces of each task's chunk, then its end.
+
+    A segment that cannot be read is named at the end of its chunk, and nothing more is read of its file.
+    """
+    pool = ThreadPoolExecutor(FILES_AHEAD, thread_name_prefix="open")
+    in_order = _InOrder(files)
+    failed: dict[int, Failure] = {}
+    try:
+        for task in tasks:
+            segments, failures = task.chunk.segments, []
+            for segment, begin in in_order.one(*segments) if len(segments) == 1 else _ahead(files, segments, pool):
+                try:
+                    if segment.file in failed:
+                        raise InputError(failed[segment.file].message)
+                    yield from begin()
+                except InputError as error:
+                    failures.append(Failure(segment, str(error)))
+                    failed[segment.file] = failures[-1]
+            yield ChunkEnd(task, tuple(failures))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # one may sleep between two attempts
+
+
+class _InOrder:
+    """Segments of large files one by one: the next goes on where the last one ended."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._cursor: Cursor | None = None
+
+    def one(self, segment: Segment) -> Iterator[tuple[Segment, Begin]]:
+        yield segment, partial(self._pieces, segment)
+
+    def _pieces(self, segment: Segment) -> Iterator[Piece]:
+        file, cursor = self._files[segment.file], self._cursor
+        if cursor is None or cursor.file is not file or cursor.row > segment.start:
+            cursor = Cursor(file, segment.start, file_columns(file))
+        self._cursor = None
+        cursor.skip(segment.start - cursor.row)
+        yield from _pieces(cursor, segment, 0)
+        self._cursor = cursor
+
+
+def _ahead(files: Files, segments: Sequence[Segment], pool: ThreadPoolExecutor) -> Iterator[tuple[Segment, Begin]]:
+    """Segments of small files in their order, the next FILES_AHEAD being opened: elsewhere each waits for an answer."""
+    waiting: deque[tuple[Segment, Begin]] = deque()
+    first = 0
+    for segment in segments:
+        waiting.append((segment, pool.submit(_begin, files[segment.file], segment, first).result))
+        first += segment.stop - segment.start
+        if len(waiting) > FILES_AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _begin(file: InputFile, segment: Segment, first: int) -> Iterator[Piece]:
+    """The rows of `segment`; READ_BYTES of them are read at once, the others as they are asked for."""
+    pieces = _pieces(Cursor(file, segment.start, file_columns(file)), segment, first)
+    read: list[Piece] = []
+    size = 0
+    while size < READ_BYTES and (piece := next(pieces, None)) is not None:
+        read.append(piece)
+        size += piece.texts.nbytes
+    return chain(read, pieces)
+
+
+def file_columns(file: InputFile) -> list[str]:
+    """The columns that scoring needs."""
+    return list(dict.fromkeys(name for name in (file.text_column, file.id_column) if name is not None))
+
+
+class Cursor:
+    """A place in a file, which moves forward."""
+
+    def __init__(self, file: InputFile, row: int, columns: Sequence[str] | None) -> None:
+        """At `row` of `file`; `columns` None reads all of them."""
+        self.file, self.row = file, row
+        self._columns = columns
+        self._batches: Iterator[pa.RecordBatch] | None = None
+        self._pending: pa.RecordBatch | None = None
+
+    def take(self, n_rows: int) -> Iterator[pa.RecordBatch]:
+        """The next `n_rows` rows, a few at a time; raises InputError."""
+        while n_rows:
+            batch = self._pending or self._advance()
+            self._pending = batch.slice(n_rows) if batch.num_rows > n_rows else None
+            batch = batch.slice(0, n_rows)
+            n_rows -= batch.num_rows
+            self.row += batch.num_rows
+            yield batch
+
+    def skip(self, n_rows: int) -> None:
+        """Pass over rows; raises InputError."""
+        _, before = self.file.group_of(self.row + n_rows)
+        pending = 0 if self._pending is None else self._pending.num_rows
+        if before > self.row + pending and self.file.source.format == "parquet":  # nothing before it need be decoded
+            n_rows -= before - self.row
+            self.row, self._batches, self._pending = before, None, None
+        for _ in self.take(n_rows):
+            pass
+
+    def _advance(self) -> pa.RecordBatch:
+        location = self.file.source.location
+        with unreadable(failed := f"{location} cannot be read to its end", failed):
+            batch = retry(location, self._next)
+        if batch is None:
+            missing = self.file.n_rows - self.row
+            raise InputError(f"{location} ends {missing} rows before its footer says; it is damaged")
+        return batch
+
+    def _next(self) -> pa.RecordBatch | None:
+        if self._batches is None:
+            self._batches = batches(self.file, self.row, self._columns)
+        try:
+            return next(self._batches, None)
+        except BaseException as error:
+            self._batches = None  # the next attempt opens the file again, at this row
+            if is_exchange(error):
+                raise exchanged(self.file.source.location) from error
+            raise
+
+
+def check_unchanged(source: SourceFile) -> None:
+    """Raise InputError where a file is not the one that was found when the run began, or is gone."""
+    with unreadable(failed := f"{source.location} cannot be looked at again", failed):
+        found = version_of(source.location)
+    check_version(source.location, found, source.found)
+
+
+def _pieces(cursor: Cursor, segment: Segment, first: int) -> Iterator[Piece]:
+    """The rows of `segment`, numbered from `first`."""
+    id_column = cursor.file.id_column
+    for batch in cursor.take(segment.stop - segment.start):
+        table = pa.Table.from_batches([batch])
+        with unreadable(failed := f"{cursor.file.source.location} cannot be read to its end", failed):
+            texts, n_invalid = as_text(table[cursor.file.text_column])
+        ids = None if id_column is None else table[id_column]
+        yield Piece(segment, first, texts, ids, n_invalid)
+        first += batch.num_rows
+
+
+def as_text(column: pa.ChunkedArray) -> tuple[pa.DictionaryArray, int]:
+    """The column as distinct texts (large_string), and how many values are not UTF-8; those become null."""
+    encoded = encode(column.cast(pa.large_string()) if pa.types.is_null(column.type) else column)
+    # Arrow checks UTF-8 when it turns bytes into text, but takes a column declared as text at its word.
+    raw = encoded.dictionary.cast(pa.large_binary())
+    try:
+        return pa.DictionaryArray.from_arrays(encoded.indices, raw.cast(pa.large_string())), 0
+    except pa.ArrowInvalid:
+        decoded = [_decode(value) for value in raw.to_pylist()]
+    valid = pa.array([text is not None for text in decoded]).take(encoded.indices)
+    indices = pc.if_else(valid, encoded.indices, None)
+    texts = pa.array([text or "" for text in decoded], pa.large_string())
+    found = compact(pa.DictionaryArray.from_arrays(indices, texts))
+    return found, found.null_count - encoded.null_count
+
+
+def _decode(value: bytes) -> str | None:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None

@@ -1,0 +1,86 @@
+"""Before a job begins: may it write to its output folder, and do its columns have names of their own?"""
+
+from __future__ import annotations
+
+import glob
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from jql_engine.errors import OutputError
+from jql_engine.files.inputs import InputFile, SourceFile, fixed_part, fixed_part_of_url, identity
+from jql_engine.files.output import Kind
+from jql_engine.files.parts import PARTS
+from jql_engine.files.storage import Location, is_remote, locate, remove_file, write
+
+PROBE = ".jql-run"  # always the same name: where a run is killed beside it, the next one removes it
+
+
+def check_output(out: Location, inputs: Sequence[str], sources: Sequence[SourceFile]) -> None:
+    """Create the folder `out` and make sure that this job may write there; raises OutputError."""
+    for given in inputs:
+        _check_apart(out, given)
+    for source in sources:
+        if source.relative.segments[0] == PARTS:
+            raise OutputError(
+                f"the scores of {source.location} would lie in {PARTS}, where unfinished scores are; give the folder "
+                "that it is in as an input"
+            )
+    places = {identity(source.location) for source in sources}
+    for source in sources:
+        if (target := identity(source.relative.below(out))) in places:
+            raise OutputError(
+                f"the scores of {source.location} would overwrite the input {target}; choose another --out"
+            )
+    try:
+        if isinstance(out, Path):
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out):
+                pass
+        else:
+            write(out / PROBE, pa.py_buffer(b""), out / PROBE)
+            remove_file(out / PROBE)
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OutputError(f"--out {out} is not a folder that can be written: {reason}") from error
+
+
+def check_names(file: InputFile, scores: pa.Schema, kind: Kind) -> None:
+    """Raise OutputError where a column of the source has the name of a score column."""
+    location = file.source.location
+    if kind == "append" and file.source.format != "parquet":
+        raise OutputError(f"{location}: --output append writes the columns of parquet files; use --output sidecar")
+    kept = file.schema.names if kind == "append" else [file.id_column]
+    for name in kept:
+        if kept.count(name) > 1:
+            raise OutputError(f"{location} has {kept.count(name)} columns named {name!r}; use --output sidecar")
+        if name in scores.names:
+            what = "the id column" if kind == "sidecar" else "a column"
+            raise OutputError(f"{location}: {what} {name!r} has the name of a score column; choose other head names")
+
+
+def _check_apart(out: Location, given: str) -> None:
+    """The next run would read this run's output."""
+    location = locate(given)
+    if is_remote(out) != is_remote(location):
+        return
+    if isinstance(location, Path):
+        given = str(location)
+    if not isinstance(out, Path):
+        url = fixed_part_of_url(given) if glob.has_magic(given) else given
+        inside = f"{out}/".startswith(url.rstrip("/") + "/")
+    elif Path(given).is_dir():
+        inside = _contains(Path(given), out)
+    elif glob.has_magic(given) and not Path(given).exists():
+        root = fixed_part(given)
+        inside = _contains(root, out) if "**" in given else root.resolve() == out.resolve()
+    else:
+        inside = False
+    if inside:
+        raise OutputError(f"--out {out} lies inside of the input {given}; choose a folder outside of it")
+
+
+def _contains(folder: Path, inner: Path) -> bool:
+    return inner.resolve().is_relative_to(folder.resolve())

@@ -1,0 +1,94 @@
+"""Which job may write to an output folder: the one whose settings its record names.
+
+    OUT/.parts/job.json    the settings of the job that is under way
+
+The record is created where there is none, never replaced but by --overwrite, and read again before every commit: of two
+jobs with different settings one gets it, and the other ends at its next commit, at the latest. Jobs with the same
+settings share it. It names no process and no machine: a job that was killed goes on by the same command.
+
+The record saves work; it is not what keeps scores apart. That is done by the names of parts and by score files that are
+created, never replaced (jql_engine.files.output), whatever happens between reading the record and a commit.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from jql_engine.errors import OutputError
+from jql_engine.files.output import explained
+from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, find_leftovers
+from jql_engine.files.storage import Location, read_file, remove_empty_folders, remove_file, write
+
+RECORD = "job.json"
+ATTEMPTS = 8  # to create a record that others remove, as ending jobs do
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right of a job with `settings` to write to `out`."""
+
+    out: Location
+    settings: Settings
+
+    @property
+    def record(self) -> Location:
+        """The file that names the settings of the job that is under way."""
+        return self.out / PARTS / RECORD
+
+    def take(self, replace: bool = False) -> None:
+        """Write the record, with `replace` over another job's; raises OutputError where another job has the folder."""
+        with explained(self.record):
+            if replace:
+                write(self.record, self._content, aside_for(self.out, JOB))
+            else:
+                self._create()
+
+    def check(self) -> None:
+        """Raise OutputError where another job has taken the folder meanwhile."""
+        with explained(self.record, "read"):
+            found = read_file(self.record)
+            if found is None:  # another job has ended: one with the same settings, or what it left stops this one
+                self._create()
+            else:
+                self._compare(found)
+
+    def release(self) -> None:
+        """Remove the record where nothing is left that it is needed for."""
+        with explained(self.record, "removed"):
+            left = find_leftovers(self.out)
+            if not (left.parts or left.listings) and read_file(self.record) == self._content.to_pybytes():
+                remove_file(self.record)
+                remove_empty_folders(self.out / PARTS)
+
+    @property
+    def _content(self) -> pa.Buffer:
+        return pa.py_buffer(json.dumps(dict(self.settings), sort_keys=True, indent=1).encode())
+
+    def _create(self) -> None:
+        for _ in range(ATTEMPTS):
+            try:
+                write(self.record, self._content, aside_for(self.out, JOB), replace=False)
+                return
+            except FileExistsError:
+                if (found := read_file(self.record)) is not None:
+                    self._compare(found)
+                    return
+        raise OutputError(f"{self.record} comes and goes; start the same command again")
+
+    def _compare(self, found: bytes) -> None:
+        try:
+            other: dict[str, Any] = dict(json.loads(found))
+        except (ValueError, TypeError) as error:
+            raise OutputError(f"{self.record} is damaged ({error}); give --overwrite to start over") from error
+        if not (different := [key for key in {**self.settings, **other} if other.get(key) != self.settings.get(key)]):
+            return
+        key = different[0]
+        raise OutputError(
+            f"{self.out} belongs to a job with other settings that is under way, or was stopped: {key} is "
+            f"{other.get(key)!r} there, {self.settings.get(key)!r} here; finish that job with its own command, choose "
+            "another --out, or start over with --overwrite"
+        )

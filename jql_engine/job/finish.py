@@ -1,0 +1,155 @@
+"""A job while it runs: follow what its workers have done, and finish files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from jql_engine.errors import InputError, PartsError, UnreadableError
+from jql_engine.files.chunks import ChunkDone, Task
+from jql_engine.files.output import Target
+from jql_engine.files.parts import find_leftovers
+from jql_engine.job.apart import Child, CrashError
+from jql_engine.job.claim import Claim
+from jql_engine.job.plan import Unfinished, Work, tidy
+from jql_engine.job.progress import Meter, RunLog
+
+ASSEMBLERS = 2  # processes that finish files, each one file at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Result: finished and unfinished files."""
+
+    n_files: int  # finished by this run
+    unfinished: list[Unfinished]
+
+
+def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog) -> Outcome:
+    """Follow the tasks of `work` as `chunks_done` says, and finish every file whose chunks are all done.
+
+    Raises OutputError where nothing can be written, or another job has taken the output folder.
+    """
+    ledger = _Ledger(work.targets, work.tasks, meter)
+    with _Assembly(work.claim) as assembly:
+        for number in ledger.all_there():
+            assembly.begin(number, work.targets[number])
+        for done in chunks_done:
+            meter.record(done)
+            _log(log, done, ledger, meter)
+            for number in ledger.record(done):
+                assembly.begin(number, work.targets[number])
+            for number, reason in assembly.failures(wait=False):
+                ledger.fail(number, reason)
+        for number, reason in assembly.failures(wait=True):
+            ledger.fail(number, reason)
+    if work.targets:
+        work.claim.check()
+        # Again: the workers of a killed run live on for a moment, in which this run had begun already.
+        done_with = {target.file.source for target in ledger.done()}
+        sources = [target.file.source for target in work.targets]
+        tidy(work.claim.out, sources, done_with, find_leftovers(work.claim.out))
+    unfinished = [*work.unreadable, *ledger.failed.values()]
+    # A run that was stopped has files that are neither done nor failed. Those that cannot be read are in the next
+    # listing as well; they do not keep the others from being made.
+    if work.listing is not None and len(ledger.done()) + len(ledger.failed) == len(work.targets):
+        waiting = work.listing.finish()
+        if waiting:
+            ranks = f"{', '.join(map(str, waiting[:8]))}{', ...' if len(waiting) > 8 else ''}"
+            meter.say(f"jql-run: this rank is through; of {work.listing.rank.world_size}, not yet: {ranks}")
+    unfinished += work.listing.gone if work.listing else []
+    unfinished += [Unfinished(str(log.file), log.failure)] if log.failure else []
+    return Outcome(len(ledger.done()), unfinished)
+
+
+def _log(log: RunLog, done: ChunkDone, ledger: _Ledger, meter: Meter) -> None:
+    failed = log.failure
+    log.record(done, [ledger.name(segment.file) for segment in done.task.chunk.segments])
+    if log.failure != failed:
+        meter.say(f"jql-run: {log.failure}")
+
+
+class _Ledger:
+    """What is left of each file."""
+
+    def __init__(self, targets: Sequence[Target], tasks: Sequence[Task], meter: Meter) -> None:
+        self._targets, self._meter = targets, meter
+        self._left = Counter(segment.file for task in tasks for segment in task.chunk.segments)
+        self.failed: dict[int, Unfinished] = {}
+
+    def name(self, number: int) -> str:
+        return str(self._targets[number].file.source.location)
+
+    def all_there(self) -> list[int]:
+        """Files whose parts are all done by a run that ended before it could join them."""
+        return [number for number in range(len(self._targets)) if number not in self._left]
+
+    def record(self, done: ChunkDone) -> Iterator[int]:
+        """Strike out what is done; yield the files whose parts are all there now."""
+        failed = {failure.segment for failure in done.failures}
+        for failure in done.failures:
+            self.fail(failure.segment.file, failure.message)
+        for segment in done.task.chunk.segments:
+            self._left[segment.file] -= segment not in failed
+            if not self._left[segment.file] and not self._targets[segment.file].is_whole(segment):
+                yield segment.file
+
+    def fail(self, number: int, reason: str) -> None:
+        if number not in self.failed:
+            self.failed[number] = Unfinished(self.name(number), reason)
+            self._meter.say(f"jql-run: {reason}; going on with the other files")
+
+    def done(self) -> list[Target]:
+        """Files that this run has finished, once it is through."""
+        undone = {number for number, count in self._left.items() if count} | self.failed.keys()
+        return [target for number, target in enumerate(self._targets) if number not in undone]
+
+
+class _Assembly:
+    """Finishes files beside the work on others, in processes of their own: reading a damaged file may crash one."""
+
+    def __init__(self, claim: Claim) -> None:
+        self._claim = claim
+        self._free: SimpleQueue[Child] = SimpleQueue()
+        self._children = [Child() for _ in range(ASSEMBLERS)]
+        for child in self._children:
+            self._free.put(child)
+        self._pool = ThreadPoolExecutor(ASSEMBLERS, thread_name_prefix="assemble")
+        self._running: list[tuple[int, Future[None]]] = []
+
+    def begin(self, number: int, target: Target) -> None:
+        self._running.append((number, self._pool.submit(self._assemble, target)))
+
+    def failures(self, wait: bool) -> Iterator[tuple[int, str]]:
+        """Files that could not be finished, of those that are through, or, with `wait`, of all; raises OutputError."""
+        through = [(number, future) for number, future in self._running if wait or future.done()]
+        self._running = [running for running in self._running if running not in through]
+        for number, future in through:
+            try:
+                future.result()
+            except (InputError, PartsError) as error:
+                yield number, str(error)
+
+    def _assemble(self, target: Target) -> None:
+        child = self._free.get()
+        try:
+            child.call(target.assemble, self._claim.check)
+        except CrashError as error:
+            raise UnreadableError(f"{target.file.source.location} or its scores cannot be read: {error}") from error
+        finally:
+            self._free.put(child)
+
+    def __enter__(self) -> _Assembly:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:  # a file that is being put together is left as it is, and no other begun
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            for child in self._children:
+                child.close()
+        self._pool.shutdown(wait=True)
+        for child in self._children:
+            child.close()

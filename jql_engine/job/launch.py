@@ -1,0 +1,151 @@
+"""What jql-run does: a job on this machine's devices, an estimate of it, or new heads on stored vectors."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from jql_engine.bundle import Bundle
+from jql_engine.errors import DeviceError
+from jql_engine.job.estimate import estimate_work
+from jql_engine.job.finish import Outcome, run
+from jql_engine.job.plan import Job, Work, prepare
+from jql_engine.job.pool import Executed, Pool, Spec
+from jql_engine.job.progress import Meter, RunLog
+from jql_engine.job.rescore import Rescoring, prepare_rescoring
+from jql_engine.job.worker import Scoring
+from jql_engine.sessions.base import DEFAULTS, SessionOptions, check_options
+from jql_engine.sessions.open import open_session
+from jql_engine.sessions.select import Choice, choose
+from jql_engine.tokenizer import with_proven_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What of this machine a job may use; see the options of jql-run."""
+
+    device: str = "auto"
+    variant: str | None = None
+    workers: int | None = None
+    tolerance: float | None = None
+    options: SessionOptions = DEFAULTS
+
+    def choose(self, bundle: Bundle) -> Choice:
+        """Devices and variant; see jql_engine.sessions."""
+        choice = choose(bundle, self.device, self.variant, self.tolerance)
+        check_options(bundle, choice.variant, self.options)
+        return choice
+
+    def shared(self, devices: tuple[str, ...]) -> SessionOptions:
+        """The options of one worker of several: its share of the cores."""
+        if devices[0] != "cpu" or self.options.threads:
+            return self.options
+        return replace(self.options, threads=max(1, len(os.sched_getaffinity(0)) // len(devices)))
+
+    def devices(self, choice: Choice) -> tuple[str, ...]:
+        """One device for each worker."""
+        if choice.devices == ("cpu",):
+            return choice.devices * (self.workers or 1)
+        if self.workers not in (None, len(choice.devices)):
+            raise DeviceError(
+                f"--workers {self.workers}: a GPU has one worker each; name them with --device cuda:0,cuda:1"
+            )
+        return choice.devices
+
+
+def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threading.Event) -> dict[str, Any]:
+    """Run `job` and return its summary."""
+    began = time.monotonic()
+    log.check()
+    choice = machine.choose(bundle)
+    devices = machine.devices(choice)
+    notes: list[str] = []
+    bundle = with_proven_tokenizer(bundle, notes.append)
+    work = prepare(job, bundle, choice.variant, choice.chunk_bytes)
+    options = machine.shared(devices)
+    specs = [Scoring(bundle, device, choice, options, job.embedding_dtype, work.claim) for device in devices]
+    on = f"variant {choice.variant} on {','.join(choice.devices)}"
+    return _run(job, bundle, work, specs, on, notes, began, log, stop) | {"variant": choice.variant}
+
+
+def rescore(job: Job, bundle: Bundle, workers: int, log: RunLog, stop: threading.Event) -> dict[str, Any]:
+    """Apply the heads of `bundle` to the vectors that a job has stored, and return the summary."""
+    began = time.monotonic()
+    log.check()
+    work = prepare_rescoring(job, bundle)
+    return _run(job, bundle, work, [Rescoring(bundle, work.claim)] * workers, "stored vectors", [], began, log, stop)
+
+
+def estimate(job: Job, bundle: Bundle, machine: Machine, price_per_hour: float | None) -> dict[str, Any]:
+    """Predict the work of `job`; computes a sample and writes nothing."""
+    choice = machine.choose(bundle)
+    devices = machine.devices(choice)
+    bundle = with_proven_tokenizer(bundle, Meter(0).say)
+    session = open_session(bundle, choice, devices[0], machine.shared(devices), Meter(0).say)
+    return estimate_work(job, bundle, session, len(devices), price_per_hour)
+
+
+def _run(
+    job: Job,
+    bundle: Bundle,
+    work: Work,
+    specs: Sequence[Spec],
+    on: str,
+    notes: Sequence[str],
+    began: float,
+    log: RunLog,
+    stop: threading.Event,
+) -> dict[str, Any]:
+    meter = Meter(work.n_docs, max(1, min(len(specs), len(work.tasks))), started=began)
+    meter.say(_beginning(job, bundle, on, work))
+    if n_untraceable := sum(not target.file.source.is_traceable for target in work.targets):
+        meter.say(
+            f"jql-run: of {n_untraceable:,} files the server tells neither an entity tag nor a time: a change of one "
+            "that keeps its size will not be noticed"
+        )
+    for note in [*notes, *(f"{file.reason}; going on with the other files" for file in work.unreadable)]:
+        meter.say(f"jql-run: {note}")
+
+    def executed(done: Executed) -> None:
+        meter.executed(done.documents, done.tokens, done.padding)
+
+    pool = Pool(specs, work.targets, stop, executed, lambda line: meter.say(f"jql-run: {line}"))
+    try:
+        with closing(pool.run(work.tasks)) as chunks:
+            outcome = run(work, chunks, meter, log)
+    finally:
+        work.claim.release()
+    meter.close()
+    return _summary(job, outcome, work, meter, bundle)
+
+
+def _beginning(job: Job, bundle: Bundle, on: str, work: Work) -> str:
+    finished = f", {work.n_finished:,} files are finished already" if work.n_finished else ""
+    rank = f"; rank {job.rank.rank} of {job.rank.world_size} ({job.rank.said_by})" if job.rank.world_size > 1 else ""
+    new = ""
+    if work.listing is not None and work.listing.n_new:
+        new = (
+            f"; {work.listing.n_new:,} files have appeared since the ranks began: start all ranks again for those once "
+            "they are through"
+        )
+    return (
+        f"{work.n_docs:,} documents in {len(work.targets):,} files{finished}; {on}, heads "
+        f"{', '.join(bundle.heads)}{rank}{new}"
+    )
+
+
+def _summary(job: Job, outcome: Outcome, work: Work, meter: Meter, bundle: Bundle) -> dict[str, Any]:
+    return meter.figures() | {
+        "files": outcome.n_files,
+        "skipped_files": work.n_finished,
+        "unfinished": [asdict(file) for file in outcome.unfinished],
+        "workers": meter.n_workers,
+        "rank": job.rank.rank,
+        "world_size": job.rank.world_size,
+        "bundle": bundle.hash,
+    }

@@ -1,0 +1,394 @@
+"""A job before it runs: what is there to do, and who does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from jql_engine.bundle import Bundle
+from jql_engine.data import embedding_type, score_schema
+from jql_engine.errors import BundleError, EngineError, OutputError, UnreadableError
+from jql_engine.files.chunks import Chunk, Task, split
+from jql_engine.files.formats import open_file
+from jql_engine.files.inputs import InputFile, SourceFile, find_files
+from jql_engine.files.output import Kind, Target, check_settings, explained, is_finished, is_written_by_us, settings_of
+from jql_engine.files.parts import JOB, PARTS, Leftovers, Part, Settings, find_leftovers, key_of, parts_folder
+from jql_engine.files.storage import (
+    Location,
+    list_files,
+    list_versions,
+    locate,
+    remove_empty_folders,
+    remove_file,
+    remove_files,
+    version_of,
+)
+from jql_engine.job.apart import Child, CrashError, in_threads
+from jql_engine.job.check import check_names, check_output
+from jql_engine.job.claim import Claim
+from jql_engine.job.frozen import FrozenListing, freeze, is_frozen, remove_stray
+from jql_engine.job.ranks import Rank, share
+
+CHUNK_ROWS = 20_000
+FIRST = 16  # files looked into at a time where only the first documents are to be scored
+LIBRARIES = ("jql-engine", "tokenizers")
+Versions: TypeAlias = Mapping[str, tuple[int, str]]  # sizes and versions of files, by their names
+# At an input file, in another process: what is in it, why it cannot be read, or None where its scores are finished.
+Look: TypeAlias = Callable[[SourceFile], InputFile | UnreadableError | None]
+COMPUTE = {  # by the provider of the variant
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt", "tensorrt-rtx-cu13-libs", "onnxruntime-gpu"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to score, and where to."""
+
+    inputs: tuple[str, ...]
+    out: Location | str
+    text_column: str = "text"
+    id_column: str | None = None
+    overwrite: bool = False
+    output: Kind = "sidecar"
+    embeddings: Literal["fp16", "fp32"] | None = None
+    limit: int | None = None  # score the first documents only
+    chunk_rows: int = CHUNK_ROWS
+    rank: Rank = field(default_factory=Rank)
+    assume_unchanged: bool = False  # go on with sources of which nothing tells whether they have changed
+
+    @property
+    def embedding_dtype(self) -> np.dtype[Any] | None:
+        """The type in which vectors are kept."""
+        return None if self.embeddings is None else np.dtype({"fp16": "float16", "fp32": "float32"}[self.embeddings])
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """An input file without a finished output, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is left to do of a job."""
+
+    claim: Claim
+    targets: list[Target]
+    tasks: list[Task]
+    n_finished: int  # files
+    unreadable: list[Unfinished]
+    listing: Shared | None = None  # where several ranks share the files
+
+    @property
+    def n_docs(self) -> int:
+        """Documents left to score."""
+        return sum(task.chunk.n_docs for task in self.tasks)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """The share of one rank."""
+
+    listing: FrozenListing
+    rank: Rank
+    gone: list[Unfinished]  # files of the share that are no longer there
+    n_new: int  # files that have appeared since the ranks began
+    everything: Sequence[SourceFile]  # files of all ranks
+    look: Look | None  # at one of them; None where what is there may be of an earlier job
+
+    def finish(self) -> list[int]:
+        """Say that the share is finished, and return the ranks that have yet to finish theirs."""
+        waiting = self.listing.finish(self.rank)
+        if waiting and self.look is not None and self._is_everything_finished(self.look):
+            self.listing.close()
+            return []
+        return waiting
+
+    def _is_everything_finished(self, look: Look) -> bool:
+        """Whether all ranks' files are, as where one rank of a finished job was started once more."""
+        with explained(self.listing.out, "listed"):
+            there = {name for _, name in list_files(self.listing.out)}
+        if not all(file.relative.text in there for file in self.listing.files):
+            return False
+        with Child() as child:
+            try:
+                return all(found is None for found in child.each(look, self.everything, crashed))
+            except EngineError:  # its own rank will say so
+                return False
+
+
+def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
+    """Find and check all inputs and the output folder, and claim it, before anything is computed.
+
+    Raises InputError, OutputError, and BundleError where the bundle has nothing to compute for this job.
+    """
+    if not bundle.heads and job.embeddings is None:
+        raise BundleError(f"{bundle.path} has no heads, only embeddings; give --embeddings fp16 or fp32 to keep those")
+    settings, scores = _settings(job, bundle, variant, chunk_bytes), _score_schema(job, bundle)
+    out = locate(job.out)
+
+    def target_of(file: InputFile) -> Target:
+        check_names(file, scores, job.output)
+        return Target(out, file, scores, job.output, settings)
+
+    look = partial(_look, job.text_column, job.id_column, None if job.overwrite or job.limit else settings, out)
+    return plan(job, Claim(out, {**settings, "limit": job.limit}), look, target_of, chunk_bytes)
+
+
+def plan(job: Job, claim: Claim, look: Look, target_of: Callable[[InputFile], Target], chunk_bytes: int) -> Work:
+    """Claim the output folder, and find the chunks that are not done of the files that `look` does not find finished.
+
+    Raises InputError; OutputError where another job has the folder, or has left parts there.
+    """
+    listed = find_files(job.inputs)
+    refused = [Unfinished(one.file, one.reason) for one in listed.refused]
+    # A run alone goes on with the listing of ranks that were stopped.
+    is_shared = job.rank.world_size > 1 or is_frozen(claim.out, key_of(claim.settings))
+    before = list_versions(claim.out) if job.overwrite else {}
+    try:
+        if is_shared:
+            _take(claim, job, listed.files)
+        sources, shared = _share(job, claim, listed.files, look) if is_shared else (listed.files, None)
+        with Child() as child:
+            seen = _look_into(job, child, sources, look)
+            targets = [target_of(file) for file in seen.files]
+            finished = seen.finished
+            if job.limit is not None and not job.overwrite:
+                finished = [target.file.source for target in targets if is_finished(target.final, target.settings)]
+                targets = [target for target in targets if target.file.source not in set(finished)]
+            if not is_shared:  # only now: where an input cannot be used, nothing is written
+                _take(claim, job, listed.files)
+            tasks = _tasks_left(job, claim, before, targets, finished, chunk_bytes, child)
+    except BaseException:
+        claim.release()
+        raise
+    return Work(claim, targets, tasks, len(finished), [*refused, *seen.unreadable], shared)
+
+
+def _take(claim: Claim, job: Job, sources: Sequence[SourceFile]) -> None:
+    check_output(claim.out, job.inputs, sources)
+    claim.take(job.overwrite)
+    remove_stray(claim.out, key_of(claim.settings), job.overwrite)
+
+
+def _share(
+    job: Job, claim: Claim, sources: Sequence[SourceFile], look: Look
+) -> tuple[Sequence[SourceFile], Shared | None]:
+    """The input files of this rank: its share of one listing, see jql_engine.job.frozen."""
+    listing = freeze(claim.out, key_of(claim.settings), job.inputs, sources)
+    listing.begin(job.rank)
+    # With a limit, the first of all files are taken before they are shared.
+    found = listing.share_of(job.rank if job.limit is None else Rank(), sources)
+    reason = "was there when the ranks of this job began, and is gone"
+    gone = [] if job.limit else [Unfinished(str(file.relative), f"{file.relative} {reason}") for file in found.gone]
+    everything = listing.share_of(Rank(), sources).sources
+    known = None if job.overwrite or job.limit else look
+    return found.sources, Shared(listing, job.rank, gone, found.n_new, everything, known)
+
+
+def _tasks_left(
+    job: Job,
+    claim: Claim,
+    before: Versions,
+    targets: Sequence[Target],
+    finished: Sequence[SourceFile],
+    chunk_bytes: int,
+    child: Child,
+) -> list[Task]:
+    """Chunks that are not done. With --overwrite none is: what is there of `targets` is removed."""
+    mine = [target.file.source for target in targets]
+    with explained(claim.out / PARTS, "listed"):
+        leftovers = find_leftovers(claim.out)
+    if not (job.overwrite or job.assume_unchanged):
+        begun = [source for source in mine if source.relative.text in leftovers.parts]
+        _check_traceable([*finished, *begun])
+    with explained(claim.out, "tidied up"):
+        _remove_earlier(targets, before)
+    tidy(claim.out, [*mine, *finished], {*finished, *(mine if job.overwrite else ())}, leftovers)
+    return list(_tasks(job, targets, chunk_bytes, {} if job.overwrite else leftovers.parts, child))
+
+
+def _remove_earlier(targets: Sequence[Target], before: Versions) -> None:
+    """Remove the finished files that were there before this job took the folder, and are as they were."""
+
+    def remove(target: Target) -> None:
+        with suppress(FileNotFoundError):
+            if version_of(target.final) == before[target.file.source.relative.text]:
+                remove_file(target.final)  # else a job that began later has made it
+
+    in_threads(remove, [target for target in targets if target.file.source.relative.text in before])
+
+
+def _check_traceable(sources: Sequence[SourceFile]) -> None:
+    """Raise OutputError where what was scored before may be another content by now."""
+    for source in sources:
+        if not source.is_traceable:
+            raise OutputError(
+                f"{source.location} was scored before, wholly or in part, and its server tells neither an entity tag "
+                "nor a time of it, so whether it has changed is not known; give --assume-unchanged if it has not, or "
+                "--overwrite to start over"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What was found in input files."""
+
+    files: list[InputFile]  # to be scored
+    finished: list[SourceFile]
+    unreadable: list[Unfinished]
+
+
+def open_inputs(job: Job) -> tuple[list[InputFile], list[Unfinished]]:
+    """The files of `job` that can be read, and those that cannot; raises InputError."""
+    listed = find_files(job.inputs)
+    look = partial(_look, job.text_column, job.id_column, None, None)
+    with Child() as child:
+        seen = _look_into(job, child, listed.files if job.limit else share(listed.files, job.rank), look)
+    return seen.files, [*(Unfinished(one.file, one.reason) for one in listed.refused), *seen.unreadable]
+
+
+def _look_into(job: Job, child: Child, sources: Sequence[SourceFile], look: Look) -> _Seen:
+    """Look at `sources`; with a limit open this rank's of the first with so many documents.
+
+    Raises InputError where a file has not the columns, or none can be read.
+    """
+    files: list[InputFile] = []
+    finished: list[SourceFile] = []
+    errors: list[tuple[SourceFile, UnreadableError]] = []
+    step = max(1, len(sources)) if job.limit is None else FIRST
+    for start in range(0, len(sources), step):
+        group = sources[start : start + step]
+        for source, found in zip(group, child.each(look, group, crashed), strict=True):
+            if found is None:
+                finished.append(source)
+            elif isinstance(found, UnreadableError):
+                errors.append((source, found))
+            else:
+                files.append(found)
+        if job.limit is not None and sum(file.n_rows for file in files) >= job.limit:
+            break
+    if errors and len(errors) == len(sources) and job.rank.world_size == 1:  # a rank's share may be one bad file
+        raise errors[0][1]
+    if job.limit is not None:
+        files = list(_first(files, job.limit))
+        mine = set(share([file.source for file in files], job.rank))
+        files = [file for file in files if file.source in mine]
+    unreadable = [Unfinished(str(source.location), str(error)) for source, error in errors]
+    return _Seen(_with_shared_schemas(files), finished, unreadable)
+
+
+def _look(
+    text_column: str, id_column: str | None, settings: Settings | None, out: Location | None, source: SourceFile
+) -> InputFile | UnreadableError | None:
+    """What is in a file; None where its scores, with `settings`, are finished."""
+    if settings and out and is_finished(source.relative.below(out), settings_of(settings, source)):
+        return None
+    try:
+        return open_file(source, text_column, id_column)
+    except UnreadableError as error:
+        return error
+
+
+def crashed(source: SourceFile, error: CrashError) -> UnreadableError:
+    """What to say of a file that a process died of."""
+    return UnreadableError(f"{source.location} cannot be looked into: {error}; it is damaged, or takes more memory")
+
+
+def _with_shared_schemas(files: Sequence[InputFile]) -> list[InputFile]:
+    """One object for equal schemas: of a hundred thousand files each would keep half a gigabyte."""
+    known: dict[bytes, pa.Schema] = {}
+    return [replace(file, schema=known.setdefault(file.schema.serialize().to_pybytes(), file.schema)) for file in files]
+
+
+def _first(files: Iterable[InputFile], n_docs: int) -> Iterator[InputFile]:
+    for file in files:
+        if n_docs <= 0:
+            return
+        yield file if file.n_rows <= n_docs else file.first(n_docs)
+        n_docs -= file.n_rows
+
+
+def tidy(out: Location, sources: Sequence[SourceFile], done: set[SourceFile], leftovers: Leftovers) -> None:
+    """Remove what killed runs left of `sources`: files they were writing, parts of those `done`, empty folders."""
+    with explained(out / PARTS, "tidied up"):
+        for file in leftovers.left_by([JOB, *(source.relative.text for source in sources)]):
+            remove_file(file)
+        for source in done:
+            folder = parts_folder(out, source.relative)
+            remove_files([folder / part.name for part in leftovers.parts.get(source.relative.text, ())])
+        remove_empty_folders(out / PARTS)
+
+
+def _tasks(
+    job: Job, targets: Sequence[Target], chunk_bytes: int, parts: Mapping[str, set[Part]], child: Child
+) -> Iterator[Task]:
+    """Chunks that are not done; raises OutputError for parts of another job."""
+    done: dict[int, set[tuple[int, int]]] = {}
+    for number, target in enumerate(targets):
+        if found := sorted(parts.get(target.file.source.relative.text, ())):
+            usable = child.each(partial(_is_usable, target), found, partial(_remove_part, target))
+            done[number] = {part.rows for part, fine in zip(found, usable, strict=True) if fine}
+    chunks = split([target.file for target in targets], job.chunk_rows, chunk_bytes)
+    for number, chunk in enumerate(chunks):
+        left = tuple(s for s in chunk.segments if (s.start, s.stop) not in done.get(s.file, ()))
+        if left:
+            yield Task(number, Chunk(left))
+
+
+def _remove_part(target: Target, part: Part, _: CrashError) -> bool:
+    remove_file(target.parts / part.name)
+    return False
+
+
+def _is_usable(target: Target, part: Part) -> bool:
+    """Whether a part can be read; removes one that cannot. Raises OutputError where it is another job's."""
+    place = target.parts / part.name
+    if not is_written_by_us(place):
+        remove_file(place)
+        return False
+    check_settings(place, target.settings)
+    return True
+
+
+def _score_schema(job: Job, bundle: Bundle) -> pa.Schema:
+    dtype = job.embedding_dtype
+    kept = None if dtype is None else embedding_type(bundle.manifest.encoder.hidden_size, dtype)
+    return score_schema(bundle.heads, kept)
+
+
+def _settings(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> dict[str, Any]:
+    """What decides about the scores; written into every output."""
+    compute = COMPUTE.get(bundle.manifest.variants[variant].provider, ("onnxruntime", "onnxruntime-gpu"))
+    return {
+        "bundle": bundle.hash,
+        "encoder": bundle.encoder_hash,
+        "variant": variant,
+        "precision": bundle.manifest.variants[variant].precision,
+        "heads": list(bundle.heads),
+        "tokenizer": bundle.manifest.tokenizer.fast or "tokenizers",
+        "output": job.output,
+        "embeddings": job.embeddings,
+        "text_column": job.text_column,
+        "id_column": job.id_column,
+        "chunk_rows": job.chunk_rows,
+        "chunk_bytes": chunk_bytes,
+        **{name: found for name in (*LIBRARIES, *compute) if (found := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,268 @@
+"""New heads on stored vectors: scores without the encoder, by the same machinery as a job that has one."""
+
+from __future__ import annotations
+
+import json
+import resource
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from jql_engine.bundle import HEADS, Bundle
+from jql_engine.data import EMBEDDING, score_column
+from jql_engine.errors import BundleError, InputError, UnreadableError
+from jql_engine.files.chunks import ChunkDone, ChunkEnd, Failure, Segment, StageSeconds, Task
+from jql_engine.files.dictionaries import encode, is_text
+from jql_engine.files.formats import unreadable
+from jql_engine.files.inputs import InputFile, SourceFile
+from jql_engine.files.output import METADATA_KEY, Target, is_finished
+from jql_engine.files.reading import Cursor
+from jql_engine.files.storage import Location, locate, open_parquet, retry
+from jql_engine.job.claim import Claim
+from jql_engine.job.pipeline import StageTime, pipeline
+from jql_engine.job.plan import Job, Work, plan
+
+STAGES = ("read", "execute", "write")
+PRODUCT_ROWS = 4_096  # vectors in one product: what lies between its two halves is [PRODUCT_ROWS, K]
+# Of one chunk. All columns count: those of an appended output are copied.
+CHUNK_ROWS = 100_000
+CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """All heads of a bundle, stacked: relu(e hidden_weight^T + hidden_bias) output_weight + output_bias."""
+
+    names: tuple[str, ...]  # [H]
+    hidden_weight: NDArray[np.float32]  # [D, K]
+    hidden_bias: NDArray[np.float32]  # [K]
+    output_weight: NDArray[np.float32]  # [K, H]
+    output_bias: NDArray[np.float32]  # [H]
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Heads:
+        """The heads of heads.safetensors."""
+        tensors = load_file(bundle.path / HEADS)
+        hidden = np.ascontiguousarray(tensors["hidden.weight"].T)
+        return cls(bundle.heads, hidden, tensors["hidden.bias"], tensors["output.weight"], tensors["output.bias"])
+
+    def score(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores [n, H] of `embeddings` [n, D]."""
+        scores = np.empty((len(embeddings), len(self.output_bias)), np.float32)
+        hidden = np.empty((min(PRODUCT_ROWS, len(embeddings)), len(self.hidden_bias)), np.float32)
+        for start in range(0, len(embeddings), PRODUCT_ROWS):
+            part = embeddings[start : start + PRODUCT_ROWS]
+            between = np.matmul(part, self.hidden_weight, out=hidden[: len(part)])
+            between += self.hidden_bias
+            np.maximum(between, 0, out=between)
+            np.matmul(between, self.output_weight, out=scores[start : start + PRODUCT_ROWS])
+        scores += self.output_bias
+        return scores
+
+
+def prepare_rescoring(job: Job, bundle: Bundle) -> Work:
+    """Find and check the files of vectors and the output folder, and claim it, before anything is computed.
+
+    Vectors are not copied. Raises InputError where no file holds vectors of the bundle's encoder, or a new head has the
+    name of a column; BundleError where the bundle has no heads; OutputError.
+    """
+    if not bundle.heads:
+        raise BundleError(f"{bundle.path} has no heads to apply; give a bundle of the same encoder with heads")
+    out = locate(job.out)
+    claim = Claim(out, {"rescored": True, "bundle": bundle.hash, "heads": list(bundle.heads)})
+    target_of = partial(_target, out, bundle)
+    look = partial(_look, bundle, None if job.overwrite else out)
+    return plan(replace(job, chunk_rows=CHUNK_ROWS), claim, look, target_of, CHUNK_BYTES)
+
+
+def _look(bundle: Bundle, out: Location | None, source: SourceFile) -> InputFile | UnreadableError | None:
+    """What is in a file of vectors; None where the scores in `out` are finished."""
+    try:
+        with unreadable(f"{source.location} cannot be read", f"{source.location} is not a complete parquet file"):
+            file = retry(source.location, lambda: _describe(bundle, source))
+    except UnreadableError as error:
+        return error
+    is_done = out is not None and is_finished(source.relative.below(out), _settings(file, bundle))
+    return None if is_done else file
+
+
+def _describe(bundle: Bundle, source: SourceFile) -> InputFile:
+    """What is in a file of vectors; raises UnreadableError where they are none, or another encoder's."""
+    with open_parquet(source.location) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+    try:
+        stored = _stored_settings(schema)
+        encoder, _ = str(stored["encoder"]), list(stored["heads"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnreadableError(f"{source.location} was not written by jql-run ({error!r})") from error
+    if EMBEDDING in schema.names and "n_tokens" not in schema.names:
+        raise UnreadableError(f"{source.location} has no column 'n_tokens', as jql-run writes it")
+    if EMBEDDING not in schema.names:
+        raise UnreadableError(f"{source.location} has no column {EMBEDDING!r}; score it again with --embeddings fp16")
+    width, found = bundle.manifest.encoder.hidden_size, schema.field(EMBEDDING).type
+    if not _holds_vectors(found, width):
+        raise UnreadableError(
+            f"{source.location}: column {EMBEDDING!r} is {found}, expected vectors of {width} float16 or float32"
+        )
+    if encoder != bundle.encoder_hash:
+        raise UnreadableError(
+            f"{source.location} holds vectors of encoder {encoder[:12]}..., the heads of {bundle.path} read "
+            f"those of {bundle.encoder_hash[:12]}...; use a bundle of the same encoder, pooling and length"
+        )
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    if any(group.num_rows < 0 for group in groups):
+        raise UnreadableError(
+            f"{source.location} is damaged: a row group has {min(group.num_rows for group in groups)} rows"
+        )
+    sizes = tuple(sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)) for group in groups)
+    return InputFile(source, EMBEDDING, None, schema, tuple(group.num_rows for group in groups), sizes)
+
+
+def _holds_vectors(kind: pa.DataType, width: int) -> bool:
+    is_list = pa.types.is_fixed_size_list(kind) and kind.list_size == width
+    return is_list and kind.value_type in (pa.float16(), pa.float32())
+
+
+def _stored_settings(schema: pa.Schema) -> dict[str, Any]:
+    return dict(json.loads((schema.metadata or {})[METADATA_KEY]))
+
+
+def _settings(file: InputFile, bundle: Bundle) -> dict[str, Any]:
+    before = _stored_settings(file.schema)
+    return {**before, "bundle": bundle.hash, "heads": list(bundle.heads), "rescored_from": file.source.version}
+
+
+def _target(out: Location, bundle: Bundle, file: InputFile) -> Target:
+    """The stored columns with the new heads' in the place of the old ones', and without the vectors."""
+    old = {score_column(head) for head in _stored_settings(file.schema)["heads"]}
+    kept = [field for field in file.schema if field.name not in old and field.name != EMBEDDING]
+    at = next(i for i, field in enumerate(kept) if field.name == "n_tokens")
+    new = [pa.field(score_column(head), pa.float32()) for head in bundle.heads]
+    if clash := {field.name for field in kept} & {field.name for field in new}:
+        raise InputError(
+            f"{file.source.location}: a column {min(clash)!r} has the name of a score column; choose other head names"
+        )
+    columns = pa.schema([*kept[:at], *new, *kept[at:]])
+    return Target(out, file, columns, "rescored", {}, own=_settings(file, bundle))
+
+
+@dataclass(frozen=True, slots=True)
+class Rescoring:
+    """What a process needs to apply heads; see jql_engine.job.pool.Spec."""
+
+    bundle: Bundle
+    claim: Claim
+    device: str = "cpu"
+
+    def open(
+        self,
+        targets: Mapping[int, Target],
+        stop: threading.Event,
+        executed: Callable[[int, int, int], None],
+        say: Callable[[str], None],  # noqa: ARG002
+    ) -> Callable[[Iterable[Task]], Generator[ChunkDone]]:
+        """Load the heads; see jql_engine.job.pool.Spec."""
+        self.bundle.check_still_there()
+        return Rescorer(Heads.of(self.bundle), targets, self.claim, stop, executed).run
+
+
+@dataclass(frozen=True, slots=True)
+class Rescorer:
+    """Tasks in, committed chunks out: read | execute | write, each in its thread."""
+
+    heads: Heads
+    targets: Mapping[int, Target]  # by the number of the file; may change while tasks come
+    claim: Claim
+    stop: threading.Event
+    executed: Callable[[int, int, int], None]
+
+    def run(self, tasks: Iterable[Task]) -> Generator[ChunkDone]:
+        """Apply the heads to the chunks of `tasks` and commit them; see Worker.run."""
+        clocks = [StageTime(name) for name in STAGES]
+        steps = (self._read, self._execute, self._write)
+        lap = dict.fromkeys(STAGES, StageSeconds(0, 0, 0))
+        for end, n_docs in pipeline(tasks, list(zip(clocks, steps, strict=True))):
+            now = {clock.name: clock.seconds() for clock in clocks}
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            stages = {name: now[name] - lap[name] for name in STAGES}
+            yield ChunkDone(end.task, end.failures, documents=n_docs, memory_bytes=memory, stages=stages)
+            lap = now
+
+    def _read(self, tasks: Iterator[Task]) -> Iterator[tuple[Segment, pa.RecordBatch] | ChunkEnd]:
+        for task in tasks:
+            if self.stop.is_set():
+                return
+            failures = []
+            for segment in task.chunk.segments:
+                target = self.targets[segment.file]
+                columns = [name for name in target.file.schema.names if name in (EMBEDDING, *target.scores.names)]
+                try:
+                    cursor = Cursor(target.file, segment.start, columns)
+                    for batch in cursor.take(segment.stop - segment.start):
+                        yield segment, batch
+                except InputError as error:
+                    failures.append(Failure(segment, str(error)))
+            yield ChunkEnd(task, tuple(failures))
+
+    def _execute(
+        self, items: Iterator[tuple[Segment, pa.RecordBatch] | ChunkEnd]
+    ) -> Iterator[tuple[Segment, pa.Table] | ChunkEnd]:
+        for item in items:
+            if isinstance(item, ChunkEnd):
+                yield item
+                continue
+            segment, batch = item
+            yield segment, self._rescored(self.targets[segment.file].scores, batch)
+            self.executed(batch.num_rows, 0, 0)
+
+    def _rescored(self, columns: pa.Schema, batch: pa.RecordBatch) -> pa.Table:
+        vectors = batch.column(EMBEDDING)
+        null = vectors.is_null().to_numpy(zero_copy_only=False)
+        scores = self.heads.score(_matrix(vectors, null))
+        # Texts of an appended output as distinct values, until they are written.
+        by_name = {name: _kept(batch.column(name)) for name in batch.schema.names}
+        for i, head in enumerate(self.heads.names):
+            by_name[score_column(head)] = pa.array(np.ascontiguousarray(scores[:, i]), mask=null)
+        return pa.table({name: by_name[name] for name in columns.names})
+
+    def _write(self, items: Iterator[tuple[Segment, pa.Table] | ChunkEnd]) -> Iterator[tuple[ChunkEnd, int]]:
+        tables: dict[Segment, list[pa.Table]] = {}
+        for item in items:
+            if not isinstance(item, ChunkEnd):
+                tables.setdefault(item[0], []).append(item[1])
+                continue
+            failures, n_docs = {failure.segment: failure for failure in item.failures}, 0
+            for segment in item.task.chunk.segments:
+                if segment in failures:
+                    continue
+                target = self.targets[segment.file]
+                found = tables.get(segment) or [target.scores.empty_table()]
+                self.claim.check()
+                try:
+                    target.commit(segment, pa.concat_tables(found), None)
+                    n_docs += segment.stop - segment.start
+                except InputError as error:
+                    failures[segment] = Failure(segment, str(error))
+            tables = {}
+            yield replace(item, failures=tuple(failures.values())), n_docs
+
+
+def _kept(column: pa.Array) -> pa.Array:
+    return encode(pa.chunked_array([column])) if is_text(column.type) else column
+
+
+def _matrix(vectors: pa.FixedSizeListArray, null: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """[n, D]; zeros where there is no vector. A NaN in a vector stays one, and makes its scores NaN."""
+    width = vectors.type.list_size
+    values = vectors.values.slice(vectors.offset * width, len(vectors) * width).to_numpy(zero_copy_only=False)
+    matrix: NDArray[np.float32] = values.reshape(len(vectors), width).astype(np.float32, copy=bool(null.any()))
+    if null.any():
+        matrix[null] = 0
+    return matrix

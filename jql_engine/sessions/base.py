@@ -1,0 +1,104 @@
+"""Ways to execute a graph: one file each. A session owns a loaded graph and says what a batch may hold."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from jql_engine.batching import plan
+from jql_engine.bundle import Bundle
+from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
+from jql_engine.errors import DeviceError
+from jql_engine.sessions.tensorrt.cache import EngineOptions
+
+# Text of one chunk, the unit of commit: what a GPU scores in some seconds, two cores in about a minute.
+CHUNK_BYTES = {"cpu": 512 << 10, "cuda": 32 << 20}
+ON_GPU = ("cuda", "tensorrt")  # providers of GPUs
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """How a graph is loaded."""
+
+    threads: int | None = None  # of the CPU; None: all cores this process may use
+    engines: EngineOptions = field(default_factory=EngineOptions)  # of TensorRT
+
+
+DEFAULTS = SessionOptions()
+
+# On two cores ONNX Runtime is 6 % faster with a document on each than with both on one; but so many documents of the
+# greatest length are in memory at once.
+MAX_STREAMS = 4
+
+
+def streams_of(threads: int | None) -> tuple[int, int]:
+    """Batches at a time, and threads in all, for `threads` of the CPU (None: every core this process may use)."""
+    n_threads = threads or len(os.sched_getaffinity(0))
+    return (n_threads if n_threads <= MAX_STREAMS else 1), n_threads
+
+
+class Session(Protocol):
+    """A loaded graph, ready to run."""
+
+    variant: str
+    budget: Budget
+    n_parallel: int  # threads that should call `run`
+
+    @property
+    def n_overflowed(self) -> int:
+        """Documents that overflowed fp16 and were recomputed in fp32, so far."""
+        ...
+
+    @property
+    def fallback(self) -> Fallback | None:
+        """What recomputes them; None where no document overflows, or where nothing is more exact."""
+        ...
+
+    def run(self, batch: Batch) -> BatchOutput:
+        """Compute one batch planned under `budget`; may be called from several threads."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """The graph for documents that overflow fp16; each call of `open` loads it anew."""
+
+    variant: str
+    open: Callable[[], Session]
+
+
+def check_options(bundle: Bundle, variant: str, options: SessionOptions) -> None:
+    """Raise DeviceError for an option that a variant has no use for."""
+    if bundle.manifest.variants[variant].provider == "tensorrt":
+        return
+    if options.engines != EngineOptions():
+        raise DeviceError(f"variant {variant} does not run with TensorRT; leave out the options of its engines")
+
+
+AHEAD = 2  # batches queued besides those under way: neighbours differ in size, and none should wait for another
+
+
+def execute(session: Session, tokens: TokenBatch, budget: Budget | None = None) -> Iterator[tuple[Batch, BatchOutput]]:
+    """Yield every batch of `tokens`, planned under `budget` (None: the session's own), with what it computes to."""
+    batches = plan(tokens, budget or session.budget)
+    if session.n_parallel == 1:
+        for batch in batches:
+            yield batch, session.run(batch)
+        return
+    running: deque[tuple[Batch, Future[BatchOutput]]] = deque()
+    pool = ThreadPoolExecutor(session.n_parallel, thread_name_prefix="batch")
+    try:
+        for batch in batches:
+            running.append((batch, pool.submit(session.run, batch)))
+            if len(running) >= session.n_parallel + AHEAD:
+                done, output = running.popleft()
+                yield done, output.result()
+        while running:
+            done, output = running.popleft()
+            yield done, output.result()
+    finally:  # an error, or nobody wants the rest: what has not begun never will
+        pool.shutdown(cancel_futures=True)

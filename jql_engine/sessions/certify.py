@@ -1,0 +1,113 @@
+"""Is a graph, on the hardware it runs on, the fp32 reference? Probe documents, and what PyTorch computed of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from jql_engine.bundle import PROBES, Bundle
+from jql_engine.data import Budget, TokenBatch
+from jql_engine.errors import BundleError, ParityError
+from jql_engine.sessions.base import Session, execute
+
+LONG_TOKENS = 512
+SHORT_TOKENS = 64
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Largest absolute differences."""
+
+    embedding: float  # documents up to LONG_TOKENS tokens
+    embedding_long: float  # longer ones: attention sums more terms
+    score: float
+    batch: float  # a score computed alone against the same in a batch: on a GPU other kernels compute it
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the reference computes."""
+
+    embeddings: Array  # [N, D]
+    scores: Array  # [N, H]
+
+
+def certify(session: Session, tokens: TokenBatch, expected: Expected, tolerance: Tolerance) -> dict[str, Any]:
+    """Run `session` on `tokens` and compare with the reference.
+
+    Returns the figures for the bundle: largest absolute differences, counts, and what a score moves by when its
+    document is computed alone; of the embedding only where there are no heads. Raises ParityError naming the worst
+    document where a figure is out of tolerance.
+    """
+    embeddings, scores = run_all(session, tokens, session.budget)
+    long = tokens.lengths > LONG_TOKENS
+    errors = {
+        "embedding": np.where(long, 0, _largest(embeddings, expected.embeddings)),
+        "embedding_long": np.where(long, _largest(embeddings, expected.embeddings), 0),
+    }
+    if expected.scores.shape[1]:
+        alone = run_all(session, tokens, replace(session.budget, tokens=1))[1]
+        errors |= {"score": _largest(scores, expected.scores), "batch": _largest(scores, alone)}
+    limits = asdict(tolerance)
+    for name, error in errors.items():
+        _check(session.variant, name, error, limits[name], tokens)
+    figures = {f"max_abs_{name}": float(f"{error.max(initial=0):.2e}") for name, error in errors.items()}
+    return {"documents": len(tokens.rows), "tokens": len(tokens.ids), "longest": int(tokens.lengths.max()), **figures}
+
+
+def short_probes(tokens: TokenBatch, expected: Expected) -> tuple[TokenBatch, Expected]:
+    """The probe documents of up to SHORT_TOKENS tokens."""
+    index = np.flatnonzero(tokens.lengths <= SHORT_TOKENS)
+    documents = TokenBatch.concat([tokens.slice(int(i)) for i in index])
+    return documents, Expected(expected.embeddings[index], expected.scores[index])
+
+
+def write_probes(file: Path, tokens: TokenBatch, expected: Expected) -> None:
+    """Write the probe documents and what the reference computes of them; see jql_engine.bundle."""
+    tensors: dict[str, NDArray[Any]] = {"ids": tokens.ids, "offsets": tokens.offsets}
+    # save_file would give the file to its owner alone, whatever the umask says.
+    file.write_bytes(save(tensors | {"embedding": expected.embeddings, "scores": expected.scores}))
+
+
+def read_probes(bundle: Bundle) -> tuple[TokenBatch, Expected]:
+    """The probe documents of a bundle; raises BundleError where it has none."""
+    try:
+        tensors = load_file(bundle.path / PROBES)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(
+            f"{bundle.path} has no {PROBES} to certify this device with ({error}); export the bundle again"
+        ) from error
+    n_docs = len(tensors["offsets"]) - 1
+    tokens = TokenBatch(np.arange(n_docs), tensors["ids"], tensors["offsets"], np.zeros(n_docs, np.bool_))
+    return tokens, Expected(tensors["embedding"], tensors["scores"])
+
+
+def run_all(session: Session, tokens: TokenBatch, budget: Budget) -> tuple[Array, Array]:
+    """Embeddings [N, D] and scores [N, H] of `tokens`, whose rows count from 0."""
+    batches = [(batch.rows, output) for batch, output in execute(session, tokens, budget)]
+    order = np.argsort(np.concatenate([rows for rows, _ in batches]))
+    embeddings = np.concatenate([output.embeddings for _, output in batches])[order]
+    return embeddings, np.concatenate([output.scores for _, output in batches])[order]
+
+
+def _largest(found: Array, expected: Array) -> NDArray[np.float64]:
+    """Largest absolute difference of each document, float64 [N]; NaN counts as infinite."""
+    difference = np.abs(found.astype(np.float64) - expected).max(axis=1)
+    return np.where(np.isnan(difference), np.inf, difference)
+
+
+def _check(variant: str, name: str, errors: NDArray[np.float64], limit: float, tokens: TokenBatch) -> None:
+    worst = int(errors.argmax())
+    if errors[worst] > limit:
+        raise ParityError(
+            f"variant {variant} is out of tolerance: {name} differs by {errors[worst]:.2e} on a probe document of "
+            f"{tokens.lengths[worst]} tokens, allowed is {limit:.2g}; {int((errors > limit).sum())} of {len(errors)} "
+            "probe documents fail. It must not be used; please report this with the encoder's name and the machine"
+        )
