@@ -1,7 +1,7 @@
 """Does the host ever limit a GPU? The whole pipeline with a session that returns zeros, on awkward inputs.
 
 Method. Each case is built from the real corpus (no text twice, so no tokenizer's cache helps), then run in a process of
-its own, whose peak resident memory the operating system reports. Read, tokenise, plan, write and finish are what
+its own, whose peak resident memory the operating system reports. Read, tokenize, plan, write and finish are what
 jql-run does with one worker; only the graph is missing.
 
     corpus        the corpus as it is: one file, documents as long as the web's

@@ -2,7 +2,7 @@
 
 Method. The published onnxruntime-gpu runs on the recorder (benchmarks.recorder): its clock gives every matrix product
 the time that it takes at a given rate, one after another, and nothing else takes any. All that the host does is real:
-reading, tokenising, planning, packing, some 180 launches a batch, copies, parquet. Scores are not to be had, and no
+reading, tokenizing, planning, packing, some 180 launches a batch, copies, parquet. Scores are not to be had, and no
 figure here says how fast a GPU is: `engine` is what the chosen rate amounts to, `end_to_end` is how much of that the
 host lets through. The documents are the first of the corpus.
 

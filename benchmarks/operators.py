@@ -51,15 +51,15 @@ class SkipLayerNormalization(_Contrib):
     def _run(self, x, skip, gamma, beta, bias=None, epsilon=None):
         assert x.shape == skip.shape, (x.shape, skip.shape)
         total = ((x if bias is None else x + bias) + skip).astype(np.float32)  # rounded after each sum
-        centred = total - total.mean(-1, keepdims=True)
-        scaled = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + np.float32(epsilon))
+        centered = total - total.mean(-1, keepdims=True)
+        scaled = centered / np.sqrt(np.square(centered).mean(-1, keepdims=True) + np.float32(epsilon))
         return ((scaled * gamma + beta).astype(x.dtype),)
 
 
 class RotaryEmbedding(_Contrib):
     """Each head of x [B, L, D] turned by the angle of its position; position_ids int64 [B, L].
 
-    Turned together are its halves, or, `interleaved`, its neighbours.
+    Turned together are its halves, or, `interleaved`, its neighbors.
     """
 
     def _run(self, x, position_ids, cos, sin, num_heads=None, is_packed_batching=0, interleaved=0, **settings):

@@ -17,7 +17,7 @@ from jql_export.reference import load_encoder
 
 
 class TransformersEncoder:
-    """The checkpoint's own class with sdpa attention and L2-normalised pooling."""
+    """The checkpoint's own class with sdpa attention and L2-normalized pooling."""
 
     def __init__(self, directory: Path, pooling: str, dtype: torch.dtype, device: str = "cpu") -> None:
         """Load in `dtype` on `device`, as PyTorch calls it."""

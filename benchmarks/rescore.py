@@ -1,10 +1,10 @@
 """How many documents a second get new heads from stored vectors, and how many does the matrix product allow?
 
 Method. Random unit vectors in fp16, as many as `--documents`, are written as jql-run --embeddings writes them: in
-chunks of 20,000 rows, then joined. They do not compress, which real ones hardly do either. Then jql-run --rescore's own
+chunks of 20,000 rows, then joined. They do not compress, which real ones hardly do either. Then jql-rescore's own
 function applies each bundle's heads, parquet to parquet; `--rounds` repeats all rows in turn, and the median is
 reported. The ceilings are the larger one of the two products alone, [4096, D] times [D, K], in fp32, in the same round:
-with numpy, which --rescore uses, and with ONNX Runtime. K is the hidden size of all heads of a bundle together.
+with numpy, which jql-rescore uses, and with ONNX Runtime. K is the hidden size of all heads of a bundle together.
 
     rescore     vectors to scores, parquet to parquet; gflops are those of both products at that speed
     ceiling     the product alone; documents a second are what it would allow if it were all there is to do

@@ -8,7 +8,7 @@ Tokens are real ones: padding is work, not throughput. What is compared:
     reference   transformers, fp32 and bf16: sorted by length and padded to batches of 8,192 tokens; one at a time
     engine      the graphs of a bundle, ids to scores, planned by jql_engine.batching
     end_to_end  jql-run's own pipeline, parquet to parquet, scores included
-    feed        the same pipeline with a session that returns zeros: read, tokenise, plan, write (cold: no text twice)
+    feed        the same pipeline with a session that returns zeros: read, tokenize, plan, write (cold: no text twice)
     ceiling     a large matrix product with the engine's libraries and with torch: what the chip can give
 
 Scores are compared too: every row's largest difference to the fp32 reference of the same run, and Spearman's rank
@@ -190,7 +190,7 @@ def _feed(bundle: Bundle, corpus: Path) -> Row:
         task = Job((str(corpus),), Path(folder, "scores"))
         session, tokenizer = ZeroSession(bundle), Tokenizer.of(bundle)
         meter = run_job(task, bundle, session, tokenizer, "cuda")
-    row = Row("feed", "read, tokenise, plan, write", "zero", meter.documents, meter.tokens, [round(meter.seconds, 3)])
+    row = Row("feed", "read, tokenize, plan, write", "zero", meter.documents, meter.tokens, [round(meter.seconds, 3)])
     row.finish()
     return row
 

@@ -61,7 +61,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Tokenised documents and what is to be learnt about them."""
+    """Tokenized documents and what is to be learnt about them."""
 
     ids: list[list[int]]  # special tokens included
     labels: Tensor  # float32 [N, heads]
@@ -252,7 +252,7 @@ def _write_json(file: Path, content: object) -> None:
 
 
 def save_head(head: RegressionHead, file: Path) -> None:
-    """A checkpoint as Lightning writes it, without the state of an optimiser."""
+    """A checkpoint as Lightning writes it, without the state of an optimizer."""
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.strategy.connect(head)
     trainer.save_checkpoint(file, weights_only=True)

@@ -83,7 +83,7 @@ def write_graphs(
             write_graph(file, encoder.weights, heads, pooling, VARIANTS[name].dialect())
             continue
         tokens = calibration()
-        report(f"quantising {name} on {len(tokens.rows)} documents, {len(tokens.ids):,} tokens")
+        report(f"quantizing {name} on {len(tokens.rows)} documents, {len(tokens.ids):,} tokens")
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             whole = Path(aside, "whole.onnx")
             write_graph(whole, encoder.weights, heads, pooling, VARIANTS[name].dialect())

@@ -1,6 +1,6 @@
 """An ONNX encoder made elsewhere (optimum-cli, a model repository's own export) -> a graph of a bundle.
 
-Pooling, L2 normalisation and the stacked heads are added behind it. What it computes inside is its maker's affair: the
+Pooling, L2 normalization and the stacked heads are added behind it. What it computes inside is its maker's affair: the
 parity run against the checkpoint's PyTorch class decides whether it becomes a bundle.
 """
 
@@ -190,7 +190,7 @@ def _feed(g: GraphWriter, name: str, kind: int) -> None:
 
 
 def _pool(g: GraphWriter, tokens: str, pooling: Pooling) -> str:
-    """One vector a document, [B, D]; for the mean the sum, which L2 normalisation makes the same."""
+    """One vector a document, [B, D]; for the mean the sum, which L2 normalization makes the same."""
     if pooling == "cls":
         return g.op("Gather", tokens, g.weight("zero", np.array(0, np.int64)), axis=1)
     mask = g.op("Reshape", g.op("Cast", "attention_mask", to=TensorProto.FLOAT), g.ints(0, 1, -1))

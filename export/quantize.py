@@ -1,7 +1,7 @@
 """An OpenVINO graph -> the same with int8 matrix products, calibrated on documents.
 
 Weights are rounded per output channel ahead of time, activations to ranges found on the calibration documents (NNCF's
-post-training quantisation with SmoothQuant). The heads stay in fp32: with them in int8 the largest score error of
+post-training quantization with SmoothQuant). The heads stay in fp32: with them in int8 the largest score error of
 multilingual e5 was 0.87 instead of 0.31.
 """
 

@@ -14,7 +14,7 @@ from jql_export.graph.encoder import Pooling
 
 T = TypeVar("T", dict[str, Any], list[Any])
 
-# sentence-transformers' module types that change nothing here: the embedding is L2-normalised in any case.
+# sentence-transformers' module types that change nothing here: the embedding is L2-normalized in any case.
 KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 KNOWN_POOLING: dict[str, Pooling] = {SNOWFLAKE: "cls"}  # of hub ids, for copies without sentence-transformers' files
 NO_LIMIT = 10**9  # tokenizers without a limit of their own say 1e30

@@ -41,7 +41,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """Layer normalisation."""
+    """Layer normalization."""
 
     weight: Array  # [D]
     bias: Array  # [D]

@@ -24,13 +24,13 @@ Fields of bundle.json:
                     output columns; source: repository and file on the hub ("Jackal-AI/JQL-Edu-Heads/checkpoints/...")
                     and revision: the commit there, both null or absent for a local file. Empty in a bundle that only
                     embeds: its graphs give scores [B, 0]
-    pooling         "cls" or "mean"; the embedding is L2-normalised after it
+    pooling         "cls" or "mean"; the embedding is L2-normalized after it
     max_tokens      longest input in tokens, `prefix` and `suffix` included
     tokenizer       prefix, suffix: ids put around every document; pad: an id for padding; fast: the fast tokenizer
                     proven identical on probe texts ("tokie 0.1.4") or null; in another version it is used only once
                     proven anew; lone_space: the id of the piece
-                    that the fast tokenizer emits, wrongly, for a text that is empty once normalised, or null;
-                    added_tokens: literal texts that `tokenizers` cuts out of a document before normalising
+                    that the fast tokenizer emits, wrongly, for a text that is empty once normalized, or null;
+                    added_tokens: literal texts that `tokenizers` cuts out of a document before normalizing
     variants        {name: {graph, layout, precision, provider, tolerance, parity}}: tolerance is what a graph may
                     differ by from the reference on the probes, parity what it did differ by. Of a variant for GPUs
                     parity is empty: every machine that opens one runs the probes first

@@ -76,7 +76,7 @@ class Engine:
         return scores
 
     def embed(self, texts: Texts) -> NDArray[np.float32]:
-        """L2-normalised embeddings of `texts`, float32 [n, hidden size]; NaN for a null text."""
+        """L2-normalized embeddings of `texts`, float32 [n, hidden size]; NaN for a null text."""
         tokens = self.tokenizer.encode(DocumentBatch.of(as_texts(texts)))
         embeddings = np.full((len(texts), self.bundle.manifest.encoder.hidden_size), np.nan, np.float32)
         for batch, output in execute(self.session, tokens):

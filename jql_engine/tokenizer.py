@@ -2,10 +2,10 @@
 
 The fast tokenizer (tokie) is used only in a version that has been proven identical, by export or by this machine, and
 even then two kinds of documents go to the oracle (tokenizers), because the two are known to differ on them: texts that
-are empty once normalised, for which tokie emits one lone space piece, and texts that contain an added token such as
+are empty once normalized, for which tokie emits one lone space piece, and texts that contain an added token such as
 "</s>" literally.
 
-Of a huge document only a prefix is tokenised where truncation.py proves it to have the same ids.
+Of a huge document only a prefix is tokenized where truncation.py proves it to have the same ids.
 """
 
 from __future__ import annotations

@@ -47,13 +47,13 @@ def may_be_fast(file: Path) -> bool:
     """Whether `file` (tokenizer.json) is of a kind for which a list of texts can prove the fast tokenizer.
 
     No list is sure to hold what tokie 0.1.4 gets wrong of three kinds: models other than Unigram (rare characters of
-    WordPiece); added tokens that are searched in the normalised text (ours are searched in the text as it is);
+    WordPiece); added tokens that are searched in the normalized text (ours are searched in the text as it is);
     scores that are not exact in fp32 (which of two equally good splits behind an unknown character is taken).
     """
     fields = json.loads(file.read_text(encoding="utf-8"))
     model = fields["model"]
-    normalised = any(token["normalized"] for token in fields["added_tokens"])
-    return model["type"] == "Unigram" and not (normalised and fields["normalizer"]) and _are_fp32(model["vocab"])
+    normalized = any(token["normalized"] for token in fields["added_tokens"])
+    return model["type"] == "Unigram" and not (normalized and fields["normalizer"]) and _are_fp32(model["vocab"])
 
 
 def _are_fp32(pieces: list[tuple[str, float]]) -> bool:

@@ -1,12 +1,12 @@
-"""A huge document -> a text of the same first ids, so that none is tokenised to its end only to be cut.
+"""A huge document -> a text of the same first ids, so that none is tokenized to its end only to be cut.
 
 Cutting a prefix off anywhere is wrong: how its last characters are best split depends on those that follow. It is
 exact between two characters x and y where no token of the document lies across, because then:
 
-1. Normalising. `tokenizers` maps grapheme by grapheme (Precompiled), composes characters with marks and jamo after them
-   (NFC and its kin) or works in white space only. The four characters around the cut are plain: they join no neighbour
+1. Normalizing. `tokenizers` maps grapheme by grapheme (Precompiled), composes characters with marks and jamo after them
+   (NFC and its kin) or works in white space only. The four characters around the cut are plain: they join no neighbor
    in a grapheme, compose with none and stay as they are. Or y is a blank, at which words end, and no mark follows.
-   So the normalised prefix is a prefix of the normalised document.
+   So the normalized prefix is a prefix of the normalized document.
 2. Added tokens are found from left to right, the longest first, and none lies across the cut.
 3. Words are split into pieces one by one, so only the prefix's last word could be split otherwise.
 4. Unigram finds the best split of a word in one forward pass, which up to any place reads only what is before it and
@@ -14,7 +14,7 @@ exact between two characters x and y where no token of the document lies across,
    the whole word has a boundary at the cut, the pieces before it are those of the word that ends there.
 
 A boundary is known in two ways. Surely: y is a blank, or no piece or added token holds x followed by y. Steadily: these
-have at most L characters, so one of L neighbouring places is a boundary; if the prefixes up to all of them have the
+have at most L characters, so one of L neighboring places is a boundary; if the prefixes up to all of them have the
 same first ids, these are the document's, whichever it is. Unknown characters in a row become one token, which may
 go on beyond the cut: so a prefix must have more ids than are kept.
 
@@ -45,7 +45,7 @@ REACH = 1 << 16  # characters at the end of a prefix where a place to cut is loo
 
 BLANKS = " \t\n\r\u00a0\u3000"
 FLOOD = re.compile(f"(?<=[{BLANKS}][{BLANKS}])[{BLANKS}]+(?=[{BLANKS}][{BLANKS}])")
-# Letters by their category that nevertheless join a neighbour: jamo, prepended Indic signs, Thai and Lao am.
+# Letters by their category that nevertheless join a neighbor: jamo, prepended Indic signs, Thai and Lao am.
 JOINING = {*range(0x1100, 0x1200), *range(0xA960, 0xA980), *range(0x1CD0, 0x1D00), 0xD4E, 0xE33, 0xEB3}
 
 
@@ -56,7 +56,7 @@ class Shortener:
     plain: NDArray[np.bool_]  # by code point, as the next two
     blank: NDArray[np.bool_]
     solid: NDArray[np.bool_]  # what may stand before a blank, whatever is before it
-    neighbours: NDArray[np.int64]  # pairs of characters within pieces and added tokens, packed, ascending
+    neighbors: NDArray[np.int64]  # pairs of characters within pieces and added tokens, packed, ascending
     longest: int  # characters of the longest piece or added token
     drops_blanks: bool  # however many stand in a row
 
@@ -82,7 +82,7 @@ class Shortener:
         plain, blank, solid = self.plain[codes], self.blank[codes], self.solid[codes]
         calm = plain | blank
         may = calm[:-3] & plain[1:-2] & calm[2:-1] & calm[3:]
-        apart = blank[2:-1] | ~_among(_pairs(codes)[1:-1], self.neighbours)
+        apart = blank[2:-1] | ~_among(_pairs(codes)[1:-1], self.neighbors)
         sure = (may & apart) | (solid[1:-2] & blank[2:-1] & calm[3:])
         for found, width in ((sure, 1), (may, self.longest)):
             if len(found) >= width and (runs := sliding_window_view(found, width).all(axis=1)).any():
@@ -108,14 +108,14 @@ def shortener(oracle: OracleTokenizer) -> Shortener | None:
         solid=_table(
             c for c in map(chr, range(1 << 16)) if drops and category(c)[0] in "LMNPS" and ord(c) not in JOINING
         ),
-        neighbours=np.unique(_pairs(_codes("\0".join(pieces)))),
+        neighbors=np.unique(_pairs(_codes("\0".join(pieces)))),
         longest=max(map(len, pieces)),
         drops_blanks=drops,
     )
 
 
 def letters_and_marks() -> list[str]:
-    """Characters that join no neighbour in a grapheme and compose with none that is in this list.
+    """Characters that join no neighbor in a grapheme and compose with none that is in this list.
 
     Up to the last Hangul syllable: beyond come surrogates, compatibility forms and planes that few texts use.
     """
@@ -163,11 +163,11 @@ def _words(oracle: OracleTokenizer, text: str) -> list[str]:
 
 
 def _unchanged(oracle: OracleTokenizer, characters: Iterable[str]) -> list[str]:
-    """Those that the normaliser leaves as they are, in one call, since there are 47,000; none if it touches "|"."""
+    """Those that the normalizer leaves as they are, in one call, since there are 47,000; none if it touches "|"."""
     characters = [c for c in characters if c != "|"]
-    normalised = _normalise(oracle, "|".join(characters)).split("|")
-    same_number = len(normalised) == len(characters)
-    return [c for c, n in zip(characters, normalised, strict=True) if c == n] if same_number else []
+    normalized = _normalise(oracle, "|".join(characters)).split("|")
+    same_number = len(normalized) == len(characters)
+    return [c for c, n in zip(characters, normalized, strict=True) if c == n] if same_number else []
 
 
 def _agree(room: int, ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> bool:

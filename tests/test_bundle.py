@@ -141,7 +141,7 @@ def test_a_missing_field_is_named(copy, field):
         (lambda fields: fields["tokenizer"].pop("pad"), "pad"),
         (lambda fields: fields["variants"]["cpu-fp32"].pop("layout"), "layout"),
         (lambda fields: fields["files"]["tokenizer.json"].pop("sha256"), "sha256"),
-        (lambda fields: fields.update(colour="red"), "colour"),
+        (lambda fields: fields.update(color="red"), "color"),
         (lambda fields: fields.update(variants=None), "damaged"),
         (lambda fields: fields.update(files=None), "damaged"),
         (lambda fields: fields.update(max_tokens="8192"), "max_tokens is '8192', expected an integer"),

@@ -1,7 +1,7 @@
 """The two encoders that transformers cannot load as they are published, against their published arithmetic.
 
 `published_new` and `published_jina` compute the models from the published tensors and config in float64: written after
-Alibaba-NLP/new-impl (modeling.py) and jinaai/xlm-roberta-flash-implementation (modeling_lora.py and its neighbours),
+Alibaba-NLP/new-impl (modeling.py) and jinaai/xlm-roberta-flash-implementation (modeling_lora.py and its neighbors),
 with LoRA beside the weights and neither transformers nor anything of jql_export in them.
 """
 

@@ -98,9 +98,9 @@ def test_int8_quantises_the_encoder_and_leaves_the_heads_alone(bundle):
     readers = {op.get_friendly_name(): sources(op) for op in products}
     heads = [name for name, found in readers.items() if any(source.startswith("heads.") for source in found)]
     assert len(heads) == 2 and not any("fq" in source for name in heads for source in readers[name])
-    quantised = [name for name, found in readers.items() if any("fq_weights" in source for source in found)]
+    quantized = [name for name, found in readers.items() if any("fq_weights" in source for source in found)]
     # Per layer query, key, value, output, up, gate and down.
-    assert len(quantised) == 7 * bundle.manifest.encoder.layers
+    assert len(quantized) == 7 * bundle.manifest.encoder.layers
 
 
 def sources(op):
@@ -262,7 +262,7 @@ class TestCalibration:
         assert other.manifest.files[name]["sha256"] != bundle.manifest.files[name]["sha256"]
         assert sorted(other.manifest.files) == sorted(
             ["graphs/openvino-int8.bin", "graphs/openvino-int8.xml", "heads.safetensors", PROBES, "tokenizer.json"]
-        ), "the graph that was quantised is not left behind"
+        ), "the graph that was quantized is not left behind"
 
     def test_a_missing_package_is_an_error_before_anything_is_written(self, encoders, tmp_path, monkeypatch):
         from jql_export import quantize

@@ -400,7 +400,7 @@ def test_a_file_is_finished_once_it_was_written_with_the_same_settings(tmp_path)
         ({"bundle": "xyz"}, "bundle was 'abc', is now 'xyz'"),
         ({"id_column": "id"}, "id_column was None, is now 'id'"),
         ({"source_bytes": 13}, r"source_bytes was \d+, is now 13"),
-        ({"colour": "red"}, "colour was None, is now 'red'"),
+        ({"color": "red"}, "color was None, is now 'red'"),
         ({"variant": None}, "variant was 'cpu-fp32', is now None"),
     ],
 )

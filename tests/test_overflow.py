@@ -8,10 +8,9 @@ import pytest
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import DeviceError
-from jql_engine.sessions.open import _tensorrt_fallback
 from jql_engine.sessions.base import DEFAULTS, Fallback
 from jql_engine.sessions.fallback import Overflow
-from jql_engine.sessions.open import open_variant
+from jql_engine.sessions.open import _tensorrt_fallback, open_variant
 from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from itertools import count
@@ -16,6 +17,7 @@ from upath import UPath
 
 from jql_engine import Engine, probe_texts
 from jql_engine.bundle import Bundle
+from jql_engine.cli.rescore import main
 from jql_engine.errors import InputError, OutputError
 from jql_engine.files.output import METADATA_KEY
 from jql_engine.job import rescore
@@ -349,3 +351,18 @@ def test_vectors_of_another_width_or_type_are_refused(other, vectors, tmp_path, 
     pq.write_table(table.set_column(at, pa.field("embedding", kind), column), tmp_path / "other/a.parquet")
     with pytest.raises(InputError, match=r"column 'embedding' is .*, expected vectors of 32 float16 or float32"):
         rescored(other, tmp_path / "out", tmp_path / "other")
+
+
+def test_the_command_line_applies_heads(other, vectors, tmp_path, monkeypatch, capfd):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["jql-rescore", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return (exit_.value.code or 0, *capfd.readouterr())
+
+    code, out, err = call(vectors, "--bundle", other.path, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert json.loads(out)["files"] == 3 and json.loads(out)["bundle"] == other.hash
+    assert call(vectors, "--bundle", other.path)[0] == 2
+    code, out, err = call(tmp_path / "absent", "--bundle", other.path, "--out", tmp_path / "out")
+    assert (code, out) == (1, "") and err.startswith("jql-rescore: ") and "does not exist" in err

@@ -348,7 +348,7 @@ def test_the_run_log_has_a_line_for_each_chunk(engine, tmp_path):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert sum(line["rows"] for line in lines) == len(TEXTS) and len(lines) > 1
     assert sum(line["tokens"] for line in lines) == summary.tokens
-    assert all(line["seconds"].keys() == {"read", "tokenise", "execute", "write"} for line in lines)
+    assert all(line["seconds"].keys() == {"read", "tokenize", "execute", "write"} for line in lines)
     assert all(line["memory_bytes"] > 1 << 20 for line in lines)
     assert summary.bottleneck in lines[0]["seconds"]
 

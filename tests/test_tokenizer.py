@@ -68,7 +68,7 @@ def specials():
 
 def xlm_roberta_normalizer():
     """The rules of XLM-R's tokenizer.json, from SentencePiece, which made that one too."""
-    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece makes XLM-R's normalisation rules")
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece makes XLM-R's normalization rules")
     import io
 
     from sentencepiece import sentencepiece_model_pb2

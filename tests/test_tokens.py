@@ -25,7 +25,7 @@ from tests.conftest import SPECIALS
 from tests.files import OTHER_TOKIE, made_with_other_tokie
 
 LIMITS = (2, 3, 4, 7, 20, 96)
-# White space that XLM-R's normaliser turns into blanks is left out: the normaliser of this file changes nothing.
+# White space that XLM-R's normalizer turns into blanks is left out: the normalizer of this file changes nothing.
 FRAGMENTS = (
     *SPECIALS, "</s", "s>", " ", "  ", "\n", "\t", "\r\n", "\u200b", "\ufeff", "\x00",
     "a", "Water", " boils at", "ü", "e\u0301", "月亮",
@@ -37,7 +37,7 @@ FRAGMENTS = (
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer in XLM-R's layout on which tokie errs exactly where the real one makes it err.
 
-    tokie recognises the layout by the Precompiled normaliser; this one's table is empty.
+    tokie recognizes the layout by the Precompiled normalizer; this one's table is empty.
     """
     tokenizer = tokenizers.Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Precompiled(struct.pack("<I", 2048) + bytes(2048))

@@ -1,4 +1,4 @@
-"""Huge documents get the ids of the whole, cut, though only a prefix of most is tokenised."""
+"""Huge documents get the ids of the whole, cut, though only a prefix of most is tokenized."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LAYOUTS = ("trained", "xlm-roberta", "without split", "nfkc", "bare", "odd rules
 GERMAN, THAI, CHINESE, JAPANESE = (probe_texts.SENTENCES[i] for i in (1, 15, 16, 18))
 ALPHABETS = ("月亮自己发光", "さくらの花毎", "กขคงน\u0e34\u0e48\u0e33", "abcdeéoó", "0123", "AB/+")
 DISGUISES = str.maketrans({"é": "e\u0301", "ó": "o\u0301", "a": "ª", "o": "º", "B": "ℬ"})  # NFKC takes them off
-# What a normaliser of graphemes could do to the neighbours of a cut, and none that is in use does.
+# What a normalizer of graphemes could do to the neighbors of a cut, and none that is in use does.
 ODD_RULES = {
     "\u0600a": "b", "\u0d4e ": "d", " \u0301": "c", "\r\n": "o", "b\u0301": "d  ", "0": "2", "\u0d4eA": "B",
 }  # fmt: skip
@@ -81,8 +81,8 @@ def write_unigram_of(pieces, folder, normalizer, whitespace_split=True, **settin
 
 
 def normaliser_by(rules, folder):
-    """A Precompiled normaliser with other rules than XLM-R's."""
-    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece compiles rules of normalisation")
+    """A Precompiled normalizer with other rules than XLM-R's."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece compiles rules of normalization")
     from sentencepiece import sentencepiece_model_pb2
 
     hexadecimal = (["".join(f"{ord(c):X} " for c in side).strip() for side in rule] for rule in rules.items())
@@ -250,7 +250,7 @@ GRAPHEMES = {
 
 @pytest.mark.parametrize("where", GRAPHEMES)
 def test_a_grapheme_around_a_cut_is_left_alone(tmp_path, where):
-    """Its normalised form is part of a long piece, of which nothing is seen in the text as it is."""
+    """Its normalized form is part of a long piece, of which nothing is seen in the text as it is."""
     grapheme, text = GRAPHEMES[where]
     pieces = dict.fromkeys("▁abcde", -9.0) | {"ccbdd": -1.0}
     file = write_unigram_of(pieces, tmp_path, normaliser_by({grapheme: "b"}, tmp_path), added=[])
@@ -345,9 +345,9 @@ REFUSED = {
     "words not split": {"split": False},
     "an added token that must be a word": {"added": [AddedToken("ab0", single_word=True)]},
     "an added token with white space": {"added": [AddedToken("a b")]},
-    "an added token with white space once normalised": {"added": [AddedToken("a\u00b4", normalized=True)]},
-    "another normaliser": {"normalizer": normalizers.Lowercase()},
-    "a normaliser among others": {"normalizer": normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend("x")])},
+    "an added token with white space once normalized": {"added": [AddedToken("a\u00b4", normalized=True)]},
+    "another normalizer": {"normalizer": normalizers.Lowercase()},
+    "a normalizer among others": {"normalizer": normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend("x")])},
     "a replacement": {"normalizer": normalizers.Replace("a", "b")},
 }
 
@@ -366,8 +366,8 @@ def test_with_a_tokenizer_of_another_kind_documents_stay_whole(tmp_path, name):
 
 def test_letters_and_marks_are_graphemes_of_their_own():
     regex, rng, characters = pytest.importorskip("regex"), random.Random(0), letters_and_marks()
-    neighbours = [*" \n\u3000aक가각ก月", *rng.choices(characters, k=20)]
-    for one in neighbours:
+    neighbors = [*" \n\u3000aक가각ก月", *rng.choices(characters, k=20)]
+    for one in neighbors:
         text = one + one.join(characters) + one
         assert len(regex.findall(r"\X", text)) == len(text)
 

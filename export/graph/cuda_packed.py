@@ -118,7 +118,7 @@ def _attention(g: GraphWriter, q: str, k: str, v: str, spec: EncoderSpec) -> str
 
 
 def rotated(g: GraphWriter, x: str, n_heads: int, interleaved: bool = False) -> str:
-    """RotaryEmbedding of [T, D]: the halves of each head are turned, or, `interleaved`, neighbours."""
+    """RotaryEmbedding of [T, D]: the halves of each head are turned, or, `interleaved`, neighbors."""
     row = g.op("Unsqueeze", x, g.ints(0))
     # Without is_packed_batching the operator refuses more tokens than the caches have positions.
     settings: dict[str, Any] = {"num_heads": n_heads, "interleaved": int(interleaved), "is_packed_batching": 1}

@@ -156,7 +156,7 @@ def write_graph(file: Path, weights: EncoderWeights, heads: StackedHeads, poolin
 
 
 def _embed(g: GraphWriter, d: Dialect, weights: EncoderWeights) -> str:
-    """Word, type and position embeddings, normalised. The one token type in use is folded into a table."""
+    """Word, type and position embeddings, normalized. The one token type in use is folded into a table."""
     word, position = weights.word, weights.position
     if weights.token_type is not None:
         if position is None:

@@ -32,7 +32,7 @@ def get_embedder_instance(
 
 
 class Embedder:
-    """Texts to L2-normalised embeddings."""
+    """Texts to L2-normalized embeddings."""
 
     def __init__(self, engine: Engine, dtype: Any = None, device: str = "cpu") -> None:
         """`dtype` and torch `device` of the embeddings."""

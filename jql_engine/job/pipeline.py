@@ -1,6 +1,6 @@
 """Stages in threads of their own, joined by bounded queues, each timed: working, waiting for input, waiting for room.
 
-Reading, tokenising, executing and writing release the interpreter's lock, so threads are enough. The queues are
+Reading, tokenizing, executing and writing release the interpreter's lock, so threads are enough. The queues are
 short, so memory does not grow with the input, and the times tell which stage the others wait for.
 """
 

@@ -1,4 +1,4 @@
-"""One worker: tasks in, committed chunks out; read | tokenise | execute | write, each in its thread."""
+"""One worker: tasks in, committed chunks out; read | tokenize | execute | write, each in its thread."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from jql_engine.tokenizer import Tokenizer
 
 T = TypeVar("T")
 WRITERS = 16  # small files written at once: creating one waits for the disk, or for the network
-STAGES = ("read", "tokenise", "execute", "write")
+STAGES = ("read", "tokenize", "execute", "write")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Worker:
         Raises OutputError where the output cannot be written; a file that cannot be read is named in its ChunkDone.
         """
         clocks = [StageTime(name) for name in STAGES]
-        steps = (self._read, self._tokenise, self._execute, self._write)
+        steps = (self._read, self._tokenize, self._execute, self._write)
         lap = dict.fromkeys(STAGES, StageSeconds(0, 0, 0))
         for item in pipeline(tasks, list(zip(clocks, steps, strict=True))):
             now = {clock.name: clock.seconds() for clock in clocks}
@@ -90,7 +90,7 @@ class Worker:
     def _read(self, tasks: Iterator[Task]) -> Iterator[Piece | ChunkEnd]:
         return read(_Files(self.targets), self._until_stopped(tasks))
 
-    def _tokenise(self, items: Iterator[Piece | ChunkEnd]) -> Iterator[DistinctDocuments | _Chunk]:
+    def _tokenize(self, items: Iterator[Piece | ChunkEnd]) -> Iterator[DistinctDocuments | _Chunk]:
         """The distinct documents of each chunk, in slices, then what else is kept of it."""
         chunk = _ChunkInHand(self.tokenizer)
         for item in items:

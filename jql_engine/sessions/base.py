@@ -79,7 +79,7 @@ def check_options(bundle: Bundle, variant: str, options: SessionOptions) -> None
         raise DeviceError(f"variant {variant} does not run with TensorRT; leave out the options of its engines")
 
 
-AHEAD = 2  # batches queued besides those under way: neighbours differ in size, and none should wait for another
+AHEAD = 2  # batches queued besides those under way: neighbors differ in size, and none should wait for another
 
 
 def execute(session: Session, tokens: TokenBatch, budget: Budget | None = None) -> Iterator[tuple[Batch, BatchOutput]]:

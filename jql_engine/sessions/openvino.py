@@ -13,7 +13,7 @@ from jql_engine.errors import DeviceError
 
 # From 512 to 4,096 the speed is the same within 2 %; see benchmarks/README.md.
 BATCH_TOKENS = 1024
-# What a variant's precision means to OpenVINO: an int8 graph computes what is not quantised in bf16, where there is.
+# What a variant's precision means to OpenVINO: an int8 graph computes what is not quantized in bf16, where there is.
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
 
 

@@ -25,7 +25,7 @@ ENVIRONMENT = {
 # It would make BiasGelu of a sum and Gelu again, which export has written apart on purpose.
 DISABLED = ["BiasGeluFusion"]
 # How ONNX Runtime's allocators, CUDA and cuBLAS say it; their exceptions have no type of their own for it. cuBLAS is
-# not initialised where there is no room for its handle.
+# not initialized where there is no room for its handle.
 SHORTAGES = (
     "Failed to allocate memory", "is smaller than requested bytes", "out of memory", "ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",

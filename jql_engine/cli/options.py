@@ -1,0 +1,88 @@
+"""What the commands share: options, their checks, and how a command ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from jql_engine.errors import EngineError
+from jql_engine.job.interrupt import StopError
+from jql_engine.printing import redact
+
+INPUT, OUTPUT, DEVICE = "Input", "Output", "Device"
+TENSORRT, MACHINES, JOB = "TensorRT", "Several machines", "Job"
+
+Bundle = Annotated[Path, typer.Option(help="The bundle that jql-export wrote.", rich_help_panel=INPUT)]
+Out = Annotated[
+    str | None,
+    typer.Option(help="Folder or URL of the score files, one for each input file.", rich_help_panel=OUTPUT),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Start over: remove the scores that are there, and compute them again.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+AssumeUnchanged = Annotated[
+    bool,
+    typer.Option(
+        "--assume-unchanged",
+        help="Resume files whose server does not tell whether they have changed.",
+        rich_help_panel=INPUT,
+    ),
+]
+RetryMinutes = Annotated[
+    float,
+    typer.Option(min=0, help="How long a remote file system that fails is asked again.", rich_help_panel=INPUT),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(help="Rank of this machine, from 0; by default from SLURM or torchrun.", rich_help_panel=MACHINES),
+]
+WorldSize = Annotated[int | None, typer.Option(help="Number of machines on this job.", rich_help_panel=MACHINES)]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Worker processes on the CPU; a GPU has one each.", rich_help_panel=DEVICE),
+]
+Metrics = Annotated[
+    Path | None, typer.Option(help="Append a line of JSON for each chunk to this file.", rich_help_panel=JOB)
+]
+
+
+def command() -> typer.Typer:
+    """An application for one command."""
+    return typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def check_rank(rank: int | None, world_size: int | None) -> None:
+    """Raise BadParameter for one option without the other, and for a rank that does not exist."""
+    if (rank is None) != (world_size is None):
+        raise typer.BadParameter("and --world-size go together", param_hint="--rank")
+    if rank is not None and world_size is not None and not 0 <= rank < world_size:
+        raise typer.BadParameter("counts from 0 and is less than --world-size", param_hint="--rank")
+
+
+def finish(summary: Mapping[str, Any]) -> NoReturn:
+    """Print the summary, and exit: 0 where all files are finished, else 1."""
+    print(redact(json.dumps(summary, ensure_ascii=False)), flush=True)  # noqa: T201
+    raise typer.Exit(1 if summary.get("unfinished") else 0)
+
+
+def run_command(app: typer.Typer, name: str) -> None:
+    """Exit 0 done, 1 failed, 2 misuse."""
+    try:
+        app()
+    except StopError as error:
+        print(redact(f"\n{name}: {error}"), file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(1)  # a thread may be in the middle of an execution that nobody waits for
+    except EngineError as error:
+        print(redact(f"{name}: {error}"), file=sys.stderr, flush=True)  # noqa: T201
+        sys.exit(1)
