@@ -29,7 +29,7 @@ bench: $(VENV)/.installed-dev
 	$(bin)/python -m benchmarks.throughput --encoder $(ENCODER) --bundle $(BUNDLE) --corpus $(CORPUS) --name $(NAME)
 
 # ONNX Runtime for CUDA, beside the one for the CPU and apart from it, and the headers of the CUDA that it is built
-# for: benchmarks/recorder runs it without a GPU.
+# for: tests/recorder runs it without a GPU.
 # What is launched and printed differs between releases: a newer one is taken on purpose.
 build/recorder/.installed: $(VENV)/.installed-dev Makefile
 	$(bin)/python -m pip install --quiet --upgrade --no-deps --target build/recorder/site \

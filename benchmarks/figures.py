@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.cases import compare
-from benchmarks.profile import Profile
+from benchmarks.gpu.profile import Profile
 from benchmarks.table import GpuRow
 from jql_export.families.checkpoint import EncoderSpec
 

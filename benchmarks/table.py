@@ -56,7 +56,7 @@ class Row:
 
 @dataclass(slots=True)
 class GpuRow(Row):
-    """One line of a GPU's table; `what` may also be kernel and profile, see benchmarks.gpu."""
+    """One line of a GPU's table; `what` may also be kernel and profile, see benchmarks.gpu.measure."""
 
     budget_tokens: int = 0  # of a batch of ours
     best_budget: bool = False  # of those that a variant was timed with
@@ -65,7 +65,7 @@ class GpuRow(Row):
     gigabytes_per_second: float = 0.0  # of a copy
     overflowed: int = 0  # documents that left fp16
     note: str = ""  # what else must be known: it failed, memory allowed less
-    ops: dict[str, dict[str, float]] = field(default_factory=dict)  # by type: see benchmarks.profile; of a profile
+    ops: dict[str, dict[str, float]] = field(default_factory=dict)  # by type: see benchmarks.gpu.profile; of a profile
     nodes: dict[str, int] = field(default_factory=dict)  # on each provider, of a profile
     attention: dict[str, int] = field(default_factory=dict)  # nodes by the kernel chosen for them, of a profile
 

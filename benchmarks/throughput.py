@@ -17,7 +17,7 @@ correlation for each head. A reference row scores with the bundle's heads, in fp
     python -m benchmarks.throughput --encoder DIR --bundle BUNDLE --corpus CORPUS.parquet --name NAME
 
 With `--device cuda` the same documents go through one GPU; its rows, and what they are compared with, are described in
-benchmarks.gpu.
+benchmarks.gpu.measure.
 
 The last line of stdout is the path of the JSON it wrote, benchmarks/results/NAME.json: machine, versions, date, rows.
 """
@@ -99,8 +99,8 @@ def main(
         cases = [*(_references(encoder, opened, bf16) if encoder else []), *_engines(bundle, texts, variant or [])]
         rows = [*_measure(cases, texts, tokens, rounds, opened.heads), *ceilings(bf16)]
     else:
-        from benchmarks.gpu import BUDGETS, Sample, gpu_rows
-        from benchmarks.nvidia import gpu_machine, gpu_versions
+        from benchmarks.gpu.measure import BUDGETS, Sample, gpu_rows
+        from benchmarks.gpu.nvidia import gpu_machine, gpu_versions
 
         assert encoder is not None
         gpu |= {"gpu": gpu_machine(device), "versions": gpu_versions()}

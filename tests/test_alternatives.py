@@ -1,4 +1,4 @@
-"""benchmarks.alternatives: every graph that is tried gives the scores of the exported one."""
+"""benchmarks.gpu.alternatives: every graph that is tried gives the scores of the exported one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from benchmarks.alternatives import ALTERNATIVES, interleaved, time_in_turn, without_biases, write_alternatives
-from benchmarks.operators import OPERATORS
-from benchmarks.profile import feeds_of
+from benchmarks.gpu.alternatives import ALTERNATIVES, interleaved, time_in_turn, without_biases, write_alternatives
+from benchmarks.gpu.profile import feeds_of
 from benchmarks.table import GpuRow
 from jql_engine.batching import plan
 from jql_engine.data import Budget
 from jql_engine.sessions.certify import read_probes
 from jql_export.families.checkpoint import read_encoder
 from tests.conftest import FAMILIES
+from tests.operators import OPERATORS
 
 
 def compute(file, tokens):

@@ -14,13 +14,15 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import gpu, nvidia, precision, table, throughput
+from benchmarks import table, throughput
 from benchmarks.cases import scored
 from benchmarks.figures import best_rows, compare_finite, flops_per_token, rate, record
-from benchmarks.jql import JqlPipeline, arrivals, largest_that_fits, reason
-from benchmarks.kernel import Resident, divided, spread
-from benchmarks.nvidia import gpu_ceilings, parse_query
-from benchmarks.profile import aggregate, attention_kernels, feeds_of, profile, read_batches, write_batches
+from benchmarks.gpu import measure as gpu
+from benchmarks.gpu import nvidia
+from benchmarks.gpu.jql import JqlPipeline, arrivals, largest_that_fits, reason
+from benchmarks.gpu.kernel import Resident, divided, spread
+from benchmarks.gpu.nvidia import gpu_ceilings, parse_query
+from benchmarks.gpu.profile import aggregate, attention_kernels, feeds_of, profile, read_batches, write_batches
 from benchmarks.reference import SentenceEncoder, TransformersEncoder
 from benchmarks.table import GpuRow, print_ops, print_rows
 from jql_engine.batching import plan
@@ -342,16 +344,3 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_measured(bundle, 
         throughput.main(bundle.path, corpus, "here", encoders["gte"], device="cuda")
     with pytest.raises(typer.BadParameter, match="--encoder"):
         throughput.main(bundle.path, corpus, "here", device="cuda")
-
-
-def test_what_narrow_types_do_to_scores(encoders, bundle, monkeypatch, tmp_path):
-    monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
-    pq.write_table(pa.table({"text": list(SENTENCES[:6])}), tmp_path / "corpus.parquet")
-    precision.main(encoders["gte"], bundle.path, tmp_path / "corpus.parquet", "p", 6, 64)
-    rows = {
-        (row["variant"], row["name"]): row for row in json.loads((tmp_path / "results" / "p.json").read_text())["rows"]
-    }
-    assert rows.keys() == {(variant, name) for variant, name, _ in precision.CASES}
-    for (variant, _), row in rows.items():
-        assert 0 < row["score_difference"] < {"cuda-fp16": 0.1, "cuda-bf16": 1}[variant]
-        assert len(row["spearman"]) == 2 and row["documents"] == 6

@@ -1,4 +1,4 @@
-"""benchmarks.gpu on the CPU, from the first case to the table: only what cannot run without a GPU is replaced."""
+"""benchmarks.gpu.measure on the CPU, from the first case to the table; what needs a GPU is replaced."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu
 from benchmarks.cases import ORACLE
-from benchmarks.jql import JqlPipeline
-from benchmarks.nvidia import gpu_ceilings
-from benchmarks.profile import Profile
+from benchmarks.gpu import measure as gpu
+from benchmarks.gpu.jql import JqlPipeline
+from benchmarks.gpu.nvidia import gpu_ceilings
+from benchmarks.gpu.profile import Profile
 from benchmarks.table import print_rows
 from jql_engine.data import Budget, DocumentBatch
 from jql_engine.engine import as_texts

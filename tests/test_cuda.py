@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
-from benchmarks.operators import OPERATORS
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import BundleError, DeviceError
@@ -32,6 +31,7 @@ from jql_export.readouts.jql_head import read_head, stack
 from jql_export.reference import Reference
 from tests.conftest import HAS_GPU
 from tests.graphs import CUDA, write_bundle
+from tests.operators import OPERATORS
 from tests.test_packed import TOLERANCES
 
 OVERFLOW = 100  # times these weights the MLP's product ends on both sides of 65,504, by document

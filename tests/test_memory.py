@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-BOUND = 1.1 * (1 << 30)  # besides what a run on three short texts takes, as benchmarks/README.md has it
+BOUND = 1.1 * (1 << 30)  # besides what a run on three short texts takes, as docs/benchmarks.md has it
 # Not ru_maxrss of the process itself: that remembers what its parent held when it started it.
 MAIN = """
 import re, resource, sys

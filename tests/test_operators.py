@@ -1,4 +1,4 @@
-"""benchmarks.operators against ONNX Runtime's own on the CPU, and against PyTorch where it has none."""
+"""tests.operators against ONNX Runtime's own on the CPU, and against PyTorch where it has none."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from torch.nn import functional
 
-from benchmarks.operators import OPERATORS
 from jql_export.graph.dialects import MICROSOFT
+from tests.operators import OPERATORS
 
 
 def model_of(op_type, inputs, **attributes):

@@ -13,7 +13,6 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
-from benchmarks.operators import OPERATORS
 from jql_engine.batching import plan
 from jql_engine.data import Budget, TokenBatch
 from jql_engine.sessions.cuda.buffers import Capacity
@@ -26,6 +25,7 @@ from jql_export.graph.encoder import write_graph
 from jql_export.readouts.jql_head import read_head, stack
 from jql_export.reference import Expected, Reference
 from tests.conftest import FAMILIES, write_encoder
+from tests.operators import OPERATORS
 
 # Operators that give a shape or depend on one: they, or what consumes them, run on the CPU.
 ON_THE_CPU = {"Shape", "Size", "Range", "ConstantOfShape", "NonZero", "Expand", "Reshape"}

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 from onnx.reference import ReferenceEvaluator
 
-from benchmarks.operators import OPERATORS
 from jql_engine.batching import plan
 from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
 from jql_engine.sessions.cuda.buffers import BufferedSession, Capacity, halves, largest_batch
@@ -27,6 +26,7 @@ from jql_export.readouts.jql_head import read_head, stack
 from jql_export.reference import Reference
 from jql_export.variants import VARIANTS
 from tests.conftest import FAMILIES, write_encoder
+from tests.operators import OPERATORS
 from tests.test_packed import ON_THE_CPU
 
 # Of an element of an embedding. bf16 keeps 8 bits, and these encoders' weights are wide: measured was up to 5.7e-3.

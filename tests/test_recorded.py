@@ -1,4 +1,4 @@
-"""The CUDA session on the published ONNX Runtime, without a GPU: see benchmarks/recorder."""
+"""The CUDA session on the published ONNX Runtime, without a GPU: see tests/recorder."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.alternatives import ALTERNATIVES
-from benchmarks.recorder import MISSING, Recorder
+from benchmarks.gpu.alternatives import ALTERNATIVES
 from jql_export.families.checkpoint import read_encoder
 from jql_export.probes import SENTENCES
 from jql_export.readouts.jql_head import read_head, stack
 from tests.conftest import FAMILIES, export
 from tests.graphs import CUDA, write_bundle, write_snowflake
+from tests.recorder import MISSING, Recorder
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
@@ -284,17 +283,6 @@ def test_a_library_that_is_missing_is_named(recorder, families):
     done = process(environment, "tests.recorded.scenarios", "opening_error", arguments)
     said = json.loads(done.stdout.splitlines()[-1])
     assert "libcublasLt.so" in said and "jql-engine[gpu]" in said
-
-
-def test_the_benchmark_of_the_host(run, snowflake, tmp_path):
-    texts = [" ".join(SENTENCES)[: 20 * i] for i in range(1, 201)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "corpus.parquet")
-    rows = run("host", {"tflops": 20}, bundle=snowflake, corpus=str(tmp_path / "corpus.parquet"))
-    assert [(row["what"], row["documents"], row["note"]) for row in rows] == [
-        ("engine", 200, ""),
-        ("end_to_end", 200, ""),
-    ]
-    assert all(row["tokens_per_second"] > 0 for row in rows)
 
 
 @pytest.fixture(scope="module")

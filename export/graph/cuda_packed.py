@@ -35,7 +35,7 @@ class CudaDialect(FusedDialect):
     """ONNX Runtime's fused CUDA operators; activations are [T, D].
 
     RotaryEmbedding and BiasSplitGelu take three dimensions: a first one of 1 is put before the two and taken off again,
-    which moves no data. What could be faster is tried in benchmarks.alternatives.
+    which moves no data. What could be faster is tried in benchmarks.gpu.alternatives.
     """
 
     layout: Layout = "packed"

@@ -8,7 +8,7 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.sessions.base import streams_of
 
-# Small batches keep the activations of a layer in the cache; see benchmarks/README.md for the sweep.
+# Small batches keep the activations of a layer in the cache; see docs/benchmarks.md for the sweep.
 BATCH_TOKENS = 1024
 
 

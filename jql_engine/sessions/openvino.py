@@ -11,7 +11,7 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import DeviceError
 
-# From 512 to 4,096 the speed is the same within 2 %; see benchmarks/README.md.
+# From 512 to 4,096 the speed is the same within 2 %; see docs/benchmarks.md.
 BATCH_TOKENS = 1024
 # What a variant's precision means to OpenVINO: an int8 graph computes what is not quantized in bf16, where there is.
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}

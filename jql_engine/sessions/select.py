@@ -15,7 +15,7 @@ from jql_engine.sessions.gpu import check_runtime
 from jql_engine.sessions.tensorrt.build import load_library
 
 DEVICE = re.compile(r"auto|cpu|cuda|cuda:\d+(,cuda:\d+)*")
-# Providers and precisions that a kind of device runs, the fastest first (benchmarks/README.md); in fp32 OpenVINO and
+# Providers and precisions that a kind of device runs, the fastest first (docs/benchmarks.md); in fp32 OpenVINO and
 # ONNX Runtime are about equal.
 SPEED = {
     "cpu": (

@@ -21,8 +21,7 @@ import cuda.bindings.runtime as cudart
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.kernel import Resident
-from benchmarks.recorder import Record
+from benchmarks.gpu.kernel import Resident
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, DocumentBatch, TokenBatch
 from jql_engine.engine import Engine
@@ -36,6 +35,7 @@ from jql_engine.sessions.gpu import Gpu
 from jql_engine.sessions.open import open_session
 from jql_engine.sessions.select import Choice, choose
 from jql_engine.tokenizer import Tokenizer
+from tests.recorder import Record
 
 
 def batch_of(lengths: list[int], seed: int = 0, layout: str = "packed") -> Batch:
@@ -195,7 +195,7 @@ def chosen(bundle: str, tolerance: float | None = None) -> str:
 
 def benchmark(bundle: str, texts: list[str]) -> list[dict[str, Any]]:
     """Our rows of the GPU benchmark; their times are those of launching."""
-    from benchmarks import gpu
+    from benchmarks.gpu import measure as gpu
 
     opened = Bundle.open(bundle)
     tokens = Tokenizer.of(opened).encode(DocumentBatch.of(pa.array(texts, pa.large_string())))
@@ -210,8 +210,8 @@ def benchmark(bundle: str, texts: list[str]) -> list[dict[str, Any]]:
 
 
 def alternatives(encoder: str, bundle: str, lengths: list[int]) -> dict[str, Any]:
-    """The kernels that each of benchmarks.alternatives launches for a batch, with their blocks; and its rows."""
-    from benchmarks import alternatives
+    """The kernels that each of benchmarks.gpu.alternatives launches for a batch, with their blocks; and its rows."""
+    from benchmarks.gpu import alternatives
     from jql_export.families.checkpoint import read_encoder
 
     record, opened, weights, launched = Record(), Bundle.open(bundle), read_encoder(Path(encoder)), {}
@@ -227,13 +227,6 @@ def alternatives(encoder: str, bundle: str, lengths: list[int]) -> dict[str, Any
     tokens = TokenBatch(docs.rows, docs.ids, docs.offsets.astype(np.int64), np.zeros(len(lengths), np.bool_))
     (rows,) = alternatives.measure(weights, opened, tokens, 0, [8192], 2)
     return {"launched": launched, "rows": [asdict(row) for row in rows]}
-
-
-def host(bundle: str, corpus: str) -> list[dict[str, Any]]:
-    """The rows of benchmarks.host."""
-    from benchmarks.host import measure
-
-    return [asdict(row) for row in measure(Path(bundle), Path(corpus), 400, 1)]
 
 
 def loading_error(file: str) -> str:
@@ -270,7 +263,6 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         chosen,
         benchmark,
         alternatives,
-        host,
         loading_error,
         opening_error,
     )

@@ -1,11 +1,11 @@
 """Packed graphs that may be faster than the one that is exported, beside it: the same scores, written otherwise.
 
 Method. Each graph is written from the checkpoint, loaded on the GPU, and computes the same batches, which lie there
-beforehand (benchmarks.kernel); `--rounds` repeats them all in turn, the median counts. A graph is worth its lines in
-jql_export.graph.cuda_packed where it is faster at the best budget on the GPUs that matter; what is slower everywhere
+beforehand (benchmarks.gpu.kernel); `--rounds` repeats them all in turn, the median counts. A graph is worth its lines
+in jql_export.graph.cuda_packed where it is faster at the best budget on the GPUs that matter; what is slower everywhere
 goes from here. `score_difference` is that to the exported graph.
 
-    python -m benchmarks.alternatives --encoder DIR --bundle BUNDLE --corpus CORPUS.parquet --name NAME
+    python -m benchmarks.gpu.alternatives --encoder DIR --bundle BUNDLE --corpus CORPUS.parquet --name NAME
 
 The last line of stdout is the path of the JSON it wrote, benchmarks/results/NAME.json.
 """
@@ -28,8 +28,8 @@ from onnx import TensorProto
 from benchmarks.cases import stacked_heads
 from benchmarks.corpus import sample
 from benchmarks.figures import compare_finite
-from benchmarks.jql import reason
-from benchmarks.kernel import Resident, batches_of
+from benchmarks.gpu.jql import reason
+from benchmarks.gpu.kernel import Resident, batches_of
 from benchmarks.table import GpuRow, print_rows, write_result
 from jql_engine.bundle import Bundle
 from jql_engine.data import TokenBatch
@@ -226,7 +226,7 @@ def main(
     budget: Annotated[list[int] | None, typer.Option(help="Tokens of a batch; repeat.")] = None,
 ) -> None:
     """Measure and write benchmarks/results/NAME.json."""
-    from benchmarks.nvidia import gpu_machine, gpu_versions
+    from benchmarks.gpu.nvidia import gpu_machine, gpu_versions
 
     opened = Bundle.open(bundle)
     _, tokens = sample(corpus, documents, Tokenizer.of(opened), max_tokens)

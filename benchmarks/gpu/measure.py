@@ -13,7 +13,7 @@ is warmed up on the first documents and then timed on all of them. What is compa
     kernel      ours: the graph alone, every batch on the GPU beforehand (TensorRT: within the session, copies included)
     engine      ours: ids to scores, jql_engine.sessions.base.execute
     end_to_end  ours: parquet to parquet, jql-run's own pipeline, the sample in 8 chunks at least
-    profile     time by op, nodes by provider, attention kernels: see benchmarks.profile
+    profile     time by op, nodes by provider, attention kernels: see benchmarks.gpu.profile
     ceiling     large matrix products with torch, and a copy on the device, by CUDA events
 
 cuda-fp16 (packed) and cuda-bf16 (padded) run with every token budget; cuda-fp32, which is there for what overflows in
@@ -39,10 +39,10 @@ import torch
 
 from benchmarks.cases import ORACLE, EndToEnd, Run, scored, take, time_once
 from benchmarks.figures import LOOP, best_rows, compare_finite, flops_per_token, rate, record
-from benchmarks.jql import Heads, JqlPipeline, Layout, arrivals, free_memory, largest_that_fits, reason
-from benchmarks.kernel import Resident, batches_of, spread
-from benchmarks.nvidia import gpu_ceilings
-from benchmarks.profile import padding_of, profile
+from benchmarks.gpu.jql import Heads, JqlPipeline, Layout, arrivals, free_memory, largest_that_fits, reason
+from benchmarks.gpu.kernel import Resident, batches_of, spread
+from benchmarks.gpu.nvidia import gpu_ceilings
+from benchmarks.gpu.profile import padding_of, profile
 from benchmarks.reference import SentenceEncoder, TransformersEncoder
 from benchmarks.table import GpuRow, print_ops
 from jql_engine.batching import plan

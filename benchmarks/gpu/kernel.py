@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from benchmarks.profile import feeds_of
+from benchmarks.gpu.profile import feeds_of
 from jql_engine.batching import plan
 from jql_engine.data import Batch, Budget, Layout, TokenBatch
 from jql_engine.sessions.cuda.buffers import Capacity, halves

@@ -9,9 +9,9 @@ also has ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO=1: every call of an attention op
 
 (microsoft/onnxruntime, contrib_ops/cuda/bert/attention_kernel_options.cc, AttentionKernelDebugInfo::Print).
 
-    python -m benchmarks.profile --bundle BUNDLE --variant NAME --device cuda:0 --batches FILE.npz --out FOLDER
+    python -m benchmarks.gpu.profile --bundle BUNDLE --variant NAME --device cuda:0 --batches FILE.npz --out FOLDER
 
-is that process; benchmarks.gpu starts it through `profile`. The last line of its stdout is the profiler's file.
+is that process; benchmarks.gpu.measure starts it through `profile`. The last line of its stdout is the profiler's file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from jql_engine.sessions.cuda import provider as onnxruntime_cuda
 from jql_engine.sessions.cuda.layouts import fields_of, pack, pad, used_bytes
 from jql_engine.sessions.gpu import Gpu
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KERNEL = re.compile(r"Operator=(?P<operator>\S+)(?: Node=(?P<node>.*?))? DataType=\S+ SdpaKernel=(?P<kernel>[A-Z_]+)")
 ENVIRONMENT = {"CUDA_LAUNCH_BLOCKING": "1", "ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO": "1"}
 
@@ -64,7 +64,15 @@ def profile(bundle: Path, variant: str, device: str, batches: list[Batch]) -> Pr
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "batches.npz")
         write_batches(file, batches)
-        command = [sys.executable, "-m", "benchmarks.profile", "--bundle", str(bundle.resolve()), "--variant", variant]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.profile",
+            "--bundle",
+            str(bundle.resolve()),
+            "--variant",
+            variant,
+        ]
         command += ["--device", device, "--batches", str(file), "--out", folder]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, errors="replace"
@@ -72,7 +80,9 @@ def profile(bundle: Path, variant: str, device: str, batches: list[Batch]) -> Pr
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             said = done.stderr.split("\n")
-            raise RuntimeError(f"benchmarks.profile ended with {done.returncode}: {next(filter(None, said[::-1]), '')}")
+            raise RuntimeError(
+                f"benchmarks.gpu.profile ended with {done.returncode}: {next(filter(None, said[::-1]), '')}"
+            )
         events = json.loads(Path(done.stdout.splitlines()[-1]).read_text(encoding="utf-8"))
     return Profile(*aggregate(events, len(batches)), attention_kernels(done.stdout.splitlines()))
 
