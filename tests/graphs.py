@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jql_engine.bundle import MANIFEST, Bundle, Manifest, Variant, describe_files
+from jql_engine.bundle import MANIFEST, PROBES, Bundle, Manifest, Variant, describe_files
 from jql_export.families.checkpoint import EncoderWeights, read_encoder
 from jql_export.graph.encoder import Pooling, write_graph
 from jql_export.readouts.jql_head import StackedHeads, write_heads
@@ -39,6 +39,8 @@ def write_bundle(
     write_heads(folder / "heads.safetensors", heads)
     if not (folder / "tokenizer.json").exists():
         write_tokenizer(folder)
+    if not (folder / PROBES).exists():
+        (folder / PROBES).touch()  # what these bundles are for computes no scores
     described = {
         name: Variant(f"graphs/{k.graph}", k.layout, k.precision, k.provider, {}, {}) for name, k in kinds.items()
     }

@@ -259,7 +259,7 @@ def test_a_real_profile_by_op_and_provider(bundle, capsys):
 
 
 def test_a_profile_that_fails_says_what_the_process_wrote(bundle):
-    with pytest.raises(RuntimeError, match=r"benchmarks\.profile ended with 1: KeyError: 'no-such-variant'"):
+    with pytest.raises(RuntimeError, match=r"benchmarks\.gpu\.profile ended with 1: KeyError: 'no-such-variant'"):
         profile(bundle.path, "no-such-variant", "cpu", [batch_of([3])])
 
 
