@@ -80,10 +80,10 @@ class Shortener:
         """Places in `text`, one of them surely a boundary: the last sure one, else the last steady ones, else none."""
         codes = _codes(text[-REACH:])
         plain, blank, solid = self.plain[codes], self.blank[codes], self.solid[codes]
-        calm = plain | blank
-        may = calm[:-3] & plain[1:-2] & calm[2:-1] & calm[3:]
+        kept = plain | blank
+        may = kept[:-3] & plain[1:-2] & kept[2:-1] & kept[3:]
         apart = blank[2:-1] | ~_among(_pairs(codes)[1:-1], self.neighbors)
-        sure = (may & apart) | (solid[1:-2] & blank[2:-1] & calm[3:])
+        sure = (may & apart) | (solid[1:-2] & blank[2:-1] & kept[3:])
         for found, width in ((sure, 1), (may, self.longest)):
             if len(found) >= width and (runs := sliding_window_view(found, width).all(axis=1)).any():
                 first = len(text) - len(codes) + 2 + int(np.flatnonzero(runs)[-1])  # found[0] is after two characters
@@ -95,7 +95,7 @@ def shortener(oracle: OracleTokenizer) -> Shortener | None:
     """What to know of `oracle`, or None where the module's argument does not hold for it."""
     fields = json.loads(oracle.to_str())
     added = {token["content"] for token in fields["added_tokens"]}
-    added |= {_normalise(oracle, content) for content in added}
+    added |= {_normalize(oracle, content) for content in added}
     if not _understood(fields) or any(c.isspace() or c == "▁" for c in "".join(added)):
         return None
     pieces = added | oracle.get_vocab().keys()
@@ -126,8 +126,8 @@ def letters_and_marks() -> list[str]:
 def _understood(fields: dict[str, Any]) -> bool:
     """Whether tokenizer.json has only parts that the module's argument covers."""
     model = {key: value for key, value in fields["model"].items() if key != "vocab"}
-    words, normalisers = _steps(fields["pre_tokenizer"]), _steps(fields["normalizer"])
-    maps = [step["type"] for step in normalisers if not _only_white_space(step)]
+    words, normalizers = _steps(fields["pre_tokenizer"]), _steps(fields["normalizer"])
+    maps = [step["type"] for step in normalizers if not _only_white_space(step)]
     return (
         model["type"] == "Unigram" and isinstance(model["unk_id"], int) and not model["byte_fallback"]
         and [step["type"] for step in words] in (["WhitespaceSplit", "Metaspace"], ["Metaspace"])
@@ -148,7 +148,7 @@ def _only_white_space(step: dict[str, Any]) -> bool:
     return replaces or step["type"] == "Strip"
 
 
-def _normalise(oracle: OracleTokenizer, text: str) -> str:
+def _normalize(oracle: OracleTokenizer, text: str) -> str:
     normalizer: Any = oracle.normalizer  # may be None, other than its stub says
     return str(normalizer.normalize_str(text)) if normalizer else text
 
@@ -159,13 +159,13 @@ def _ends_words(oracle: OracleTokenizer, blank: str) -> bool:
 
 
 def _words(oracle: OracleTokenizer, text: str) -> list[str]:
-    return [word for word, _ in oracle.pre_tokenizer.pre_tokenize_str(_normalise(oracle, text))]
+    return [word for word, _ in oracle.pre_tokenizer.pre_tokenize_str(_normalize(oracle, text))]
 
 
 def _unchanged(oracle: OracleTokenizer, characters: Iterable[str]) -> list[str]:
     """Those that the normalizer leaves as they are, in one call, since there are 47,000; none if it touches "|"."""
     characters = [c for c in characters if c != "|"]
-    normalized = _normalise(oracle, "|".join(characters)).split("|")
+    normalized = _normalize(oracle, "|".join(characters)).split("|")
     same_number = len(normalized) == len(characters)
     return [c for c, n in zip(characters, normalized, strict=True) if c == n] if same_number else []
 

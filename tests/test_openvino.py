@@ -92,7 +92,7 @@ def test_precisions_share_one_graph(bundle):
         assert bundle.graph(BF16) == bundle.graph(FP32)
 
 
-def test_int8_quantises_the_encoder_and_leaves_the_heads_alone(bundle):
+def test_int8_quantizes_the_encoder_and_leaves_the_heads_alone(bundle):
     model = openvino.Core().read_model(bundle.graph(INT8))
     products = [op for op in model.get_ordered_ops() if op.get_type_name() == "MatMul"]
     readers = {op.get_friendly_name(): sources(op) for op in products}

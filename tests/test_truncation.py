@@ -80,7 +80,7 @@ def write_unigram_of(pieces, folder, normalizer, whitespace_split=True, **settin
     return folder / "tokenizer.json"
 
 
-def normaliser_by(rules, folder):
+def normalizer_by(rules, folder):
     """A Precompiled normalizer with other rules than XLM-R's."""
     sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece compiles rules of normalization")
     from sentencepiece import sentencepiece_model_pb2
@@ -106,8 +106,8 @@ def write(folder, layout):
         "without split": lambda: normalizers.Sequence([xlm_roberta_normalizer(), strip, blanks]),
         "nfkc": normalizers.NFKC,
         "bare": lambda: None,
-        "odd rules": lambda: normaliser_by({key: ODD_RULES[key] for key in ODD_RULES if key != "\r\n"}, folder),
-        "odd rules without split": lambda: normaliser_by(ODD_RULES, folder),
+        "odd rules": lambda: normalizer_by({key: ODD_RULES[key] for key in ODD_RULES if key != "\r\n"}, folder),
+        "odd rules without split": lambda: normalizer_by(ODD_RULES, folder),
     }[layout]()
     whitespace_split = layout in ("xlm-roberta", "nfkc", "odd rules")
     return write_unigram_of(n_grams(random.Random(0)), folder, normalizer, whitespace_split)
@@ -253,7 +253,7 @@ def test_a_grapheme_around_a_cut_is_left_alone(tmp_path, where):
     """Its normalized form is part of a long piece, of which nothing is seen in the text as it is."""
     grapheme, text = GRAPHEMES[where]
     pieces = dict.fromkeys("▁abcde", -9.0) | {"ccbdd": -1.0}
-    file = write_unigram_of(pieces, tmp_path, normaliser_by({grapheme: "b"}, tmp_path), added=[])
+    file = write_unigram_of(pieces, tmp_path, normalizer_by({grapheme: "b"}, tmp_path), added=[])
     assert read_oracle(file).encode(text, add_special_tokens=False).tokens == ["▁", "ccbdd"]
     assert all(one_is_a_boundary(file, text, n) for n in range(1, len(text) + 1))
 
@@ -293,13 +293,13 @@ def test_around_the_threshold_nothing_changes(file, unit, n_bytes):
 
 @pytest.mark.parametrize("fast", [None, "tokie"])
 @pytest.mark.parametrize("unit", [CHINESE, JAPANESE, shuffled(THAI, 50), GERMAN + " ", "".join(GERMAN.split()), " "])
-def test_of_fifty_megabytes_less_than_one_is_tokenised(trained, monkeypatch, unit, fast):
+def test_of_fifty_megabytes_less_than_one_is_tokenized(trained, monkeypatch, unit, fast):
     text = unit * (50_000_000 // len(unit.encode()))
     assert handed_over(tokenizer_of(trained, 512, fast, tokens.HUGE), text, monkeypatch) < 1_000_000
 
 
 @pytest.mark.parametrize("name", ["chinese", "japanese", "thai", "german", "base64", "digits", "every language"])
-def test_of_a_document_with_places_to_cut_only_a_prefix_is_tokenised(trained, monkeypatch, name):
+def test_of_a_document_with_places_to_cut_only_a_prefix_is_tokenized(trained, monkeypatch, name):
     text = DOCUMENTS[name] * 20
     assert handed_over(tokenizer_of(trained, 10), text, monkeypatch) < len(text) / 4
 

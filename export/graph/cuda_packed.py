@@ -58,7 +58,6 @@ class CudaDialect(FusedDialect):
             rope_caches(g, spec)
 
     def position_rows(self, g: GraphWriter, spec: EncoderSpec) -> str:
-        """See Dialect."""
         positions = g.op("Squeeze", "position_ids", g.ints(0))
         return g.op("Gather", "position", _counted(g, spec, positions) if spec.counts_from_pad else positions)
 
@@ -88,7 +87,7 @@ class CudaDialect(FusedDialect):
         return rotated(g, x, spec.n_attention_heads)
 
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
-        """See Dialect; up and gate are one product where one kernel takes both: a split would only move them."""
+        """Up and gate are one product where one kernel takes both: a split would only move them."""
         width = len(layer.up.weight)
         if layer.gate is None or width not in SPLIT_GELU_WIDTHS:
             return super().expand(g, name, layer, x)
@@ -127,7 +126,7 @@ def rotated(g: GraphWriter, x: str, n_heads: int, interleaved: bool = False) -> 
 
 
 def first_rows(g: GraphWriter, x: str) -> str:
-    """Those of first tokens."""
+    """Rows of every document's first token [B]."""
     return g.op("Gather", x, "cls_index")
 
 

@@ -48,19 +48,17 @@ class PaddedCudaDialect(FusedDialect):
             rope_caches(g, spec)
 
     def position_rows(self, g: GraphWriter, spec: EncoderSpec) -> str:
-        """See Dialect."""
         return g.op("Gather", "position", counted_positions(g, spec) if spec.counts_from_pad else "positions")
 
     def attend(
         self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str, cls_only: bool
     ) -> tuple[str, str]:
-        """See Dialect."""
         queries = g.op("Gather", x, g.ints(0), axis=1) if cls_only else x
         heads, qkv = spec.n_attention_heads, project_and_rotate(g, name, layer, spec, x, queries)
         return g.op("Attention", *qkv, "", "", "", "lengths", q_num_heads=heads, kv_num_heads=heads), queries
 
     def mean(self, g: GraphWriter, spec: EncoderSpec, x: str) -> str:  # noqa: ARG002
-        """See Dialect; a product, since a sum over the middle axis would need cuDNN."""
+        """A product, since a sum over the middle axis would need cuDNN."""
         mask = g.op("Cast", g.op("Unsqueeze", "attention_mask", g.ints(1)), to=TensorProto.FLOAT)
         total = g.op("MatMul", mask, g.op("Cast", x, to=TensorProto.FLOAT))
         n_tokens = g.op("Cast", g.op("Unsqueeze", "lengths", g.ints(1)), to=TensorProto.FLOAT)

@@ -23,23 +23,20 @@ class FusedDialect:
     dtype: FloatType
 
     def norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
-        """See Dialect."""
         return g.op("LayerNormalization", x, *_affine(g, name, norm), axis=-1, epsilon=eps)
 
     def add_norm(
         self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
     ) -> str:
-        """See Dialect; one operator."""
+        """One operator for the sum and the norm."""
         extra = [] if bias is None else [g.parameter(f"{name}.residual_bias", bias)]
         inputs = (y, residual, *_affine(g, name, norm), *extra)
         return g.op("SkipLayerNormalization", *inputs, domain=MICROSOFT, epsilon=eps)
 
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
-        """See Dialect."""
         return expand(g, name, layer, x, bias_gelu if self.dtype == np.float32 else gelu_of_sum)
 
     def first(self, g: GraphWriter, x: str) -> str:
-        """See Dialect."""
         return g.op("Squeeze", x, g.ints(1))
 
 
@@ -62,13 +59,11 @@ class CpuDialect(FusedDialect):
             rope_caches(g, spec)
 
     def position_rows(self, g: GraphWriter, spec: EncoderSpec) -> str:
-        """See Dialect."""
         return _position_rows(g, spec)
 
     def attend(
         self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str, cls_only: bool
     ) -> tuple[str, str]:
-        """See Dialect."""
         queries = _first_token(g, x) if cls_only else x
         q = g.project_and_add(queries, f"{name}.query", layer.query)
         k = g.project_and_add(x, f"{name}.key", layer.key)
@@ -84,7 +79,6 @@ class CpuDialect(FusedDialect):
         return g.op("RotaryEmbedding", *inputs, domain=MICROSOFT, num_heads=spec.n_attention_heads)
 
     def mean(self, g: GraphWriter, spec: EncoderSpec, x: str) -> str:  # noqa: ARG002
-        """See Dialect."""
         return g.op("ReduceMean", x, g.ints(1), keepdims=0)
 
 
@@ -121,26 +115,22 @@ class StandardDialect:
             g.op("Expand", g.op("Range", zero, g.op("Squeeze", length), one), shape, output="positions")
 
     def position_rows(self, g: GraphWriter, spec: EncoderSpec) -> str:
-        """See Dialect."""
         return _position_rows(g, spec)
 
     def attend(
         self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str, cls_only: bool
     ) -> tuple[str, str]:
-        """See Dialect."""
         queries = _first_token(g, x) if cls_only else x
         heads, qkv = spec.n_attention_heads, project_and_rotate(g, name, layer, spec, x, queries)
         masks = [] if self.layout == "exact" else ["attend_first" if cls_only else "attend"]
         return g.op("Attention", *qkv, *masks, q_num_heads=heads, kv_num_heads=heads), queries
 
     def norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:
-        """See Dialect."""
         return self._narrow(g, self._norm(g, name, self._widen(g, x), norm, eps))
 
     def add_norm(
         self, g: GraphWriter, name: str, y: str, bias: Array | None, residual: str, norm: Norm, eps: float
     ) -> str:
-        """See Dialect."""
         y = self._widen(g, y)
         if bias is not None:
             y = g.op("Add", y, g.weight(f"{name}.residual_bias", bias))
@@ -157,18 +147,15 @@ class StandardDialect:
         return x if self.dtype == np.float32 else g.op("Cast", x, to=TensorProto.FLOAT16)
 
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
-        """See Dialect."""
         return expand(g, name, layer, x, self._gelu)
 
     def _gelu(self, g: GraphWriter, x: str, name: str, linear: Linear) -> str:
         return g.op("Gelu", g.project_and_add(x, name, linear))
 
     def first(self, g: GraphWriter, x: str) -> str:
-        """See Dialect."""
         return g.op("Squeeze", x, g.ints(1))
 
     def mean(self, g: GraphWriter, spec: EncoderSpec, x: str) -> str:  # noqa: ARG002
-        """See Dialect."""
         x = self._widen(g, x)  # a sum over thousands of tokens
         if self.layout == "exact":
             return g.op("ReduceMean", x, g.ints(1), keepdims=0)

@@ -58,7 +58,7 @@ class Column:
         self._known = self._new = 0  # bytes of the first part, which earlier ones were joined to, and of the others
 
     def add(self, part: pa.ChunkedArray) -> None:
-        """Append rows."""
+        """Append the rows of a column."""
         if not is_text(part.type):
             self._parts += part.chunks
             return

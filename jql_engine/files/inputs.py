@@ -48,7 +48,7 @@ class SourceFile:
 
     @property
     def format(self) -> Format:
-        """By its name."""
+        """The format, as the file's name gives it."""
         return SUFFIXES.get(self.suffix, "parquet")
 
     @property
@@ -72,7 +72,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """All that inputs name."""
+    """The files that inputs name, and what was refused."""
 
     files: tuple[SourceFile, ...]
     refused: tuple[Refused, ...]

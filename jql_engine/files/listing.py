@@ -52,7 +52,7 @@ class Pattern:
 
     @property
     def start(self) -> Places:
-        """Where every path begins."""
+        """Positions in the pattern at which every path begins."""
         return self._through({0})
 
     def after(self, places: Places, segment: str) -> Places:

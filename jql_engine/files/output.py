@@ -73,7 +73,7 @@ class Target:
 
     @property
     def final(self) -> Location:
-        """The finished file."""
+        """Place of the finished score file."""
         return self.file.source.relative.below(self.out)
 
     @property
@@ -88,7 +88,7 @@ class Target:
 
     @property
     def part_schema(self) -> pa.Schema:
-        """Id column and scores."""
+        """Schema of a part: the id column, where there is one, and the scores."""
         id_field = self.file.id_field
         fields = [id_field] if id_field is not None and self.kind == "sidecar" else []
         kept = (self.file.schema.metadata or {}) if self.kind == "rescored" else {}

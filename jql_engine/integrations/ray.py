@@ -47,7 +47,7 @@ def score_dataset(
 
 
 class _Scorer:
-    """One actor."""
+    """A Ray actor that scores batches with one engine."""
 
     def __init__(
         self, bundle: str, device: str, text_column: str, variant: str | None, threads: int, tolerance: float | None

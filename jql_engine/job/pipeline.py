@@ -52,7 +52,7 @@ class StageTime:
             self._waiting = None
 
     def seconds(self) -> StageSeconds:
-        """Up to now."""
+        """How the stage has spent its time so far."""
         now = self._ended or time.monotonic()
         spent, waiting = dict(self._spent), self._waiting
         if waiting is not None:

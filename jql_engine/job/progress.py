@@ -57,7 +57,7 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Since the run began."""
+        """Seconds since the run began."""
         return max(1e-9, time.monotonic() - self.started)
 
     def shares(self) -> dict[str, dict[str, float]]:

@@ -210,7 +210,7 @@ class _Chunk:
         return ((segment, first) for segment, first in _places(self.end.task.chunk) if segment not in failed)
 
     def done(self, stages: dict[str, StageSeconds]) -> ChunkDone:
-        """What was done."""
+        """The record of a chunk that is committed."""
         rows = [slice(first, first + segment.stop - segment.start) for segment, first in self.segments()]
         n_docs = sum(part.stop - part.start for part in rows)
         return ChunkDone(

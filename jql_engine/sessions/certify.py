@@ -23,7 +23,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """Largest absolute differences."""
+    """Largest absolute differences to the reference that are allowed."""
 
     embedding: float  # documents up to LONG_TOKENS tokens
     embedding_long: float  # longer ones: attention sums more terms
@@ -33,7 +33,7 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the reference computes."""
+    """Embeddings and scores of the probe documents, as the reference computes them."""
 
     embeddings: Array  # [N, D]
     scores: Array  # [N, H]

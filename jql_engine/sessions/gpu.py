@@ -61,7 +61,7 @@ class Gpu:
         return self._device[-1]
 
     def buffer(self, n_bytes: int) -> Buffer:
-        """Memory on both sides."""
+        """Pinned memory on the host with memory of the same size on the GPU."""
         size = max(1, n_bytes)
         address = int(self._call("cudaHostAlloc", size, self._cuda.cudaHostAllocDefault))
         self._host.append(address)

@@ -96,12 +96,10 @@ class BufferedSession:
 
     @property
     def n_overflowed(self) -> int:
-        """See Session."""
         return self._overflow.n_documents
 
     @property
     def fallback(self) -> Fallback | None:
-        """See Session."""
         return self._overflow.fallback
 
     def run(self, batch: Batch) -> BatchOutput:

@@ -25,7 +25,7 @@ class Field:
 
     @property
     def n_bytes(self) -> int:
-        """Its size."""
+        """Size of all fields in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 

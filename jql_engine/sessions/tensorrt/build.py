@@ -29,7 +29,7 @@ INSTALL = {
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A loaded library."""
+    """TensorRT, or TensorRT for RTX, as it was loaded."""
 
     name: str  # tensorrt or tensorrt-rtx
     version: str
