@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 bin = $(VENV)/bin
 
-.PHONY: demo test check soak bench
+.PHONY: demo test check soak wheel bench
 
 demo: $(VENV)/.installed
 	$(bin)/python examples/demo.py
@@ -23,6 +23,18 @@ MINUTES ?= 0.5
 SEED ?= 1
 soak: $(VENV)/.installed-dev
 	$(bin)/python -m tests.soak --minutes $(MINUTES) --seed $(SEED)
+
+# The demo by what users install: an editable install finds packages that a wheel may lack. The dependencies are those
+# of the environment; a path file does not bring its editable install along.
+wheel: $(VENV)/.installed
+	rm -rf build/wheel
+	$(bin)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	$(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(build/wheel/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	build/wheel/venv/bin/python -m pip install --quiet --no-deps build/wheel/*.whl
+	build/wheel/venv/bin/python examples/demo.py --work build/wheel/demo
+	build/wheel/venv/bin/jql-rescore --help > /dev/null
 
 # ENCODER, BUNDLE, CORPUS and NAME: see benchmarks/throughput.py
 bench: $(VENV)/.installed-dev

@@ -285,7 +285,7 @@ def test_a_loop_of_links_ends(tmp_path):
 
 NO_LISTING = """
 import os, sys
-from jql_engine.dataset import find_files
+from jql_engine.files.inputs import find_files
 from jql_engine.errors import InputError
 if os.getuid() == 0:
     os.setgid(65534)

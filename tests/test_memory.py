@@ -16,7 +16,7 @@ BOUND = 1.1 * (1 << 30)  # besides what a run on three short texts takes, as doc
 # Not ru_maxrss of the process itself: that remembers what its parent held when it started it.
 MAIN = """
 import re, resource, sys
-from jql_engine.cli import main
+from jql_engine.cli.run import main
 try:
     main()
 finally:

@@ -82,7 +82,7 @@ def test_what_one_of_several_raises_comes_out_at_once():
 
 ORPHAN = """
 import multiprocessing, os, signal, sys, time
-from jql_engine.apart import die_with_parent
+from jql_engine.job.apart import die_with_parent
 
 def work(place):
     time.sleep(1)  # as an import does
