@@ -89,7 +89,7 @@ def run_job(job: Job, bundle: Bundle, session: Session, tokenizer: Tokenizer, ch
     meter = Meter(work.n_docs)
     worker = Worker(bundle, session, tokenizer, dict(enumerate(work.targets)), work.claim)
     outcome = run(work, worker.run(work.tasks), meter, RunLog(None))
-    work.claim.release()
+    work.release()
     assert not outcome.unfinished
     return meter
 

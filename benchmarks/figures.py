@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.cases import compare
 from benchmarks.gpu.profile import Profile
 from benchmarks.table import GpuRow
-from jql_export.families.checkpoint import EncoderSpec
+from jql_export.families.base import EncoderSpec
 
 LOOP = "JQL's loop"  # how the names of the reference's rows begin that ours are compared with
 

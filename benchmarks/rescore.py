@@ -163,7 +163,7 @@ def _write_vectors(bundle: Bundle, folder: Path, n_docs: int) -> None:
             work.targets[segment.file].commit(segment, scores.to_table(), ids)
     for target in work.targets:
         target.assemble()
-    work.claim.release()
+    work.release()
 
 
 def _unit_vectors(rng: np.random.Generator, n: int, width: int) -> np.ndarray:

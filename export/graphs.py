@@ -11,7 +11,8 @@ from jql_engine.bundle import Manifest
 from jql_engine.data import TokenBatch
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.sessions.openvino import unavailable_reason
-from jql_export.families.checkpoint import FAMILIES, EncoderSpec, EncoderWeights, read_config, read_encoder
+from jql_export.families.base import EncoderSpec, EncoderWeights, read_config
+from jql_export.families.read import FAMILIES, read_encoder
 from jql_export.graph.encoder import Pooling, write_graph
 from jql_export.onnx_encoder import VARIANT as FOREIGN
 from jql_export.onnx_encoder import ForeignEncoder, Shape, read_foreign, read_shape, write_foreign

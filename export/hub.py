@@ -18,8 +18,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import CheckpointError, HeadError
 from jql_export.defaults import EDU_HEADS, EDU_REPOSITORY
-from jql_export.families.checkpoint import HUB_PATTERNS
 from jql_export.readouts.jql_head import HeadWeights, read_head
+
+# What a snapshot from the hub needs; other formats of the same weights would only be downloaded for nothing.
+HUB_PATTERNS = ["*.json", "*/config.json", "model*.safetensors", "pytorch_model.bin"]
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 

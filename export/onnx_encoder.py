@@ -17,7 +17,7 @@ from onnx import TensorProto, compose, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from jql_engine.errors import CheckpointError, EngineError
-from jql_export.families.checkpoint import read_config
+from jql_export.families.base import read_config
 from jql_export.graph.encoder import EXTERNAL_BYTES, GraphInput, GraphWriter, Pooling, add_outputs, value_infos
 from jql_export.readouts.jql_head import StackedHeads
 

@@ -23,7 +23,8 @@ from transformers import AutoModel, GteConfig, GteModel, JinaEmbeddingsV3Config,
 from jql_engine.data import TokenBatch
 from jql_engine.errors import CheckpointError
 from jql_engine.sessions.certify import Expected
-from jql_export.families.checkpoint import LORA_TASK, is_jina_v3, read_config
+from jql_export.families.base import read_config
+from jql_export.families.jina_v3 import LORA_TASK, is_jina_v3
 from jql_export.graph.encoder import Pooling
 from jql_export.readouts.jql_head import HeadWeights
 from jql_export.tensors import open_tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
@@ -11,6 +12,7 @@ from jql_engine.errors import UnsafeNameError
 if TYPE_CHECKING:
     from upath import UPath
 
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(/|\Z)")  # joined to a remote folder it would lead elsewhere
 L = TypeVar("L", "Path", "UPath", "Path | UPath")
 
 
@@ -26,7 +28,7 @@ class RelativeName:
 
     def __post_init__(self) -> None:
         for segment in self.text.split("/"):
-            if why := _fault(segment):
+            if why := _fault(segment) or ("it begins like a URL" if URL.match(self.text) else None):
                 raise UnsafeNameError(
                     f"{self.text!r} cannot be the name of a file inside a folder: {why}; rename the file"
                 )

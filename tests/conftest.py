@@ -17,7 +17,7 @@ from jql_engine.errors import DeviceError
 from jql_engine.sessions.devices import every_gpu, gpu_without_driver
 from jql_export import probes
 from jql_export.bundle import Checkpoint, export_bundle
-from jql_export.families.checkpoint import read_encoder
+from jql_export.families.read import read_encoder
 from jql_export.readouts.jql_head import read_head
 from jql_export.variants import VARIANTS
 

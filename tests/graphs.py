@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from jql_engine.bundle import MANIFEST, PROBES, Bundle, Manifest, Variant, describe_files
-from jql_export.families.checkpoint import EncoderWeights, read_encoder
+from jql_export.families.base import EncoderWeights
+from jql_export.families.read import read_encoder
 from jql_export.graph.encoder import Pooling, write_graph
 from jql_export.readouts.jql_head import StackedHeads, write_heads
 from jql_export.variants import VARIANTS

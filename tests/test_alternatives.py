@@ -14,7 +14,7 @@ from benchmarks.table import GpuRow
 from jql_engine.batching import plan
 from jql_engine.data import Budget
 from jql_engine.sessions.certify import read_probes
-from jql_export.families.checkpoint import read_encoder
+from jql_export.families.read import read_encoder
 from tests.conftest import FAMILIES
 from tests.operators import OPERATORS
 

@@ -32,7 +32,7 @@ from jql_engine.errors import DeviceError
 from jql_engine.sessions.cuda.buffers import MAX_BATCH_TOKENS, Capacity, token_budget
 from jql_engine.sessions.open import open_variant
 from jql_engine.tokenizer import Tokenizer
-from jql_export.families.checkpoint import EncoderSpec
+from jql_export.families.base import EncoderSpec
 from jql_export.probes import SENTENCES
 
 from .conftest import FAMILIES

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jql_engine.errors import CheckpointError
-from jql_export.families.checkpoint import read_encoder
+from jql_export.families.read import read_encoder
 from tests.conftest import FAMILIES, MAX_TOKENS
 
 QKV = "encoder.layer.0.attention.qkv_proj.weight"

@@ -26,7 +26,7 @@ from jql_engine.sessions.cuda.layouts import pack
 from jql_engine.sessions.fallback import select
 from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
-from jql_export.families.checkpoint import read_encoder
+from jql_export.families.read import read_encoder
 from jql_export.readouts.jql_head import read_head, stack
 from jql_export.reference import Reference
 from tests.conftest import HAS_GPU

@@ -13,7 +13,7 @@ from jql_engine.bundle import MANIFEST, PROBES, Bundle, describe_files, sha256_o
 from jql_engine.errors import BundleError, CheckpointError, HeadError, ParityError
 from jql_export import probes
 from jql_export.bundle import Checkpoint, export_bundle
-from jql_export.families.checkpoint import read_encoder
+from jql_export.families.read import read_encoder
 from jql_export.hub import find_checkpoint
 from jql_export.readouts.jql_head import read_head
 from jql_export.tolerances import TOLERANCES

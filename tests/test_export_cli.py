@@ -12,7 +12,7 @@ import pytest
 from jql_engine import Engine
 from jql_engine.bundle import MANIFEST, Bundle, describe_files
 from jql_export import cli
-from jql_export.families.checkpoint import read_encoder
+from jql_export.families.read import read_encoder
 from tests.conftest import MAX_TOKENS
 
 SCRIPT = Path(sys.executable).with_name("jql-export")

@@ -24,7 +24,7 @@ from jql_engine.sessions.cpu import CpuSession
 from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
 from jql_export.bundle import Checkpoint, export_bundle
-from jql_export.families.checkpoint import read_encoder
+from jql_export.families.read import read_encoder
 from jql_export.readouts.jql_head import read_head
 from jql_export.reference import Reference, load_encoder
 from jql_export.tolerances import LONG_TOKENS, TOLERANCES
@@ -436,7 +436,7 @@ def test_torch_parametrizations_have_the_names_of_this_layout():
 
 
 def test_the_wrong_adapter_is_refused(checkpoints, heads, tmp_path, monkeypatch):
-    monkeypatch.setattr("jql_export.families.checkpoint.LORA_TASK", "separation")
+    monkeypatch.setattr("jql_export.families.jina_v3.LORA_TASK", "separation")
     with pytest.raises(ParityError, match="out of tolerance"):
         export_to(tmp_path / "bundle", checkpoints["jina"], heads)
 

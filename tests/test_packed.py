@@ -19,7 +19,7 @@ from jql_engine.sessions.cuda.buffers import Capacity
 from jql_engine.sessions.cuda.layouts import pack
 from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
-from jql_export.families.checkpoint import read_encoder
+from jql_export.families.read import read_encoder
 from jql_export.graph.cuda_packed import CudaDialect
 from jql_export.graph.encoder import write_graph
 from jql_export.readouts.jql_head import read_head, stack

@@ -16,7 +16,7 @@ from jql_engine.sessions import certify as parity
 from jql_engine.sessions.cpu import CpuSession
 from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
-from jql_export.families.checkpoint import read_encoder
+from jql_export.families.read import read_encoder
 from jql_export.graph.dialects import MICROSOFT
 from jql_export.graph.encoder import write_graph
 from jql_export.readouts.jql_head import read_head, stack

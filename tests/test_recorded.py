@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.gpu.alternatives import ALTERNATIVES
-from jql_export.families.checkpoint import read_encoder
+from jql_export.families.read import read_encoder
 from jql_export.probes import SENTENCES
 from jql_export.readouts.jql_head import read_head, stack
 from tests.conftest import FAMILIES, export

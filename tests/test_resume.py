@@ -163,7 +163,7 @@ def test_a_part_that_comes_after_its_file_was_finished_goes(engine, tmp_path):
     interrupted(engine, tmp_path / "other", path, 2, chunk_rows=100)
     shutil.copytree(tmp_path / "other/.parts/a.parquet", tmp_path / "parts")
     run(work, chunks(), Meter(0), RunLog(None))
-    work.claim.release()
+    work.release()
     assert visible(out) == ["a.parquet"] and not (out / ".parts").exists()
 
 

@@ -241,7 +241,7 @@ def test_work_is_planned_without_computing(engine, tmp_path):
     work = prepared()
     assert ([t.file.source.relative for t in work.targets], work.n_finished) == ([RelativeName("a.parquet")], 0)
     assert work.n_docs == len(TEXTS) and visible(tmp_path / "out") == [".parts/job.json"]
-    work.claim.release()
+    work.release()
     assert list((tmp_path / "out").iterdir()) == []
     score(engine, tmp_path / "out", tmp_path / "in")
     assert prepared().n_finished == 1

@@ -15,7 +15,7 @@ from jql_engine.errors import BundleError, DeviceError
 from jql_engine.sessions.tensorrt import build as tensorrt
 from jql_engine.sessions.tensorrt.build import Library, build, deserialize, load_library
 from jql_engine.sessions.tensorrt.profiles import BUCKETS, Interface, Profile, budget_for, profiles_of
-from jql_export.families.checkpoint import read_encoder
+from jql_export.families.read import read_encoder
 from jql_export.graph.encoder import write_graph
 from jql_export.readouts.jql_head import StackedHeads, read_head, stack
 from jql_export.variants import VARIANTS

@@ -36,7 +36,8 @@ from jql_engine.data import TokenBatch
 from jql_engine.sessions.cuda import provider as onnxruntime_cuda
 from jql_engine.sessions.gpu import Gpu
 from jql_engine.tokenizer import Tokenizer
-from jql_export.families.checkpoint import EncoderSpec, EncoderWeights, LayerWeights, read_encoder
+from jql_export.families.base import EncoderSpec, EncoderWeights, LayerWeights
+from jql_export.families.read import read_encoder
 from jql_export.graph.cuda_packed import CudaDialect, first_rows, rotated, stacked
 from jql_export.graph.dialects import MICROSOFT
 from jql_export.graph.encoder import Dialect, FloatType, GraphWriter, Pooling, write_graph

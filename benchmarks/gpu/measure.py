@@ -56,7 +56,9 @@ from jql_engine.sessions.gpu import Gpu
 from jql_engine.sessions.open import open_variant
 from jql_engine.sessions.select import runnable
 from jql_engine.tokenizer import Tokenizer
-from jql_export.families.checkpoint import is_jina_v3, read_config, read_encoder
+from jql_export.families.base import read_config
+from jql_export.families.jina_v3 import is_jina_v3
+from jql_export.families.read import read_encoder
 
 BUDGETS = (8_192, 16_384, 32_768, 65_536, 131_072)
 ARRIVALS = 1_000  # documents in a batch of JQL's loop

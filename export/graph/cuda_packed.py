@@ -22,7 +22,7 @@ import numpy as np
 from onnx import TensorProto
 
 from jql_engine.data import Layout
-from jql_export.families.checkpoint import EncoderSpec, LayerWeights
+from jql_export.families.base import EncoderSpec, LayerWeights
 from jql_export.graph.dialects import MICROSOFT, FusedDialect, rope_caches
 from jql_export.graph.encoder import FloatType, GraphInput, GraphWriter
 from jql_export.tensors import Linear

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import TensorProto
 
 from jql_engine.data import Layout
-from jql_export.families.checkpoint import EncoderSpec, LayerWeights
+from jql_export.families.base import EncoderSpec, LayerWeights
 from jql_export.graph.dialects import (
     ATTENTION_MASK,
     INPUT_IDS,

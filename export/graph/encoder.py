@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 
 from jql_engine.data import Layout
 from jql_engine.errors import CheckpointError
-from jql_export.families.checkpoint import EncoderSpec, EncoderWeights, LayerWeights
+from jql_export.families.base import EncoderSpec, EncoderWeights, LayerWeights
 from jql_export.readouts.jql_head import StackedHeads
 from jql_export.tensors import Array, Linear, Norm
 

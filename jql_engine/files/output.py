@@ -35,6 +35,7 @@ from jql_engine.files.storage import (
     open_parquet,
     read_schema,
     remove_empty_parents,
+    remove_file,
     remove_files,
     retry,
     write,
@@ -202,6 +203,11 @@ def _read_part(part: Location, schema: pa.Schema) -> pa.Table:
         return retry(part, read)
     except FileNotFoundError as error:
         raise PartsError(f"{part} is gone; start the same command again") from error
+    except (pa.ArrowException, OSError) as error:
+        if is_remote(part) and not isinstance(error, pa.ArrowException):
+            raise
+        remove_file(part)
+        raise PartsError(f"{part} was damaged ({error}) and is removed; start the same command again") from error
 
 
 def with_dictionary(schema: pa.Schema) -> bool | list[str]:

@@ -2,7 +2,8 @@
 
     OUT/.parts/a/b.parquet/<key>.<start>-<stop>.parquet    rows [start, stop) of the scores of the input a/b.parquet
     OUT/.parts/.<owner>.<host>.<process>.<random>.writing  not complete yet; <owner> stands for what it will be
-    OUT/.parts/*.listing                                   see jql_engine.job.frozen
+    OUT/.parts/job.json                                    see jql_engine.job.claim
+    OUT/.parts/*.listing, *.done, *.closed                 see jql_engine.job.frozen
 
 A part names the settings that made it: <key> is a hash of them. Files are assembled from parts of one key alone, so
 jobs that meet on one output by mistake never mix their scores.
@@ -18,6 +19,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -107,7 +109,11 @@ def _digest(owner: str) -> str:
 
 
 def _host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    """Of the processes that see each other: containers may share a name, and each counts its processes anew."""
+    name = socket.gethostname()
+    with suppress(OSError):
+        name += str(Path("/proc/self/ns/pid").readlink())
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def _started(process: int) -> str | None:

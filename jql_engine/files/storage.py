@@ -150,6 +150,8 @@ def version_of(location: Location) -> tuple[int, str]:
     """Size in bytes, and a text that changes when the content does: modification time or entity tag."""
     if isinstance(location, Path):
         return version_from_status(location.stat())
+    if location.protocol in OBJECT_STORES:
+        location.fs.invalidate_cache(location.path)  # a listing may be older than what is asked
     return version_from(retry(location, lambda: location.fs.info(location.path)))
 
 
@@ -412,6 +414,25 @@ def remove_file(location: Location) -> None:
         retry(location, lambda: _remove(location))
 
 
+def remove_version(location: Location, expected: tuple[int, str], aside: Location) -> None:
+    """Remove a file where its size and version are `expected`; one that was written later stays.
+
+    Raises FileNotFoundError. On a local disk the file is moved to `aside` first, and moved back where it is another.
+    """
+    if not isinstance(location, Path):
+        if version_of(location) == expected:
+            remove_file(location)
+        return
+    assert isinstance(aside, Path)
+    if version_of(location) != expected:
+        return
+    _made(aside, lambda: location.rename(aside))
+    if version_of(aside) != expected:
+        with suppress(FileExistsError):
+            os.link(aside, location)
+    aside.unlink()
+
+
 def remove_files(files: Sequence[Location]) -> None:
     """Remove files that may be gone already, several at a time."""
     with ThreadPoolExecutor(REMOVALS, thread_name_prefix="remove") as pool:
@@ -455,22 +476,6 @@ def remove_if_empty(folder: Location) -> None:
     elif folder.protocol not in OBJECT_STORES:
         with suppress(Exception):  # it is not empty; every file system has errors of its own
             folder.fs.rmdir(folder.path)
-
-
-def list_versions(folder: Location) -> dict[str, tuple[int, str]]:
-    """Sizes and versions, see `version_of`, of the files below `folder`, by their path inside of it."""
-    if isinstance(folder, Path):
-        found = {}
-        for file, name in list_files(folder):
-            with suppress(FileNotFoundError):  # others remove it
-                found[name] = version_of(file)
-        return found
-    folder.fs.invalidate_cache(folder.path)
-    root = folder.path.rstrip("/") + "/"
-    infos: dict[str, dict[str, object]] = {}
-    with suppress(FileNotFoundError):
-        infos = retry(folder, lambda: folder.fs.find(folder.path, detail=True))
-    return {path.removeprefix(root): version_from(info) for path, info in infos.items() if path.startswith(root)}
 
 
 def list_files(folder: Location) -> list[tuple[Location, str]]:

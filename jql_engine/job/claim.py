@@ -2,8 +2,8 @@
 
     OUT/.parts/job.json    the settings of the job that is under way
 
-The record is created where there is none, never replaced but by --overwrite, and read again before every commit: of two
-jobs with different settings one gets it, and the other ends at its next commit, at the latest. Jobs with the same
+The record is created where there is none, never replaced but by --overwrite, and read again before every commit: where
+jobs with different settings meet, the one that it does not name ends at its next commit. Jobs with the same
 settings share it. It names no process and no machine: a job that was killed goes on by the same command.
 
 The record saves work; it is not what keeps scores apart. That is done by the names of parts and by score files that are
@@ -13,6 +13,7 @@ created, never replaced (jql_engine.files.output), whatever happens between read
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ import pyarrow as pa
 
 from jql_engine.errors import OutputError
 from jql_engine.files.output import explained
-from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, find_leftovers
-from jql_engine.files.storage import Location, read_file, remove_empty_folders, remove_file, write
+from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, find_leftovers, key_of
+from jql_engine.files.storage import Location, exists, read_file, remove_empty_folders, remove_file, write
+from jql_engine.names import RelativeName
 
 RECORD = "job.json"
 ATTEMPTS = 8  # to create a record that others remove, as ending jobs do
@@ -56,11 +58,17 @@ class Claim:
             else:
                 self._compare(found)
 
-    def release(self) -> None:
-        """Remove the record where nothing is left that it is needed for."""
+    def release(self, names: Iterable[RelativeName]) -> None:
+        """Remove the record where nothing is left that it is needed for.
+
+        That is a list of files that the ranks of this job share, and parts of the files called `names` that are not
+        finished; parts of others, which nobody may ever join, keep nobody out.
+        """
         with explained(self.record, "removed"):
             left = find_leftovers(self.out)
-            if not (left.parts or left.listings) and read_file(self.record) == self._content.to_pybytes():
+            begun = any(name.text in left.parts and not exists(name.below(self.out)) for name in names)
+            shared = any(name.startswith(key_of(self.settings)) for name in left.listings)
+            if not (begun or shared) and read_file(self.record) == self._content.to_pybytes():
                 remove_file(self.record)
                 remove_empty_folders(self.out / PARTS)
 

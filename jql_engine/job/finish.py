@@ -49,9 +49,14 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
     if work.targets:
         work.claim.check()
         # Again: the workers of a killed run live on for a moment, in which this run had begun already.
-        done_with = {target.file.source for target in ledger.done()}
-        sources = [target.file.source for target in work.targets]
-        tidy(work.claim.out, sources, done_with, find_leftovers(work.claim.out))
+        leftovers = find_leftovers(work.claim.out)
+        stale = [
+            target.parts / part.name
+            for target in ledger.done()
+            for part in leftovers.parts.get(target.file.source.relative.text, ())
+            if part.key == target.key
+        ]
+        tidy(work.claim.out, [target.file.source for target in work.targets], stale, leftovers)
     unfinished = [*work.unreadable, *ledger.failed.values()]
     # A run that was stopped has files that are neither done nor failed. Those that cannot be read are in the next
     # listing as well; they do not keep the others from being made.

@@ -72,6 +72,10 @@ class FrozenListing:
 
         The last of all ranks removes the listing.
         """
+        with explained(self.out / PARTS, "read"):
+            latest = _read(self.out, self.key, self.number)
+        if latest is None or latest.id != self.id:  # all ranks are through, by other processes with these numbers
+            return []
         mark = self._mark(rank)
         with explained(mark):
             write(mark, pa.py_buffer(b""), aside_for(self.out, JOB))
@@ -98,6 +102,11 @@ class FrozenListing:
                     remove_file(self.out / PARTS / name)
             remove_empty_folders(self.out / PARTS)
 
+    def changed(self, sources: Sequence[SourceFile]) -> RelativeName | None:
+        """A file of the listing that is not among `sources` any more, or has another size."""
+        sizes = {source.relative: source.size for source in sources}
+        return next((file.relative for file in self.files if sizes.get(file.relative) != file.size), None)
+
     def begin(self, rank: Rank) -> None:
         """Take back what an earlier start of `rank` may have said."""
         mark = self._mark(rank)
@@ -106,7 +115,7 @@ class FrozenListing:
 
     def check_inputs(self, inputs: Sequence[str]) -> None:
         """Raise OutputError where this rank was given other inputs than the first one."""
-        if (given := _normal(inputs)) == self.inputs:
+        if sorted(given := _normal(inputs)) == sorted(self.inputs):
             return
         here, there = (sorted(set(a) - set(b)) for a, b in ((given, self.inputs), (self.inputs, given)))
         place = self.out / PARTS / f"{self._prefix}.listing"
@@ -124,7 +133,12 @@ class FrozenListing:
         return self.out / PARTS / f"{self._prefix}.{self.id}.{rank.rank}-of-{rank.world_size}.done"
 
     def _is_done(self, names: Sequence[str]) -> bool:
-        """Whether all ranks, however many they are, have finished their shares."""
+        """Whether all ranks, however many they are, have finished their shares.
+
+        Or whether one process had found so, and was killed before it had removed the listing.
+        """
+        if f"{self._prefix}.{self.id}.closed" in names:
+            return True
         return any(ranks >= set(range(size)) for size, ranks in self._finished(names).items())
 
     def _finished(self, names: Sequence[str]) -> dict[int, set[int]]:
@@ -204,7 +218,7 @@ def _read(out: Location, key: str, number: int) -> FrozenListing | None:
         files = tuple(FrozenFile(RelativeName(name), int(size)) for name, size in fields["files"])
         inputs = tuple(map(str, fields["inputs"]))
         return FrozenListing(out, key, number, str(fields["id"]), inputs, files)
-    except (ValueError, KeyError, TypeError, AttributeError, UnsafeNameError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, UnsafeNameError) as error:
         raise OutputError(f"{place} is damaged ({error!r}); remove it and start all ranks again") from error
 
 

@@ -119,7 +119,7 @@ def _run(
         with closing(pool.run(work.tasks)) as chunks:
             outcome = run(work, chunks, meter, log)
     finally:
-        work.claim.release()
+        work.release()
     meter.close()
     return _summary(job, outcome, work, meter, bundle)
 

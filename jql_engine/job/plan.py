@@ -23,11 +23,11 @@ from jql_engine.files.parts import JOB, PARTS, Leftovers, Part, Settings, find_l
 from jql_engine.files.storage import (
     Location,
     list_files,
-    list_versions,
     locate,
     remove_empty_folders,
     remove_file,
     remove_files,
+    remove_version,
     version_of,
 )
 from jql_engine.job.apart import Child, CrashError, in_threads
@@ -35,6 +35,7 @@ from jql_engine.job.check import check_names, check_output
 from jql_engine.job.claim import Claim
 from jql_engine.job.frozen import FrozenListing, freeze, is_frozen, remove_stray
 from jql_engine.job.ranks import Rank, share
+from jql_engine.names import RelativeName
 
 CHUNK_ROWS = 20_000
 FIRST = 16  # files looked into at a time where only the first documents are to be scored
@@ -88,6 +89,10 @@ class Work:
     n_finished: int  # files
     unreadable: list[Unfinished]
     listing: Shared | None = None  # where several ranks share the files
+
+    def release(self) -> None:
+        """Give the output folder back, where nothing is left that this job must go on with."""
+        self.claim.release(target.file.source.relative for target in self.targets)
 
     @property
     def n_docs(self) -> int:
@@ -154,10 +159,12 @@ def plan(job: Job, claim: Claim, look: Look, target_of: Callable[[InputFile], Ta
     refused = [Unfinished(one.file, one.reason) for one in listed.refused]
     # A run alone goes on with the listing of ranks that were stopped.
     is_shared = job.rank.world_size > 1 or is_frozen(claim.out, key_of(claim.settings))
-    before = list_versions(claim.out) if job.overwrite else {}
     try:
+        before: Versions = {}
         if is_shared:
-            _take(claim, job, listed.files)
+            if job.rank.world_size > 1 and not is_frozen(claim.out, key_of(claim.settings)):
+                _check_first(job, listed.files, look, target_of)
+            before = _take(claim, job, listed.files)
         sources, shared = _share(job, claim, listed.files, look) if is_shared else (listed.files, None)
         with Child() as child:
             seen = _look_into(job, child, sources, look)
@@ -167,18 +174,37 @@ def plan(job: Job, claim: Claim, look: Look, target_of: Callable[[InputFile], Ta
                 finished = [target.file.source for target in targets if is_finished(target.final, target.settings)]
                 targets = [target for target in targets if target.file.source not in set(finished)]
             if not is_shared:  # only now: where an input cannot be used, nothing is written
-                _take(claim, job, listed.files)
+                before = _take(claim, job, [*(target.file.source for target in targets), *finished])
             tasks = _tasks_left(job, claim, before, targets, finished, chunk_bytes, child)
     except BaseException:
-        claim.release()
+        claim.release(source.relative for source in listed.files)
         raise
     return Work(claim, targets, tasks, len(finished), [*refused, *seen.unreadable], shared)
 
 
-def _take(claim: Claim, job: Job, sources: Sequence[SourceFile]) -> None:
+def _check_first(job: Job, sources: Sequence[SourceFile], look: Look, target_of: Callable[[InputFile], Target]) -> None:
+    """Raise what is wrong with the command before the first rank makes a listing that others would be bound to."""
+    with Child() as child:
+        for file in _look_into(job, child, sources if job.limit else share(sources, job.rank), look).files:
+            target_of(file)
+
+
+def _take(claim: Claim, job: Job, sources: Sequence[SourceFile]) -> Versions:
+    """Take the folder; with --overwrite returns the scores of `sources` that were there just before."""
     check_output(claim.out, job.inputs, sources)
+    names = [source.relative for source in sources] if job.overwrite else []
+    with explained(claim.out, "looked at"):
+        found = in_threads(partial(_version_in, claim.out), names)
     claim.take(job.overwrite)
     remove_stray(claim.out, key_of(claim.settings), job.overwrite)
+    return {name.text: version for name, version in zip(names, found, strict=True) if version is not None}
+
+
+def _version_in(out: Location, name: RelativeName) -> tuple[int, str] | None:
+    try:
+        return version_of(name.below(out))
+    except FileNotFoundError:
+        return None
 
 
 def _share(
@@ -187,13 +213,18 @@ def _share(
     """The input files of this rank: its share of one listing, see jql_engine.job.frozen."""
     listing = freeze(claim.out, key_of(claim.settings), job.inputs, sources)
     listing.begin(job.rank)
-    # With a limit, the first of all files are taken before they are shared.
-    found = listing.share_of(job.rank if job.limit is None else Rank(), sources)
+    everything = listing.share_of(Rank(), sources)
+    # With a limit, the first of all files are taken before they are shared, by each rank: it must find the same.
+    if job.limit is not None and (changed := listing.changed(sources)):
+        raise OutputError(
+            f"{changed} was changed or removed since the first rank began; with --limit all ranks must find the same "
+            "files: start all ranks over with --overwrite"
+        )
+    found = everything if job.limit is not None else listing.share_of(job.rank, sources)
     reason = "was there when the ranks of this job began, and is gone"
-    gone = [] if job.limit else [Unfinished(str(file.relative), f"{file.relative} {reason}") for file in found.gone]
-    everything = listing.share_of(Rank(), sources).sources
+    gone = [Unfinished(str(file.relative), f"{file.relative} {reason}") for file in found.gone]
     known = None if job.overwrite or job.limit else look
-    return found.sources, Shared(listing, job.rank, gone, found.n_new, everything, known)
+    return found.sources, Shared(listing, job.rank, gone, found.n_new, everything.sources, known)
 
 
 def _tasks_left(
@@ -214,7 +245,13 @@ def _tasks_left(
         _check_traceable([*finished, *begun])
     with explained(claim.out, "tidied up"):
         _remove_earlier(targets, before)
-    tidy(claim.out, [*mine, *finished], {*finished, *(mine if job.overwrite else ())}, leftovers)
+    through = [*finished, *(mine if job.overwrite else ())]
+    stale = [
+        parts_folder(claim.out, source.relative) / part.name
+        for source in through
+        for part in leftovers.parts.get(source.relative.text, ())
+    ]
+    tidy(claim.out, [*mine, *finished], stale, leftovers)
     return list(_tasks(job, targets, chunk_bytes, {} if job.overwrite else leftovers.parts, child))
 
 
@@ -223,8 +260,7 @@ def _remove_earlier(targets: Sequence[Target], before: Versions) -> None:
 
     def remove(target: Target) -> None:
         with suppress(FileNotFoundError):
-            if version_of(target.final) == before[target.file.source.relative.text]:
-                remove_file(target.final)  # else a job that began later has made it
+            remove_version(target.final, before[target.file.source.relative.text], target.aside)
 
     in_threads(remove, [target for target in targets if target.file.source.relative.text in before])
 
@@ -319,14 +355,10 @@ def _first(files: Iterable[InputFile], n_docs: int) -> Iterator[InputFile]:
         n_docs -= file.n_rows
 
 
-def tidy(out: Location, sources: Sequence[SourceFile], done: set[SourceFile], leftovers: Leftovers) -> None:
-    """Remove what killed runs left of `sources`: files they were writing, parts of those `done`, empty folders."""
+def tidy(out: Location, sources: Sequence[SourceFile], stale: Sequence[Location], leftovers: Leftovers) -> None:
+    """Remove what killed runs left of `sources`: files that they were writing, `stale` parts, empty folders."""
     with explained(out / PARTS, "tidied up"):
-        for file in leftovers.left_by([JOB, *(source.relative.text for source in sources)]):
-            remove_file(file)
-        for source in done:
-            folder = parts_folder(out, source.relative)
-            remove_files([folder / part.name for part in leftovers.parts.get(source.relative.text, ())])
+        remove_files([*leftovers.left_by([JOB, *(source.relative.text for source in sources)]), *stale])
         remove_empty_folders(out / PARTS)
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from jql_export.families.checkpoint import EncoderWeights, read_encoder
+from jql_export.families.base import EncoderWeights
+from jql_export.families.read import read_encoder
 from jql_export.readouts.jql_head import read_head, stack
 from tests.fuzzing import bases
 from tests.fuzzing.mutate import cut, damage, damage_json

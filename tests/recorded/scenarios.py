@@ -212,7 +212,7 @@ def benchmark(bundle: str, texts: list[str]) -> list[dict[str, Any]]:
 def alternatives(encoder: str, bundle: str, lengths: list[int]) -> dict[str, Any]:
     """The kernels that each of benchmarks.gpu.alternatives launches for a batch, with their blocks; and its rows."""
     from benchmarks.gpu import alternatives
-    from jql_export.families.checkpoint import read_encoder
+    from jql_export.families.read import read_encoder
 
     record, opened, weights, launched = Record(), Bundle.open(bundle), read_encoder(Path(encoder)), {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,33 @@
+"""Hugging Face directory -> EncoderWeights: one reader for each layout in which encoders are published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jql_engine.errors import CheckpointError
+from jql_export.families.base import EncoderWeights, read_config
+from jql_export.families.bert import read_bert
+from jql_export.families.gte import read_gte
+from jql_export.families.jina_v3 import is_jina_v3, read_jina_v3
+
+FAMILIES: dict[str, Callable[[Path, Mapping[str, Any]], EncoderWeights]] = {
+    "bert": read_bert,
+    "gte": read_gte,
+    "new": read_gte,
+    "xlm-roberta": read_bert,
+}
+
+
+def read_encoder(directory: Path) -> EncoderWeights:
+    """Read the encoder in `directory`; raises CheckpointError naming the field or tensor that is wrong."""
+    config = read_config(directory)
+    family = config.get("model_type")
+    if is_jina_v3(config):
+        return read_jina_v3(directory, config)
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise CheckpointError(
+            f"{directory}: model_type {family!r} is not supported; known are {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[family](directory, config)
