@@ -12,7 +12,7 @@ from jql_engine.errors import UnsafeNameError
 if TYPE_CHECKING:
     from upath import UPath
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(/|\Z)")  # joined to a remote folder it would lead elsewhere
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # joined to a remote folder it would lead elsewhere
 L = TypeVar("L", "Path", "UPath", "Path | UPath")
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jql_engine.errors import OutputError
+from jql_engine.errors import EngineError, OutputError
 from jql_engine.files.inputs import find_files
 from jql_engine.job.frozen import freeze, remove_stray
 from jql_engine.job.launch import Machine, score
@@ -239,3 +239,44 @@ def test_a_rank_with_other_inputs_is_refused_and_changes_nothing(bundle, tmp_pat
     with pytest.raises(OutputError, match="pattern in quotes"):
         run(bundle, source / "*.parquet", out, 1)
     assert visible(out) == before
+
+
+def limited(bundle, source: Path, out: Path, rank: int) -> dict[str, object]:
+    job = Job((str(source),), out, limit=30, rank=Rank(rank, 2))
+    return score(job, bundle, Machine("cpu", "cpu-fp32"), RunLog(None), threading.Event())
+
+
+@pytest.mark.parametrize("change", ["gone", "grown"])
+def test_with_a_limit_ranks_that_find_other_files_are_refused(bundle, tmp_path, change):
+    source, out = corpus(tmp_path / "in", *(f"{i}.parquet" for i in range(6))), tmp_path / "out"
+    limited(bundle, source, out, 0)
+    if change == "gone":
+        (source / "0.parquet").unlink()
+    else:
+        write(source / "0.parquet", ["more"] * 50)
+    with pytest.raises(OutputError, match=r"0\.parquet was changed or removed since the first rank began"):
+        limited(bundle, source, out, 1)
+
+
+def test_a_mistake_of_the_first_rank_binds_nobody(bundle, tmp_path):
+    source, out = corpus(tmp_path / "in", *(f"{i}.parquet" for i in range(4))), tmp_path / "out"
+    job = Job((str(source),), out, text_column="txt", rank=Rank(0, 2))
+    with pytest.raises(EngineError, match="has no column 'txt'"):
+        score(job, bundle, Machine("cpu", "cpu-fp32"), RunLog(None), threading.Event())
+    assert not out.exists()
+
+
+def test_a_listing_that_was_being_removed_is_finished(tmp_path):
+    sources = find_files([str(corpus(tmp_path / "in", "a.parquet", "b.parquet"))]).files
+    first = begin(tmp_path / "out", sources[:1])
+    (tmp_path / "out/.parts" / f"{KEY}.0.{first.id}.closed").write_bytes(b"")
+    second = begin(tmp_path / "out", sources)
+    assert second.id != first.id and visible(tmp_path / "out") == [f".parts/{KEY}.{second.number}.listing"]
+
+
+def test_a_rank_that_ends_after_its_listing_leaves_no_mark(tmp_path):
+    sources = find_files([str(corpus(tmp_path / "in", "a.parquet"))]).files
+    listing = begin(tmp_path / "out", sources)
+    listing.finish(Rank())
+    assert listing.finish(Rank(1, 2)) == []
+    assert visible(tmp_path / "out") == []

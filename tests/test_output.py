@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from jql_engine.data import embedding_type, score_schema
-from jql_engine.errors import InputError, OutputError
+from jql_engine.errors import InputError, OutputError, PartsError
 from jql_engine.files.chunks import Segment
 from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import InputFile, SourceFile
 from jql_engine.files.output import METADATA_KEY, Target, check_settings, is_finished
 from jql_engine.files.parts import Part, find_leftovers
-from jql_engine.files.storage import version_of
+from jql_engine.files.storage import remove_version, version_of
 from jql_engine.job.check import check_names, check_output
 from jql_engine.names import RelativeName
 from tests.files import damage
@@ -423,3 +423,29 @@ def test_what_somebody_else_wrote_is_not_taken_for_an_output(tmp_path, kind):
         target.mkdir()
     with pytest.raises(OutputError, match=r"a\.parquet exists and was not written by jql-run"):
         is_finished(target, SETTINGS)
+
+
+def test_a_damaged_part_is_removed_and_its_rows_are_computed_again(tmp_path):
+    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 4))
+    commit_parts(target, 0, 2, 4)
+    part = target.parts / Part(target.key, 2, 4).name
+    content = bytearray(part.read_bytes())
+    content[4:60] = b"\xff" * 56
+    part.write_bytes(content)
+    with pytest.raises(PartsError, match=r"was damaged .* and is removed; start the same command again"):
+        target.assemble()
+    assert not part.exists()
+    commit_parts(target, 2, 4)
+    target.assemble()
+    assert pq.read_table(tmp_path / "out/a.parquet").equals(scores(0, 4))
+
+
+def test_a_file_that_was_written_since_is_not_removed(tmp_path):
+    place, aside = tmp_path / "a", tmp_path / ".parts/.x.writing"
+    place.write_bytes(b"old")
+    found = version_of(place)
+    place.write_bytes(b"newer")
+    remove_version(place, found, aside)
+    assert place.read_bytes() == b"newer"
+    remove_version(place, version_of(place), aside)
+    assert not place.exists() and not aside.exists()

@@ -207,7 +207,8 @@ def _read_part(part: Location, schema: pa.Schema) -> pa.Table:
         if is_remote(part) and not isinstance(error, pa.ArrowException):
             raise
         remove_file(part)
-        raise PartsError(f"{part} was damaged ({error}) and is removed; start the same command again") from error
+        what = str(error).partition("\n")[0]
+        raise PartsError(f"{part} was damaged ({what}) and is removed; start the same command again") from error
 
 
 def with_dictionary(schema: pa.Schema) -> bool | list[str]:

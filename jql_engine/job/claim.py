@@ -13,6 +13,7 @@ created, never replaced (jql_engine.files.output), whatever happens between read
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from jql_engine.files.storage import Location, exists, read_file, remove_empty_f
 from jql_engine.names import RelativeName
 
 RECORD = "job.json"
+COMMIT_SECONDS = 1.0  # from reading the record to the commit: a small file's; one that is assembled takes less
 ATTEMPTS = 8  # to create a record that others remove, as ending jobs do
 
 
@@ -42,12 +44,25 @@ class Claim:
         return self.out / PARTS / RECORD
 
     def take(self, replace: bool = False) -> None:
-        """Write the record, with `replace` over another job's; raises OutputError where another job has the folder."""
+        """Write the record, with `replace` over another job's; raises OutputError where another job has the folder.
+
+        A job that loses the folder may have read its own record just before: its commit is waited for.
+        """
         with explained(self.record):
             if replace:
+                evicted = read_file(self.record) not in (None, self._content.to_pybytes())
                 write(self.record, self._content, aside_for(self.out, JOB))
+                time.sleep(COMMIT_SECONDS if evicted else 0)
             else:
                 self._create()
+
+    def confirm(self) -> None:
+        """Raise OutputError unless no other job has had the folder since this one took it."""
+        with explained(self.record, "read"):
+            found = read_file(self.record)
+        if found is None:
+            raise OutputError(f"{self.record} is gone: another job has ended here; start the same command again")
+        self._compare(found)
 
     def check(self) -> None:
         """Raise OutputError where another job has taken the folder meanwhile."""

@@ -10,8 +10,9 @@ from queue import SimpleQueue
 
 from jql_engine.errors import InputError, PartsError, UnreadableError
 from jql_engine.files.chunks import ChunkDone, Task
-from jql_engine.files.output import Target
-from jql_engine.files.parts import find_leftovers
+from jql_engine.files.output import Target, explained
+from jql_engine.files.parts import Leftovers, find_leftovers
+from jql_engine.files.storage import Location, exists
 from jql_engine.job.apart import Child, CrashError
 from jql_engine.job.claim import Claim
 from jql_engine.job.plan import Unfinished, Work, tidy
@@ -50,12 +51,8 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
         work.claim.check()
         # Again: the workers of a killed run live on for a moment, in which this run had begun already.
         leftovers = find_leftovers(work.claim.out)
-        stale = [
-            target.parts / part.name
-            for target in ledger.done()
-            for part in leftovers.parts.get(target.file.source.relative.text, ())
-            if part.key == target.key
-        ]
+        with explained(work.claim.out, "looked at"):
+            stale = list(_useless_parts(ledger.done(), leftovers))
         tidy(work.claim.out, [target.file.source for target in work.targets], stale, leftovers)
     unfinished = [*work.unreadable, *ledger.failed.values()]
     # A run that was stopped has files that are neither done nor failed. Those that cannot be read are in the next
@@ -68,6 +65,18 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
     unfinished += work.listing.gone if work.listing else []
     unfinished += [Unfinished(str(log.file), log.failure)] if log.failure else []
     return Outcome(len(ledger.done()), unfinished)
+
+
+def _useless_parts(done: Sequence[Target], leftovers: Leftovers) -> Iterator[Location]:
+    """Parts of finished files, also those that a job which lost the folder wrote last.
+
+    Whoever takes the folder over removes a finished file before it writes parts of it: while that is there, parts that
+    were found before are nobody's.
+    """
+    for target in done:
+        parts = leftovers.parts.get(target.file.source.relative.text, ())
+        if parts and exists(target.final):
+            yield from (target.parts / part.name for part in parts)
 
 
 def _log(log: RunLog, done: ChunkDone, ledger: _Ledger, meter: Meter) -> None:

@@ -190,13 +190,15 @@ def _check_first(job: Job, sources: Sequence[SourceFile], look: Look, target_of:
 
 
 def _take(claim: Claim, job: Job, sources: Sequence[SourceFile]) -> Versions:
-    """Take the folder; with --overwrite returns the scores of `sources` that were there just before."""
+    """Take the folder; with --overwrite returns the scores of `sources` that are there, all of them of earlier jobs."""
     check_output(claim.out, job.inputs, sources)
+    claim.take(job.overwrite)
+    remove_stray(claim.out, key_of(claim.settings), job.overwrite)
     names = [source.relative for source in sources] if job.overwrite else []
     with explained(claim.out, "looked at"):
         found = in_threads(partial(_version_in, claim.out), names)
-    claim.take(job.overwrite)
-    remove_stray(claim.out, key_of(claim.settings), job.overwrite)
+    if job.overwrite:
+        claim.confirm()  # else there may be files of a later job among them
     return {name.text: version for name, version in zip(names, found, strict=True) if version is not None}
 
 
@@ -256,7 +258,7 @@ def _tasks_left(
 
 
 def _remove_earlier(targets: Sequence[Target], before: Versions) -> None:
-    """Remove the finished files that were there before this job took the folder, and are as they were."""
+    """Remove the finished files of earlier jobs; what is not as it was `before` is a later job's."""
 
     def remove(target: Target) -> None:
         with suppress(FileNotFoundError):
