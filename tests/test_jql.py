@@ -155,7 +155,7 @@ def test_an_encoder_is_exported_once_for_all_processes(encoders, head_files, tmp
     (encoder / "tokenizer_config.json").write_text('{"model_max_length": 96}')
     heads = {name: str(file) for name, file in head_files.items()}
     code = f"""
-from jql_engine.integrations.bundles import exported
+from jql_engine.integrations.export_cache import exported
 print(exported({str(encoder)!r}, {heads!r}))
 """
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -30,7 +30,8 @@ from tests.operators import OPERATORS
 from tests.test_packed import ON_THE_CPU
 
 # Of an element of an embedding. bf16 keeps 8 bits, and these encoders' weights are wide: measured was up to 5.7e-3.
-TOLERANCES = {np.float32: 1e-5, np.float16: 2e-3, bfloat16: 7e-3}
+# In bf16 one rounding more or less, as another number of threads makes it, moves a value by up to 8e-3.
+TOLERANCES = {np.float32: 1e-5, np.float16: 2e-3, bfloat16: 1e-2}
 PAD = 1
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_pooling = pytest.mark.parametrize("pooling", ["cls", "mean"])
