@@ -52,7 +52,7 @@ class JQLAnnotator(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
         variant: str | None = None,
         tolerance: float | None = None,
     ) -> None:
-        """`bundle` takes the place of model and heads; without it they are exported once, see integrations.export_cache.
+        """`bundle` takes the place of model and heads; without it they are exported once (integrations.export_cache).
 
         `device_overwrite`: "cpu", "cuda", "cuda:0" or "0"; without it the ranks spread over the GPUs, or use the CPU.
         `batch_size` can only make the buffer larger; `threads` are the CPU threads of one task; `variant` and
