@@ -14,15 +14,18 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 from benchmarks.table import Row
-from jql_engine.bundle import Bundle
+from jql_engine.bundle import READOUTS, Bundle
 from jql_engine.data import TokenBatch, score_column
 from jql_engine.job.finish import run
 from jql_engine.job.plan import Job, prepare
 from jql_engine.job.progress import Meter, RunLog
 from jql_engine.job.worker import Worker
+from jql_engine.readouts import Readouts
 from jql_engine.sessions.base import CHUNK_BYTES, Session
 from jql_engine.tokenizer import Tokenizer
-from jql_export.readouts.jql_head import StackedHeads
+from jql_export.readouts.base import Readout
+from jql_export.readouts.jql_head import jql_head
+from jql_export.tensors import Linear
 
 ORACLE = ("reference", "transformers, one at a time", "fp32")
 Run = Callable[[TokenBatch], np.ndarray | None]  # scores [N, H] in the order of the documents
@@ -48,17 +51,20 @@ def compare(row: Row, found: np.ndarray | None, expected: np.ndarray | None, hea
     row.spearman = dict(zip(heads, [round(rank, 6) for rank in ranks], strict=True))
 
 
-def stacked_heads(bundle: Bundle) -> StackedHeads:
-    """The bundle's heads."""
-    heads = load_file(bundle.path / "heads.safetensors")
-    return StackedHeads(*(heads[f"{layer}.{part}"] for layer in ("hidden", "output") for part in ("weight", "bias")))
+def heads_of(bundle: Bundle) -> list[Readout]:
+    """JQL's heads of a bundle, in their order, to write graphs with."""
+    tensors = load_file(bundle.path / READOUTS)
+
+    def layer(name: str) -> Linear:
+        return Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    heads = bundle.manifest.readouts
+    return [jql_head(head.name, layer(f"{head.name}.0"), layer(f"{head.name}.1"), head.sha256) for head in heads]
 
 
 def scored(bundle: Bundle, embeddings: np.ndarray) -> np.ndarray:
     """The bundle's heads in fp32."""
-    heads = stacked_heads(bundle)
-    hidden = np.maximum(embeddings @ heads.hidden_weight.T + heads.hidden_bias, 0)
-    return hidden @ heads.output_weight + heads.output_bias
+    return Readouts.of(bundle).score(embeddings)
 
 
 class EndToEnd:

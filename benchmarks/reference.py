@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from jql_engine.batching import plan
+from jql_engine.batching import plan_batches
 from jql_engine.data import Budget, TokenBatch
 from jql_export.reference import load_encoder
 
@@ -80,6 +80,6 @@ def write_modules(encoder: Path, folder: Path, pooling: str, max_tokens: int) ->
 def _batches(
     tokens: TokenBatch, budget: int, device: str
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor | None]]:
-    for batch in plan(tokens, Budget(budget, "padded")):
+    for batch in plan_batches(tokens, Budget(budget, "padded")):
         ids, mask = (torch.from_numpy(array).to(device) for array in batch.rectangle(pad_id=1))
         yield batch.rows, ids, mask if batch.n_padding else None

@@ -34,6 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
+from benchmarks.cases import heads_of
 from benchmarks.ceilings import onnx_product
 from benchmarks.table import Row, write_result
 from jql_engine.bundle import Bundle
@@ -41,7 +42,7 @@ from jql_engine.data import Scores
 from jql_engine.job.launch import rescore
 from jql_engine.job.plan import Job, prepare
 from jql_engine.job.progress import RunLog
-from jql_engine.job.rescore import PRODUCT_ROWS, Heads
+from jql_engine.readouts import BLOCK_ROWS
 from jql_engine.sessions.base import CHUNK_BYTES
 
 MILLION = 1_000_000
@@ -103,24 +104,25 @@ class Case:
 
 def _cases(path: Path, folder: Path, n_docs: int) -> list[Case]:
     bundle = Bundle.open(path)
-    heads = Heads.of(bundle)
-    width, hidden = heads.hidden_weight.shape
+    weight = np.concatenate([head.layers[0].linear.weight for head in heads_of(bundle)]).T
+    weight = np.ascontiguousarray(weight)
+    width, hidden = weight.shape
     n_heads = len(bundle.heads)
     words = f"{n_heads} heads, {hidden:,} hidden together, on {width}"
     _write_vectors(bundle, folder, n_docs)
     first, both = 2 * width * hidden, 2 * hidden * (width + n_heads)
-    x = _unit_vectors(np.random.default_rng(0), PRODUCT_ROWS, width).astype(np.float32)
-    out = np.empty((PRODUCT_ROWS, hidden), np.float32)
-    onnx = onnx_product(heads.hidden_weight)
+    x = _unit_vectors(np.random.default_rng(0), BLOCK_ROWS, width).astype(np.float32)
+    out = np.empty((BLOCK_ROWS, hidden), np.float32)
+    onnx = onnx_product(weight)
     products: list[tuple[str, Callable[[], object]]] = [
-        ("numpy", lambda: np.matmul(x, heads.hidden_weight, out=out)),
+        ("numpy", lambda: np.matmul(x, weight, out=out)),
         ("onnxruntime", lambda: onnx(x)),
     ]
     return [
         Case(Row("rescore", words, "fp32", n_docs, 0), words, both, lambda: _rescore(bundle, folder)),
         *(
             Case(
-                Row("ceiling", f"matrix product, {library}; {words}", "fp32", PRODUCT_ROWS * PRODUCTS, 0),
+                Row("ceiling", f"matrix product, {library}; {words}", "fp32", BLOCK_ROWS * PRODUCTS, 0),
                 words,
                 first,
                 lambda product=product: _repeated(product),

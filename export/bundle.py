@@ -15,14 +15,14 @@ import pyarrow as pa
 from jql_engine import probe_texts
 from jql_engine.bundle import (
     FORMAT,
-    HEADS,
     MANIFEST,
     PROBES,
+    READOUTS,
     Bundle,
     EncoderInfo,
     EngineKey,
-    HeadInfo,
     Manifest,
+    Pooling,
     TokenizerInfo,
     Variant,
     describe_file,
@@ -36,12 +36,11 @@ from jql_engine.sessions.certify import Tolerance, certify, write_probes
 from jql_engine.sessions.open import open_variant
 from jql_engine.tokenizer import Tokenizer, prove_fast
 from jql_export import probes
-from jql_export.graph.encoder import Pooling
 from jql_export.graphs import Encoder, read_sources, write_graphs
 from jql_export.hub import Checkpoint
 from jql_export.onnx_encoder import VARIANT as FOREIGN
 from jql_export.onnx_encoder import explained
-from jql_export.readouts.jql_head import HeadWeights, check_heads, stack, write_heads
+from jql_export.readouts.base import Readout, check_readouts, write_readouts
 from jql_export.reference import Reference
 from jql_export.settings import KNOWN_POOLING, check_texts, max_tokens_of, pooling_of
 from jql_export.tokenizer import write_tokenizer
@@ -51,7 +50,7 @@ from jql_export.variants import VARIANTS
 
 def export_bundle(
     checkpoint: Checkpoint,
-    heads: Sequence[HeadWeights] | None,
+    readouts: Sequence[Readout],
     out: Path,
     pooling: str | None = None,
     max_tokens: int | None = None,
@@ -64,7 +63,7 @@ def export_bundle(
 ) -> Bundle:
     """Fuse encoder and heads into one graph per variant, prove each against PyTorch, and write the bundle `out`.
 
-    `heads` None: a bundle that only embeds. `encoder_onnx`: an ONNX file of the same encoder, for the further variant
+    No `readouts`: a bundle that only embeds. `encoder_onnx`: an ONNX file of the same encoder, for the further variant
     foreign-fp32. `calibration`: documents for int8, by default the probe texts. `build` writes engines into the
     bundle and returns what they are, for the manifest. `report` is told what happens, one sentence a step. Raises an
     EngineError and leaves no bundle where anything is wrong: CheckpointError, HeadError, TokenizerError, ParityError,
@@ -76,18 +75,15 @@ def export_bundle(
     check_texts(checkpoint.directory)
     encoder = read_sources(checkpoint.directory, variants, encoder_onnx, report)
     limit = max_tokens_of(checkpoint.directory, encoder.shape.max_positions, max_tokens)
-    if heads is not None:
-        check_heads(heads, encoder.shape.hidden_size)
-    heads = heads or ()
+    check_readouts(readouts, encoder.shape.hidden_size)
     with _written_aside(out, overwrite) as folder:
         (folder / "graphs").mkdir()
-        stacked = stack(heads, encoder.shape.hidden_size)
-        write_heads(folder / HEADS, stacked)
+        write_readouts(folder / READOUTS, readouts)
         tokenizer = _write_tokenizer(folder, checkpoint, encoder.shape.pad_id, report)
-        draft = _manifest(checkpoint, encoder, heads, chosen_pooling, limit, tokenizer)
+        draft = _manifest(checkpoint, encoder, readouts, chosen_pooling, limit, tokenizer)
         texts = probe_texts.texts() if calibration is None else calibration
-        write_graphs(folder, draft, encoder, stacked, lambda: _encode(Bundle(folder, draft, ""), texts), report)
-        certified = _certify(Bundle(folder, draft, ""), checkpoint, heads, chosen_pooling, encoder_onnx, report)
+        write_graphs(folder, draft, encoder, readouts, lambda: _encode(Bundle(folder, draft, ""), texts), report)
+        certified = _certify(Bundle(folder, draft, ""), checkpoint, readouts, chosen_pooling, encoder_onnx, report)
         files = describe_files(folder)
         engines = dict(build(Bundle(folder, replace(draft, variants=certified, files=files), "")))
         files |= {name: describe_file(folder / name) for name in engines}
@@ -101,9 +97,9 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint, pad_id: int, report: 
     texts = probe_texts.texts()
     info = prove_fast(file, write_tokenizer(checkpoint.directory, file, pad_id), texts)
     if info.fast:
-        report(f"tokenizer: {info.fast} gives the oracle's ids on all {len(texts)} probe texts")
+        report(f"tokenizer: {info.fast}, which gives the ids of `tokenizers` on all {len(texts)} probe texts")
     else:
-        report("tokenizer: no fast tokenizer gives the oracle's ids on this vocabulary; the run will use `tokenizers`")
+        report("tokenizer: `tokenizers`; for this vocabulary tokie, which is faster, is not proven to be identical")
     return info
 
 
@@ -114,31 +110,37 @@ def _encode(draft: Bundle, texts: Sequence[str]) -> TokenBatch:
 def _certify(
     draft: Bundle,
     checkpoint: Checkpoint,
-    heads: Sequence[HeadWeights],
+    readouts: Sequence[Readout],
     pooling: Pooling,
     encoder_onnx: Path | None,
     report: Callable[[str], None],
 ) -> dict[str, Variant]:
     tokens = probes.token_batch(Tokenizer.of(draft))
     report(f"computing {len(tokens.rows)} probe documents, {len(tokens.ids):,} tokens, with PyTorch")
-    expected = Reference(checkpoint.directory, heads, pooling).run(tokens)
+    expected = Reference(checkpoint.directory, readouts, pooling).run(tokens)
     write_probes(draft.path / PROBES, tokens, expected)
     certified = dict(draft.manifest.variants)
     for name, variant in draft.manifest.variants.items():
         if variant.provider in ON_GPU:
-            report(f"parity of {name}: every GPU that opens it will certify it first, with {PROBES}")
+            report(f"{name} is written; every GPU that opens it certifies it first, with {PROBES}")
             continue
         with explained(encoder_onnx) if encoder_onnx and name == FOREIGN else nullcontext():
             figures = certify(open_variant(draft, name), tokens, expected, Tolerance(**variant.tolerance))
-        report(f"parity of {name}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+        report(f"{name} is certified: {_summary(figures, variant.tolerance)}")
         certified[name] = replace(variant, parity=figures)
     return certified
+
+
+def _summary(figures: Mapping[str, float], tolerance: Mapping[str, float]) -> str:
+    kind = "score" if "max_abs_score" in figures else "embedding"
+    found, allowed = figures[f"max_abs_{kind}"], tolerance[kind]
+    return f"{kind}s of {figures['documents']} documents within {found:.1e} of PyTorch, allowed are {allowed:.0e}"
 
 
 def _manifest(
     checkpoint: Checkpoint,
     encoder: Encoder,
-    heads: Sequence[HeadWeights],
+    readouts: Sequence[Readout],
     pooling: Pooling,
     max_tokens: int,
     tokenizer: TokenizerInfo,
@@ -156,13 +158,13 @@ def _manifest(
         unused_tensors=list(encoder.weights.unused_tensors) if encoder.weights else [],
     )
     return Manifest(
-        FORMAT,
-        info,
-        [HeadInfo(head.name, head.hidden_size, head.sha256, head.source, head.revision) for head in heads],
-        pooling,
-        max_tokens,
-        tokenizer,
-        {name: _variant(name) for name in encoder.variants},
+        format=FORMAT,
+        encoder=info,
+        readouts=[readout.info(pooling) for readout in readouts],
+        pooling=pooling,
+        max_tokens=max_tokens,
+        tokenizer=tokenizer,
+        variants={name: _variant(name) for name in encoder.variants},
         files={},
         created_with={name: version(name) for name in ("jql-engine", "torch", "transformers", "onnx", "tokenizers")},
     )

@@ -88,7 +88,7 @@ def export(
     def build(bundle: Bundle) -> dict[str, EngineKey]:
         return dict(build_ahead(bundle, TENSORRT, wanted, library or RTX, report) for wanted in compute_capability)
 
-    heads = [read_head(name, file) for name, file in pairs] or (None if no_heads else edu_heads(heads_revision))
+    heads = [read_head(name, file) for name, file in pairs] or ([] if no_heads else edu_heads(heads_revision))
     bundle = export_bundle(
         find_checkpoint(encoder, revision), heads, out, pooling, max_tokens,
         variant or ([] if encoder_onnx else ["cpu-fp32"]),
@@ -129,3 +129,7 @@ def main() -> None:
     except EngineError as error:
         print(f"jql-export: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

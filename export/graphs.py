@@ -13,11 +13,11 @@ from jql_engine.errors import BundleError, DeviceError
 from jql_engine.sessions.openvino import unavailable_reason
 from jql_export.families.base import EncoderSpec, EncoderWeights, read_config
 from jql_export.families.read import FAMILIES, read_encoder
-from jql_export.graph.encoder import Pooling, write_graph
+from jql_export.graph.encoder import write_graph
 from jql_export.onnx_encoder import VARIANT as FOREIGN
 from jql_export.onnx_encoder import ForeignEncoder, Shape, read_foreign, read_shape, write_foreign
 from jql_export.quantize import check_installed, quantize_int8
-from jql_export.readouts.jql_head import StackedHeads
+from jql_export.readouts.base import Readout
 from jql_export.variants import VARIANTS
 
 Report = Callable[[str], None]
@@ -64,12 +64,12 @@ def write_graphs(
     folder: Path,
     draft: Manifest,
     encoder: Encoder,
-    heads: StackedHeads,
+    readouts: Sequence[Readout],
     calibration: Callable[[], TokenBatch],
     report: Report,
 ) -> None:
     """Write every graph that the variants of `draft` name into `folder`; `calibration` is asked for int8 only."""
-    pooling: Pooling = "cls" if draft.pooling == "cls" else "mean"
+    pooling = draft.pooling
     for name, variant in draft.variants.items():
         file = folder / variant.graph
         if file.exists():
@@ -77,15 +77,15 @@ def write_graphs(
         report(f"writing graph {name}")
         if name == FOREIGN:
             assert encoder.foreign is not None
-            write_foreign(file, encoder.foreign, heads, pooling)
+            write_foreign(file, encoder.foreign, readouts, pooling, encoder.shape.hidden_size)
             continue
         assert encoder.weights is not None
         if variant.precision != "int8":
-            write_graph(file, encoder.weights, heads, pooling, VARIANTS[name].dialect())
+            write_graph(file, encoder.weights, readouts, pooling, VARIANTS[name].dialect())
             continue
         tokens = calibration()
         report(f"quantizing {name} on {len(tokens.rows)} documents, {len(tokens.ids):,} tokens")
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             whole = Path(aside, "whole.onnx")
-            write_graph(whole, encoder.weights, heads, pooling, VARIANTS[name].dialect())
+            write_graph(whole, encoder.weights, readouts, pooling, VARIANTS[name].dialect())
             quantize_int8(whole, file, tokens)

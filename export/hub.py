@@ -18,7 +18,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import CheckpointError, HeadError
 from jql_export.defaults import EDU_HEADS, EDU_REPOSITORY
-from jql_export.readouts.jql_head import HeadWeights, read_head
+from jql_export.readouts.base import Readout
+from jql_export.readouts.jql_head import read_head
 
 # What a snapshot from the hub needs; other formats of the same weights would only be downloaded for nothing.
 HUB_PATTERNS = ["*.json", "*/config.json", "model*.safetensors", "pytorch_model.bin"]
@@ -50,7 +51,7 @@ def find_checkpoint(encoder: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(directory, encoder, directory.name)
 
 
-def edu_heads(revision: str | None = None) -> list[HeadWeights]:
+def edu_heads(revision: str | None = None) -> list[Readout]:
     """The heads of EDU_REPOSITORY, all from one commit; raises HeadError or CheckpointError."""
     directory = fetch(EDU_REPOSITORY, revision, list(EDU_HEADS.values()))
     heads = []
@@ -106,7 +107,9 @@ def _explanation(repository: str, revision: str | None, error: Exception) -> str
         return f"{repository} has no revision {revision}"
     if isinstance(error, LocalEntryNotFoundError):
         cause = " ".join(str(error.__cause__ or "no answer").split())
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} gives nothing ({cause})"
+        why = (
+            "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached ({cause})"
+        )
         at = f" at revision {revision}" if revision else ""
         return f"{why}, and the cache {constants.HF_HUB_CACHE} does not hold all of {repository}{at}"
     reason = " ".join(str(error).split()) or type(error).__name__

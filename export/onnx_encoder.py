@@ -6,7 +6,7 @@ parity run against the checkpoint's PyTorch class decides whether it becomes a b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,12 @@ import onnx
 from onnx import TensorProto, compose, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from jql_engine.bundle import Pooling
 from jql_engine.errors import CheckpointError, EngineError
 from jql_export.families.base import read_config
-from jql_export.graph.encoder import EXTERNAL_BYTES, GraphInput, GraphWriter, Pooling, add_outputs, value_infos
-from jql_export.readouts.jql_head import StackedHeads
+from jql_export.graph.readouts import add_outputs, value_infos
+from jql_export.graph.writer import EXTERNAL_BYTES, GraphInput, GraphWriter
+from jql_export.readouts.base import Readout
 
 VARIANT = "foreign-fp32"
 INPUTS = ("input_ids", "attention_mask")
@@ -85,10 +87,12 @@ def read_foreign(file: Path, hidden_size: int) -> ForeignEncoder:
     return encoder
 
 
-def write_foreign(file: Path, encoder: ForeignEncoder, heads: StackedHeads, pooling: Pooling) -> None:
+def write_foreign(
+    file: Path, encoder: ForeignEncoder, readouts: Sequence[Readout], pooling: Pooling, hidden_size: int
+) -> None:
     """Write `file` (.onnx) and its weights beside it (.onnx.data), with the inputs and outputs of a padded variant.
 
-    Uses `encoder` up: its model is changed in place, since it may hold gigabytes.
+    Modifies encoder.model in place, since it may hold gigabytes.
     """
     g, graph = GraphWriter(), encoder.model.graph
     for value in _inputs(graph):
@@ -98,10 +102,10 @@ def write_foreign(file: Path, encoder: ForeignEncoder, heads: StackedHeads, pool
     pooled = PREFIX + encoder.output
     if not encoder.is_pooled:
         pooled = _pool(g, pooled, pooling)
-    add_outputs(g, pooled, _norm(g, pooled, encoder.opset), heads)
+    add_outputs(g, pooled, _norm(g, pooled, encoder.opset), readouts)
     del graph.node[:], graph.input[:], graph.output[:]
     graph.node.extend(g.nodes)
-    inputs, outputs = value_infos([GraphInput(name, ("B", "L")) for name in INPUTS], heads)
+    inputs, outputs = value_infos([GraphInput(name, ("B", "L")) for name in INPUTS], readouts, hidden_size)
     graph.input.extend(inputs)
     graph.output.extend(outputs)
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in g.weights.items())

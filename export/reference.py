@@ -10,7 +10,7 @@ without running their repository's code; for them the native class of the same a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,25 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoModel, GteConfig, GteModel, JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
 
+from jql_engine.bundle import Activation, Pooling
 from jql_engine.data import TokenBatch
 from jql_engine.errors import CheckpointError
 from jql_engine.sessions.certify import Expected
 from jql_export.families.base import read_config
 from jql_export.families.jina_v3 import LORA_TASK, is_jina_v3
-from jql_export.graph.encoder import Pooling
-from jql_export.readouts.jql_head import HeadWeights
+from jql_export.readouts.base import Readout
 from jql_export.tensors import open_tensors
+
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU}
 
 
 class Reference:
     """Encoder, pooling and heads in eager PyTorch."""
 
-    def __init__(self, directory: Path, heads: Sequence[HeadWeights], pooling: Pooling) -> None:
+    def __init__(self, directory: Path, heads: Sequence[Readout], pooling: Pooling) -> None:
         """Load the checkpoint; raises CheckpointError where transformers would leave a layer random."""
         self.encoder = load_encoder(directory)
-        self.heads = [_head(head) for head in heads]
+        self.heads = [head_module(head) for head in heads]
         self.pooling = pooling
 
     @torch.inference_mode()
@@ -56,17 +58,25 @@ class Reference:
 def load_encoder(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The checkpoint's transformers class, without remote code; raises CheckpointError for a random layer."""
     config = read_config(directory)
-    encoder: nn.Module
-    if config.get("model_type") == "new":
-        encoder = _load_new(directory, config, dtype)
-    elif is_jina_v3(config):
-        encoder = _load_jina_v3(directory, config, dtype)
-    else:
+    layout = "jina-embeddings-v3" if is_jina_v3(config) else config.get("model_type")
+    load = LOADERS.get(str(layout), _load_native)
+    encoder: nn.Module = load(directory, config, dtype)
+    return encoder.eval()
+
+
+def _load_native(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """What AutoModel has for the checkpoint."""
+    try:
         encoder, report = AutoModel.from_pretrained(
             directory, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
         )
-        _check(directory, report)
-    return encoder.eval()
+    except (ValueError, KeyError) as error:  # no class of that name, or one that its config does not fit
+        raise CheckpointError(
+            f"{directory}: transformers cannot load model_type {config.get('model_type')!r} without code of its "
+            f"repository, so there is no reference to certify a graph against ({str(error).splitlines()[0]})"
+        ) from error
+    _check(directory, report)
+    return encoder
 
 
 def _load_new(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -100,6 +110,13 @@ def _load_jina_v3(directory: Path, config: Mapping[str, Any], dtype: torch.dtype
             a, b = (factors[f"{layer}{inner}{key}"][task].to(dtype) for key in "AB")
             _adapt(model, layer, a, b, scale)
     return model
+
+
+# Of layouts that AutoModel cannot load, by model_type, which Jina's shares with XLM-R.
+LOADERS: dict[str, Callable[[Path, Mapping[str, Any], torch.dtype], Any]] = {
+    "new": _load_new,
+    "jina-embeddings-v3": _load_jina_v3,
+}
 
 
 def _adapt(model: nn.Module, layer: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
@@ -148,11 +165,16 @@ def _check(directory: Path, report: Mapping[str, Any]) -> None:
         )
 
 
-def _head(weights: HeadWeights) -> nn.Sequential:
-    layers = []
-    for linear in (weights.hidden, weights.output):
-        module = nn.Linear(linear.weight.shape[1], linear.weight.shape[0])
-        module.weight.data = torch.from_numpy(linear.weight)
-        module.bias.data = torch.from_numpy(linear.bias)
-        layers.append(module)
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1])
+def head_module(readout: Readout) -> nn.Sequential:
+    """The layers of `readout`, pooled vectors [B, D] to scores [B, outputs], fp32."""
+    modules: list[nn.Module] = []
+    for layer in readout.layers:
+        weight, bias = layer.linear.weight, layer.linear.bias
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        module.weight.data = torch.from_numpy(weight)
+        if bias is not None:
+            module.bias.data = torch.from_numpy(bias)
+        modules.append(module)
+        if layer.activation is not None:
+            modules.append(ACTIVATIONS[layer.activation]())
+    return nn.Sequential(*modules)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from jql_engine.bundle import Pooling
 from jql_engine.errors import CheckpointError, UnsafeNameError
 from jql_engine.names import RelativeName
 from jql_export.defaults import SNOWFLAKE
-from jql_export.graph.encoder import Pooling
 
 T = TypeVar("T", dict[str, Any], list[Any])
 

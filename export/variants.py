@@ -9,10 +9,11 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from jql_engine.data import Layout
+from jql_export.graph.cpu import CpuDialect
 from jql_export.graph.cuda_packed import CudaDialect
 from jql_export.graph.cuda_padded import PaddedCudaDialect
-from jql_export.graph.dialects import CpuDialect, StandardDialect
-from jql_export.graph.encoder import Dialect
+from jql_export.graph.dialect import Dialect
+from jql_export.graph.standard import StandardDialect
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from jql_engine.data import Batch, Budget, TokenBatch
 
 
-def plan(tokens: TokenBatch, budget: Budget) -> Iterator[Batch]:
+def plan_batches(tokens: TokenBatch, budget: Budget) -> Iterator[Batch]:
     """Yield batches that hold every document of `tokens` once.
 
     exact: documents of one length; padded: B * longest <= budget.tokens; packed: sum of lengths <= budget.tokens.

@@ -11,18 +11,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jql_engine.data import Layout
 from jql_engine.errors import BundleError, UnsafeNameError
 from jql_engine.fields import decode
 from jql_engine.names import RelativeName
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "bundle.json"
-HEADS = "heads.safetensors"
+READOUTS = "readouts.safetensors"
 PROBES = "probes.safetensors"
 TOKENIZER = "tokenizer.json"
+# Of `requires`: what a bundle may ask of its reader.
+FEATURES: frozenset[str] = frozenset()
+Pooling = Literal["cls", "mean"]
+Activation = Literal["relu", "tanh", "gelu", "silu", "sigmoid", "softmax"]
 MOST = 2**31 - 1  # of sizes and ids, which graphs and runtimes hold in 32 bits
 
 
@@ -44,17 +48,30 @@ class EncoderInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadInfo:
-    """One regression head."""
+class LayerInfo:
+    """One layer of a readout: activation(x weight^T + bias), normalized then where `norm_epsilon` is given."""
+
+    activation: Activation | None = None
+    norm_epsilon: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadoutInfo:
+    """What turns the encoder's output into scores: pooling, and layers one after another."""
 
     name: str
-    hidden_size: int
-    sha256: str
+    kind: str  # where its layout comes from: "jql-head", ...; no reader needs it
+    pooling: Pooling
+    normalize: bool  # the pooled vector is divided by its L2 norm first
+    layers: list[LayerInfo]
+    outputs: list[str]  # of the last layer: the score columns are score_<output>
+    sha256: str  # of the checkpoint
     source: str | None = None  # repository and file on the hub
     revision: str | None = None  # commit there
 
     def __post_init__(self) -> None:
-        _check_range(f"hidden_size of head {self.name!r}", self.hidden_size, 1)
+        if not self.layers or not self.outputs:
+            raise ValueError(f"readout {self.name!r} has {len(self.layers)} layers and {len(self.outputs)} outputs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,41 +128,42 @@ class Manifest:
 
     format: int
     encoder: EncoderInfo
-    heads: list[HeadInfo]
-    pooling: str
+    readouts: list[ReadoutInfo]
+    pooling: Pooling  # of the embedding, which is L2-normalized
     max_tokens: int
     tokenizer: TokenizerInfo
     variants: dict[str, Variant]
     files: dict[str, dict[str, Any]]
     created_with: dict[str, str]
     engines: dict[str, EngineKey] = field(default_factory=dict)
+    requires: list[str] = field(default_factory=list)  # features without which a reader would compute wrong scores
 
     def __post_init__(self) -> None:
         _check_range("format", self.format, 1)
         _check_range("max_tokens", self.max_tokens, 1 + len(self.tokenizer.prefix) + len(self.tokenizer.suffix))
         if not self.tokenizer.prefix + self.tokenizer.suffix:
             raise ValueError("tokenizer has no prefix and no suffix: an empty text would have no token to pool")
-        names = [head.name for head in self.heads]
-        if "" in names or len(set(names)) < len(names):
-            raise ValueError(f"heads are named {names}, expected one name each")
-        if self.pooling not in ("cls", "mean"):
-            raise ValueError(f"pooling is {self.pooling!r}, expected 'cls' or 'mean'")
+        for names in ([readout.name for readout in self.readouts], self.outputs):
+            if "" in names or len(set(names)) < len(names):
+                raise ValueError(f"readouts and their outputs are named {names}, expected a name for each")
         for name, file in self.files.items():
             if type(file.get("bytes")) is not int or type(file.get("sha256")) is not str:
                 raise ValueError(f"files.{name} is {file}, expected bytes, an integer, and sha256, a string")
 
+    @property
+    def outputs(self) -> list[str]:
+        """Of all readouts, in the order of the score columns."""
+        return [output for readout in self.readouts for output in readout.outputs]
+
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Manifest:
-        """Build from decoded JSON; ValueError names what is missing, too much, or of another type or range."""
+        """Build from decoded JSON; ValueError names what is missing, or of another type or range."""
         manifest: Manifest = decode(cls, fields, "manifest")
         return manifest
 
     def to_json(self) -> str:
         """The text of bundle.json."""
-        fields = asdict(self)
-        if not self.engines:
-            del fields["engines"]  # readers from before this field take such a bundle
-        return json.dumps(fields, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +204,8 @@ class Bundle:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Names of the heads, in the order of the score columns."""
-        return tuple(head.name for head in self.manifest.heads)
+        """Names of the scores, in the order of their columns: of a head with one output its own name."""
+        return tuple(self.manifest.outputs)
 
     @property
     def encoder_hash(self) -> str:
@@ -231,12 +249,14 @@ def _parse(path: Path, raw: bytes) -> Manifest:
     try:
         fields = json.loads(raw)
         version = fields.get("format", FORMAT) if isinstance(fields, dict) else FORMAT
-        if not isinstance(version, int) or version > FORMAT:
-            raise BundleError(
-                f"{path} has bundle format {version}; this jql-engine reads up to {FORMAT}: "
-                "update jql-engine, or export the bundle again with this version"
-            )
+        if version != FORMAT:
+            advice = "export the bundle again" if version == 1 else "update jql-engine, or export the bundle again"
+            raise BundleError(f"{path} has bundle format {version}; this jql-engine reads {FORMAT}: {advice}")
         manifest = Manifest.parse(fields)
+        if unknown := sorted(set(manifest.requires) - FEATURES):
+            raise BundleError(
+                f"{path} needs {', '.join(unknown)}, which this jql-engine does not know: update jql-engine"
+            )
         _check_names(path, manifest)
     except BundleError:
         raise
@@ -252,7 +272,13 @@ def _check_range(name: str, value: int, least: int) -> None:
 
 def _check_names(path: Path, manifest: Manifest) -> None:
     """Raise BundleError for a file outside of the bundle, and for one that is needed and not among the files."""
-    needed = [TOKENIZER, HEADS, PROBES, *(variant.graph for variant in manifest.variants.values()), *manifest.engines]
+    needed = [
+        TOKENIZER,
+        READOUTS,
+        PROBES,
+        *(variant.graph for variant in manifest.variants.values()),
+        *manifest.engines,
+    ]
     for name in [*manifest.files, *needed]:
         try:
             RelativeName(name)
@@ -284,9 +310,8 @@ def _read_manifest(path: Path) -> bytes:
     try:
         return (path / MANIFEST).read_bytes()
     except OSError as error:
-        raise BundleError(
-            f"{path} is no bundle: {MANIFEST} cannot be read ({error.strerror}); make one with jql-export"
-        ) from error
+        what = f"is no bundle: {MANIFEST} cannot be read ({error.strerror})" if path.exists() else "does not exist"
+        raise BundleError(f"{path} {what}; make a bundle with jql-export") from error
 
 
 def _check_size(path: Path, name: str, expected: Mapping[str, Any]) -> None:

@@ -14,8 +14,8 @@ LARGEST = sys.float_info.max
 def decode(kind: Any, value: Any, where: str) -> Any:
     """`value` as a `kind`: a dataclass, list[...], dict[str, ...], Literal, a union, or a type of JSON itself.
 
-    `where` names the value. Raises ValueError where a field is missing, unknown or of another type; a float may be
-    given as an integer, and is finite. What a dataclass raises of itself comes out as it is.
+    `where` names the value. Raises ValueError where a field is missing or of another type, and ignores unknown ones; a
+    float may be given as an integer, and is finite. What a dataclass raises of itself comes out as it is.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -42,13 +42,13 @@ def _dataclass(kind: Any, value: dict[str, Any], where: str) -> Any:
     required = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in required if name not in value]:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
-    if unknown := sorted(value.keys() - known.keys()):
-        raise ValueError(f"{where} has {', '.join(map(repr, unknown))}, expected {', '.join(known)}")
-    return kind(**{name: decode(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    given = {name: item for name, item in value.items() if name in known}  # others are of later versions
+    return kind(**{name: decode(hints[name], item, f"{where}.{name}") for name, item in given.items()})
 
 
 def _any_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     """Of a union its first member that fits; of a Literal the value itself."""
+    kinds = tuple(member for kind in kinds for member in (get_args(kind) if get_origin(kind) is Literal else [kind]))
     for kind in kinds:
         if isinstance(kind, type):
             if type(value) is kind or (kind is float and type(value) is int):

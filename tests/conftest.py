@@ -74,7 +74,8 @@ def write_encoder(folder: Path, family: str, **settings: object) -> Path:
     elif family == "bert":
         config = transformers.BertConfig(**{"max_position_embeddings": MAX_TOKENS, **shape})
         model = transformers.BertModel(config)
-    else:  # positions start at pad + 1
+    else:
+        assert family == "xlm-roberta", family  # positions start at pad + 1
         config = transformers.XLMRobertaConfig(**{"max_position_embeddings": MAX_TOKENS + 2, **shape})
         model = transformers.XLMRobertaModel(config)
     with torch.no_grad():

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jql_engine.bundle import MANIFEST, PROBES, Bundle, Manifest, Variant, describe_files
+from jql_engine.bundle import MANIFEST, PROBES, READOUTS, Bundle, Manifest, Pooling, Variant, describe_files
 from jql_export.families.base import EncoderWeights
 from jql_export.families.read import read_encoder
-from jql_export.graph.encoder import Pooling, write_graph
-from jql_export.readouts.jql_head import StackedHeads, write_heads
+from jql_export.graph.encoder import write_graph
+from jql_export.readouts.base import Readout, write_readouts
+from jql_export.readouts.jql_head import jql_head
+from jql_export.tensors import Linear
 from jql_export.variants import VARIANTS
 from tests.conftest import write_encoder, write_tokenizer
 
@@ -27,7 +29,7 @@ SNOWFLAKE = {
 def write_bundle(
     folder: Path,
     weights: EncoderWeights,
-    heads: StackedHeads,
+    heads: Sequence[Readout],
     pooling: Pooling,
     manifest: Manifest,
     variants: Sequence[str] = CUDA,
@@ -37,7 +39,7 @@ def write_bundle(
     kinds = {name: VARIANTS[name] for name in variants}
     for kind in kinds.values():
         write_graph(folder / "graphs" / kind.graph, weights, heads, pooling, kind.dialect())
-    write_heads(folder / "heads.safetensors", heads)
+    write_readouts(folder / READOUTS, heads)
     if not (folder / "tokenizer.json").exists():
         write_tokenizer(folder)
     if not (folder / PROBES).exists():
@@ -58,6 +60,9 @@ def write_snowflake(folder: Path, manifest: Manifest, variants: Sequence[str], n
     (folder / "bundle").mkdir()
     shutil.copy(checkpoint / "tokenizer.json", folder / "bundle")
     rng = np.random.default_rng(0)
-    hidden, output = rng.normal(0, 0.1, (1000, 768)), rng.normal(0, 0.1, (1000, 2))
-    heads = StackedHeads(*(x.astype(np.float32) for x in (hidden, np.zeros(1000), output, np.zeros(2))))
+    heads = [jql_head(name, _linear(rng, 1000, 768), _linear(rng, 1, 1000), "") for name in ("edu", "prose")]
     return write_bundle(folder / "bundle", weights, heads, "cls", replace(manifest, max_tokens=8192), variants)
+
+
+def _linear(rng: np.random.Generator, n_out: int, n_in: int) -> Linear:
+    return Linear(rng.normal(0, 0.1, (n_out, n_in)).astype(np.float32), np.zeros(n_out, np.float32))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jql_engine.batching import plan
+from jql_engine.batching import plan_batches
 from jql_engine.data import Batch, Budget, Layout, TokenBatch
 from jql_engine.errors import InputError
 
@@ -28,7 +28,7 @@ def documents(lengths: list[int]) -> TokenBatch:
 
 
 def batches_of(lengths: list[int], tokens: int, layout: Layout) -> list[Batch]:
-    return list(plan(documents(lengths), Budget(tokens, layout)))
+    return list(plan_batches(documents(lengths), Budget(tokens, layout)))
 
 
 def cost(batch: Batch, n_more: int = 0, longer: int = 0) -> int:
@@ -106,7 +106,7 @@ bucketed_plan = given(lengths=LENGTHS, tokens=TOKENS, buckets=BUCKETS)
 @bucketed_plan
 def test_a_bucketed_document_is_padded_to_the_smallest_bucket_that_holds_it(lengths, tokens, buckets):
     budget, seen = Budget(tokens, "padded", buckets), []
-    for batch in plan(documents(lengths), budget):
+    for batch in plan_batches(documents(lengths), budget):
         found = np.diff(batch.offsets).tolist()
         assert {min(bucket for bucket in buckets if bucket >= n) for n in found} == {batch.row_length}
         assert len(found) <= budget.max_docs(batch.row_length) and (cost(batch) <= tokens or len(found) == 1)
@@ -118,7 +118,7 @@ def test_a_bucketed_document_is_padded_to_the_smallest_bucket_that_holds_it(leng
 @bucketed_plan
 def test_only_the_last_batch_of_a_bucket_has_room(lengths, tokens, buckets):
     budget = Budget(tokens, "padded", buckets)
-    for batch, after in pairwise(plan(documents(lengths), budget)):
+    for batch, after in pairwise(plan_batches(documents(lengths), budget)):
         full = len(batch.rows) == budget.max_docs(batch.row_length)
         assert full or after.row_length < batch.row_length
 
@@ -126,13 +126,13 @@ def test_only_the_last_batch_of_a_bucket_has_room(lengths, tokens, buckets):
 @often
 @bucketed_plan
 def test_the_number_of_shapes_is_that_of_the_buckets(lengths, tokens, buckets):
-    shapes = {batch.row_length for batch in plan(documents(lengths), Budget(tokens, "padded", buckets))}
+    shapes = {batch.row_length for batch in plan_batches(documents(lengths), Budget(tokens, "padded", buckets))}
     assert shapes <= set(buckets)
 
 
 def test_a_document_longer_than_every_bucket_raises():
     with pytest.raises(InputError, match="has 33 tokens, the longest that this session was opened for has 32"):
-        next(plan(documents([5, 33, 7]), Budget(64, "padded", (8, 32))))
+        next(plan_batches(documents([5, 33, 7]), Budget(64, "padded", (8, 32))))
 
 
 @pytest.mark.parametrize("buckets", [(8, 8), (8, 4), (0, 4)])
@@ -142,7 +142,7 @@ def test_buckets_ascend(buckets):
 
 
 def test_a_part_of_a_batch_is_a_batch():
-    whole = next(plan(documents([3, 4, 5]), Budget(100, "padded")))
+    whole = next(plan_batches(documents([3, 4, 5]), Budget(100, "padded")))
     part = whole.part(1, 3, 8)
     assert (part.row_length, part.rows.tolist()) == (8, whole.rows[1:].tolist())
     ids, mask = part.rectangle(0)

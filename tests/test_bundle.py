@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from jql_engine.bundle import FORMAT, MANIFEST, PROBES, Bundle, EngineKey, Manifest, describe_files, sha256_of
+from jql_engine.bundle import FORMAT, MANIFEST, PROBES, READOUTS, Bundle, EngineKey, Manifest, describe_files, sha256_of
 from jql_engine.errors import BundleError
 
-FILES = ("graphs/cpu-fp32.onnx", "graphs/cpu-fp32.onnx.data", "heads.safetensors", PROBES, "tokenizer.json")
+FILES = ("graphs/cpu-fp32.onnx", "graphs/cpu-fp32.onnx.data", READOUTS, PROBES, "tokenizer.json")
 ENGINE = EngineKey("tensorrt-fp16", "ab" * 32, "tensorrt-rtx", "1.7", None, "8.0", "fp16", [[32, 512]])
 
 
@@ -127,7 +127,9 @@ def test_a_manifest_that_is_no_json_object_with_fields_is_damaged(copy, content)
     assert_refused(copy, MANIFEST, "is damaged")
 
 
-@pytest.mark.parametrize("field", [field for field in Manifest.__dataclass_fields__ if field != "engines"])
+@pytest.mark.parametrize(
+    "field", [field for field in Manifest.__dataclass_fields__ if field not in ("engines", "requires")]
+)
 def test_a_missing_field_is_named(copy, field):
     change_manifest(copy, lambda fields: fields.pop(field))
     assert_refused(copy, MANIFEST, "is damaged", field)
@@ -136,12 +138,11 @@ def test_a_missing_field_is_named(copy, field):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda fields: fields["heads"][0].pop("sha256"), "sha256"),
+        (lambda fields: fields["readouts"][0].pop("sha256"), "sha256"),
         (lambda fields: fields["encoder"].pop("revision"), "revision"),
         (lambda fields: fields["tokenizer"].pop("pad"), "pad"),
         (lambda fields: fields["variants"]["cpu-fp32"].pop("layout"), "layout"),
         (lambda fields: fields["files"]["tokenizer.json"].pop("sha256"), "sha256"),
-        (lambda fields: fields.update(color="red"), "color"),
         (lambda fields: fields.update(variants=None), "damaged"),
         (lambda fields: fields.update(files=None), "damaged"),
         (lambda fields: fields.update(max_tokens="8192"), "max_tokens is '8192', expected an integer"),
@@ -149,8 +150,14 @@ def test_a_missing_field_is_named(copy, field):
         (lambda fields: fields.update(max_tokens=2), "max_tokens is 2, expected 3 to"),
         (lambda fields: fields.update(max_tokens=2**40), "max_tokens is 1099511627776"),
         (lambda fields: fields.update(pooling="max"), "pooling is 'max', expected 'cls' or 'mean'"),
-        (lambda fields: fields["heads"][1].update(name="edu"), "['edu', 'edu'], expected one name each"),
-        (lambda fields: fields["heads"].append(None), "heads[2] is None, expected an object"),
+        (lambda fields: fields["readouts"][1].update(name="edu"), "['edu', 'edu'], expected a name for each"),
+        (lambda fields: fields["readouts"][1].update(outputs=["edu"]), "['edu', 'edu'], expected a name for each"),
+        (lambda fields: fields["readouts"][1].update(outputs=[]), "'prose' has 2 layers and 0 outputs"),
+        (lambda fields: fields["readouts"][0].update(layers=[]), "'edu' has 0 layers and 1 outputs"),
+        (lambda fields: fields["readouts"][0].update(pooling="last"), "readouts[0].pooling is 'last'"),
+        (lambda fields: layer_of(fields).update(activation="mish"), "activation is 'mish', expected 'relu' or"),
+        (lambda fields: layer_of(fields).update(norm_epsilon="0"), "norm_epsilon is '0', expected a finite"),
+        (lambda fields: fields["readouts"].append(None), "readouts[2] is None, expected an object"),
         (lambda fields: fields["encoder"].update(hidden_size=0), "encoder.hidden_size is 0"),
         (lambda fields: fields["tokenizer"].update(prefix=[-1]), "an id in tokenizer is -1"),
         (lambda fields: fields["tokenizer"].update(prefix=[0.0]), "tokenizer.prefix[0] is 0.0, expected an integer"),
@@ -173,12 +180,16 @@ def test_a_part_of_another_shape_is_damage(copy, change, named):
     assert_refused(copy, named)
 
 
+def layer_of(fields: dict[str, Any]) -> dict[str, Any]:
+    return fields["readouts"][0]["layers"][0]
+
+
 def variant_of(fields: dict[str, Any]) -> dict[str, Any]:
     return fields["variants"]["cpu-fp32"]
 
 
 def test_a_manifest_nested_without_end_is_damaged(copy):
-    (copy / MANIFEST).write_text('{"format": 1, "encoder": ' + "[" * 100_000)
+    (copy / MANIFEST).write_text(f'{{"format": {FORMAT}, "encoder": ' + "[" * 100_000)
     assert_refused(copy, MANIFEST, "is damaged")
 
 
@@ -187,8 +198,15 @@ def test_a_file_whose_name_no_file_can_have_is_an_error(copy):
     assert_refused(copy, "cannot be read: File name too long")
 
 
-def test_a_bundle_without_engines_does_not_speak_of_them(bundle):
-    assert bundle.manifest.engines == {} and "engines" not in json.loads(bundle.manifest.to_json())
+@pytest.mark.parametrize("place", [lambda fields: fields, lambda fields: fields["encoder"], layer_of])
+def test_a_field_of_a_later_version_is_ignored(bundle, copy, place):
+    change_manifest(copy, lambda fields: place(fields).update(color="red"))
+    assert Bundle.open(copy).manifest == bundle.manifest
+
+
+def test_a_feature_that_is_not_known_is_refused(copy):
+    change_manifest(copy, lambda fields: fields.update(requires=["smell", "taste"]))
+    assert_refused(copy, "needs smell, taste, which this jql-engine does not know")
 
 
 @pytest.mark.parametrize("name", ["graphs/other.onnx"])
@@ -238,9 +256,14 @@ def test_an_unknown_layout_is_named(copy):
 @pytest.mark.parametrize("version", [FORMAT + 1, "2"])
 def test_a_newer_format_is_refused_with_both_versions(copy, version):
     change_manifest(copy, lambda fields: fields.update(format=version))
-    assert_refused(copy, f"format {version}", f"up to {FORMAT}")
+    assert_refused(copy, f"format {version}", f"reads {FORMAT}")
+
+
+def test_the_format_from_before_the_first_release_is_refused(copy):
+    change_manifest(copy, lambda fields: fields.update(format=1))
+    assert_refused(copy, f"format 1; this jql-engine reads {FORMAT}: export the bundle again")
 
 
 def test_a_newer_format_is_refused_whatever_else_it_holds(copy):
     (copy / MANIFEST).write_text(json.dumps({"format": FORMAT + 1}))
-    assert_refused(copy, f"format {FORMAT + 1}", f"up to {FORMAT}")
+    assert_refused(copy, f"format {FORMAT + 1}", f"reads {FORMAT}", "update jql-engine")

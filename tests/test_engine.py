@@ -13,8 +13,8 @@ from jql_export.readouts.jql_head import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, POOLING, without_gpu
-from tests.files import OTHER_TOKIE, made_with_other_tokie
-from tests.test_dataset import not_utf8
+from tests.files.test_inputs import not_utf8
+from tests.inputs import OTHER_TOKIE, made_with_other_tokie
 
 TEXTS = [*probe_texts.SENTENCES, *probe_texts.ODDITIES]
 FP32 = TOLERANCES["fp32"]

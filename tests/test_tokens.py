@@ -22,7 +22,7 @@ from jql_engine.errors import TokenizerError
 from jql_engine.tokenizer import UNLIMITED, Tokenizer, with_proven_tokenizer
 from jql_engine.tokenizer_libraries import fast_encoder, fast_name, oracle_encoder, oracle_name, read_oracle
 from tests.conftest import SPECIALS
-from tests.files import OTHER_TOKIE, made_with_other_tokie
+from tests.inputs import OTHER_TOKIE, made_with_other_tokie
 
 LIMITS = (2, 3, 4, 7, 20, 96)
 # White space that XLM-R's normalizer turns into blanks is left out: the normalizer of this file changes nothing.

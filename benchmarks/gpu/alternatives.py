@@ -25,13 +25,13 @@ import numpy as np
 import typer
 from onnx import TensorProto
 
-from benchmarks.cases import stacked_heads
+from benchmarks.cases import heads_of
 from benchmarks.corpus import sample
 from benchmarks.figures import compare_finite
 from benchmarks.gpu.jql import reason
 from benchmarks.gpu.kernel import Resident, batches_of
 from benchmarks.table import GpuRow, print_rows, write_result
-from jql_engine.bundle import Bundle
+from jql_engine.bundle import Bundle, Pooling
 from jql_engine.data import TokenBatch
 from jql_engine.sessions.cuda import provider as onnxruntime_cuda
 from jql_engine.sessions.gpu import Gpu
@@ -39,8 +39,9 @@ from jql_engine.tokenizer import Tokenizer
 from jql_export.families.base import EncoderSpec, EncoderWeights, LayerWeights
 from jql_export.families.read import read_encoder
 from jql_export.graph.cuda_packed import CudaDialect, first_rows, rotated, stacked
-from jql_export.graph.dialects import MICROSOFT
-from jql_export.graph.encoder import Dialect, FloatType, GraphWriter, Pooling, write_graph
+from jql_export.graph.dialect import MICROSOFT, Dialect
+from jql_export.graph.encoder import write_graph
+from jql_export.graph.writer import FloatType, GraphWriter
 from jql_export.tensors import Linear, Norm
 
 BUDGETS = (16_384, 32_768, 65_536)
@@ -284,7 +285,7 @@ def write_alternatives(
             print(f"{name}: {error}")
             continue
         file = folder / f"{number}.onnx"
-        write_graph(file, weights, stacked_heads(bundle), pooling, alternative.dialect(dtype))
+        write_graph(file, weights, heads_of(bundle), pooling, alternative.dialect(dtype))
         yield name, file
 
 

@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AttentionInterface
 
+from benchmarks.cases import heads_of
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, TokenBatch
-from jql_export.reference import load_encoder
+from jql_export.reference import head_module, load_encoder
 
 ATTENTION = "jql_varlen"
 # After these errors nothing runs on the GPU any more, in this process.
@@ -86,20 +86,17 @@ class JqlPipeline:
 
 
 class Heads:
-    """The heads of a bundle, all in one product."""
+    """The heads of a bundle, one after the other."""
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype, device: str) -> None:
         """Load in `dtype` on `device`."""
-        weights = load_file(bundle.path / "heads.safetensors")
-        self._weights = {name: weight.to(device, dtype) for name, weight in weights.items()}
+        self._heads = [head_module(head).to(device, dtype) for head in heads_of(bundle)]
 
     @torch.inference_mode()
     def __call__(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Scores [N, H] of embeddings [N, D]."""
-        w = self._weights
-        embeddings = embeddings.to(w["hidden.weight"])
-        hidden = nn.functional.linear(embeddings, w["hidden.weight"], w["hidden.bias"]).relu()
-        return hidden @ w["output.weight"] + w["output.bias"]
+        embeddings = embeddings.to(next(self._heads[0].parameters()))
+        return torch.cat([head(embeddings) for head in self._heads], dim=1)
 
 
 def varlen_attention(

@@ -9,9 +9,9 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.gpu.profile import feeds_of
-from jql_engine.batching import plan
+from jql_engine.batching import plan_batches
 from jql_engine.data import Batch, Budget, Layout, TokenBatch
-from jql_engine.sessions.cuda.buffers import Capacity, halves
+from jql_engine.sessions.cuda.capacity import Capacity, halves
 
 
 class Resident:
@@ -58,7 +58,7 @@ class Resident:
 def batches_of(tokens: TokenBatch, budget: int, max_tokens: int, layout: Layout = "packed") -> list[Batch]:
     """What a session of `budget` tokens computes of the documents, from the longest on."""
     capacity = Capacity.of(budget, max_tokens, layout)
-    return [part for batch in plan(tokens, Budget(budget, layout)) for part in divided(batch, capacity)]
+    return [part for batch in plan_batches(tokens, Budget(budget, layout)) for part in divided(batch, capacity)]
 
 
 def divided(batch: Batch, capacity: Capacity) -> Iterator[Batch]:

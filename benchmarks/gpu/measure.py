@@ -45,13 +45,13 @@ from benchmarks.gpu.nvidia import gpu_ceilings
 from benchmarks.gpu.profile import padding_of, profile
 from benchmarks.reference import SentenceEncoder, TransformersEncoder
 from benchmarks.table import GpuRow, print_ops
-from jql_engine.batching import plan
+from jql_engine.batching import plan_batches
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, ScoreBatch, TokenBatch
 from jql_engine.sessions.base import CHUNK_BYTES, Session, execute
 from jql_engine.sessions.cuda import provider as onnxruntime_cuda
 from jql_engine.sessions.cuda import session as cuda
-from jql_engine.sessions.cuda.buffers import MAX_BATCH_TOKENS, token_budget
+from jql_engine.sessions.cuda.capacity import MAX_BATCH_TOKENS, token_budget
 from jql_engine.sessions.gpu import Gpu
 from jql_engine.sessions.open import open_variant
 from jql_engine.sessions.select import runnable
@@ -325,7 +325,7 @@ def _batches(sample: Sample, variant: str, budget: int) -> list[Batch]:
 
 
 def _within_session(session: Session, sample: Sample) -> Run:
-    batches = list(plan(sample.tokens, session.budget))
+    batches = list(plan_batches(sample.tokens, session.budget))
 
     def run(tokens: TokenBatch) -> None:
         for batch in batches[:2] if len(tokens.rows) < len(sample.texts) else batches:

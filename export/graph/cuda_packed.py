@@ -23,8 +23,8 @@ from onnx import TensorProto
 
 from jql_engine.data import Layout
 from jql_export.families.base import EncoderSpec, LayerWeights
-from jql_export.graph.dialects import MICROSOFT, FusedDialect, rope_caches
-from jql_export.graph.encoder import FloatType, GraphInput, GraphWriter
+from jql_export.graph.dialect import MICROSOFT, FusedDialect, rope_caches
+from jql_export.graph.writer import FloatType, GraphInput, GraphWriter
 from jql_export.tensors import Linear
 
 # Widths of each half for which BiasSplitGelu has a kernel.

@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from jql_engine.data import Layout
 from jql_export.families.base import EncoderSpec, LayerWeights
-from jql_export.graph.dialects import (
+from jql_export.graph.dialect import (
     ATTENTION_MASK,
     INPUT_IDS,
     MICROSOFT,
@@ -21,7 +21,7 @@ from jql_export.graph.dialects import (
     project_and_rotate,
     rope_caches,
 )
-from jql_export.graph.encoder import FloatType, GraphInput, GraphWriter
+from jql_export.graph.writer import FloatType, GraphInput, GraphWriter
 
 
 class PaddedCudaDialect(FusedDialect):

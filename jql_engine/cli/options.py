@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -52,6 +53,9 @@ Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Worker processes on the CPU; a GPU has one each.", rich_help_panel=DEVICE),
 ]
+Version = Annotated[
+    bool, typer.Option("--version", callback=lambda wanted: _version(wanted), is_eager=True, help="Print the version.")
+]
 Metrics = Annotated[
     Path | None, typer.Option(help="Append a line of JSON for each chunk to this file.", rich_help_panel=JOB)
 ]
@@ -62,12 +66,18 @@ def command() -> typer.Typer:
     return typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(version("jql-engine"))  # noqa: T201
+        raise typer.Exit
+
+
 def check_rank(rank: int | None, world_size: int | None) -> None:
     """Raise BadParameter for one option without the other, and for a rank that does not exist."""
     if (rank is None) != (world_size is None):
-        raise typer.BadParameter("and --world-size go together", param_hint="--rank")
+        raise typer.BadParameter("give --rank and --world-size together", param_hint="--rank")
     if rank is not None and world_size is not None and not 0 <= rank < world_size:
-        raise typer.BadParameter("counts from 0 and is less than --world-size", param_hint="--rank")
+        raise typer.BadParameter("it counts from 0 and is less than --world-size", param_hint="--rank")
 
 
 def finish(summary: Mapping[str, Any]) -> NoReturn:

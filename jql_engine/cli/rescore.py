@@ -24,6 +24,7 @@ def rescore(
     rank: options.Rank = None,
     world_size: options.WorldSize = None,
     metrics: options.Metrics = None,
+    version: options.Version = False,  # noqa: ARG001
 ) -> None:
     """Apply the heads of a bundle with the same encoder to stored vectors: new scores without the encoder."""
     from jql_engine.bundle import Bundle

@@ -32,7 +32,10 @@ def run(
     out: options.Out = None,
     output: Annotated[
         Literal["sidecar", "append"],
-        typer.Option(help="Scores alone, or beside all columns of the source.", rich_help_panel=OUTPUT),
+        typer.Option(
+            help="sidecar: files of scores alone; append: all columns of the source and the scores.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = "sidecar",
     embeddings: Annotated[
         Literal["fp16", "fp32"] | None,
@@ -44,13 +47,16 @@ def run(
     ] = "auto",
     variant: Annotated[
         str | None,
-        typer.Option(help="Graph of the bundle; by default the fastest within --tolerance.", rich_help_panel=DEVICE),
+        typer.Option(
+            help="Graph of the bundle; by default that expected to be fastest within --tolerance.",
+            rich_help_panel=DEVICE,
+        ),
     ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Most that a graph's scores may differ by from the fp32 reference; 0.02 by default.",
+            help="Most that a graph's scores may differ by from the fp32 reference.  [default: 0.02]",
             rich_help_panel=DEVICE,
         ),
     ] = None,
@@ -61,7 +67,11 @@ def run(
     ] = None,
     no_build: Annotated[
         bool,
-        typer.Option("--no-build", help="An engine that is not there already is an error.", rich_help_panel=TENSORRT),
+        typer.Option(
+            "--no-build",
+            help="Never build a TensorRT engine: one that is missing is an error.",
+            rich_help_panel=TENSORRT,
+        ),
     ] = False,
     engine_cache: Annotated[
         Path | None,
@@ -87,6 +97,7 @@ def run(
     price_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Price of this machine, for --estimate.", rich_help_panel=JOB)
     ] = None,
+    version: options.Version = False,  # noqa: ARG001
 ) -> None:
     """Score the documents of files: one row out for each row in, in the same order."""
     from jql_engine.bundle import Bundle
@@ -103,7 +114,7 @@ def run(
     if out is None and not estimate:
         raise typer.BadParameter("give the folder of the score files", param_hint="--out")
     if price_per_hour is not None and not estimate:
-        raise typer.BadParameter("has a use with --estimate alone", param_hint="--price-per-hour")
+        raise typer.BadParameter("it is for --estimate", param_hint="--price-per-hour")
     options.check_rank(rank, world_size)
     set_retries(RetryPolicy(retry_minutes))
     job = Job(

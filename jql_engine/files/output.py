@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,9 @@ METADATA_KEY = b"jql_engine"
 GROUP_ROWS = 100_000
 GROUP_BYTES = 64 << 20
 Kind: TypeAlias = Literal["sidecar", "append", "rescored"]
+# Settings that are options of the commands; the others follow from the bundle, the source and what is installed.
+OPTIONS = ("chunk_rows", "embeddings", "id_column", "limit", "output", "text_column", "variant")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +225,14 @@ def settings_of(shared: Settings, source: SourceFile, limit: int | None = None) 
     return {**shared, "source_bytes": source.size, "source_version": source.version, "limit": limit}
 
 
+def shown(key: str, value: object) -> str:
+    """A setting as a user knows it: an option where it is one, a hash as its first digits."""
+    if key in OPTIONS:
+        option = f"--{key.replace('_', '-')}"
+        return f"no {option}" if value is None else f"{option} {value}"
+    return f"{key} {value[:12]}" if isinstance(value, str) and SHA256.fullmatch(value) else f"{key} {value!r}"
+
+
 def is_finished(target: Location, settings: Settings) -> bool:
     """True if `target` is the complete output of this very job; raises OutputError if it is another's."""
     with explained(target, "looked for"):
@@ -240,8 +252,8 @@ def check_settings(target: Location, settings: Settings) -> None:
     if different := [key for key in {**settings, **found} if found.get(key) != settings.get(key)]:
         key = different[0]
         raise OutputError(
-            f"{target} exists and was computed with other settings: {key} was {found.get(key)!r}, is now "
-            f"{settings.get(key)!r}; choose another --out, or give --overwrite"
+            f"{target} exists and was computed with other settings: {shown(key, found.get(key))} then, "
+            f"{shown(key, settings.get(key))} now; choose another --out, or give --overwrite"
         )
 
 

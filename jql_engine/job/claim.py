@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from jql_engine.errors import OutputError
-from jql_engine.files.output import explained
+from jql_engine.files.output import explained, shown
 from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, find_leftovers, key_of
 from jql_engine.files.storage import Location, exists, read_file, remove_empty_folders, remove_file, write
 from jql_engine.names import RelativeName
@@ -111,7 +111,7 @@ class Claim:
             return
         key = different[0]
         raise OutputError(
-            f"{self.out} belongs to a job with other settings that is under way, or was stopped: {key} is "
-            f"{other.get(key)!r} there, {self.settings.get(key)!r} here; finish that job with its own command, choose "
-            "another --out, or start over with --overwrite"
+            f"{self.out} belongs to a job with other settings that is under way, or was stopped: "
+            f"{shown(key, other.get(key))} there, {shown(key, self.settings.get(key))} here; finish that job with its "
+            "own command, choose another --out, or start over with --overwrite"
         )

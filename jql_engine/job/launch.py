@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 from jql_engine.bundle import Bundle
@@ -121,11 +122,15 @@ def _run(
     finally:
         work.release()
     meter.close()
+    meter.say(_end(job, outcome, meter))
     return _summary(job, outcome, work, meter, bundle)
 
 
 def _beginning(job: Job, bundle: Bundle, on: str, work: Work) -> str:
-    finished = f", {work.n_finished:,} files are finished already" if work.n_finished else ""
+    left = work.n_docs
+    begun = sum(target.file.n_rows for target in work.targets) - left
+    kept = f"; {begun:,} of their documents are scored already" if begun and job.limit is None else ""
+    finished = f"; {work.n_finished:,} files are finished already" if work.n_finished else ""
     rank = f"; rank {job.rank.rank} of {job.rank.world_size} ({job.rank.said_by})" if job.rank.world_size > 1 else ""
     new = ""
     if work.listing is not None and work.listing.n_new:
@@ -134,9 +139,15 @@ def _beginning(job: Job, bundle: Bundle, on: str, work: Work) -> str:
             "they are through"
         )
     return (
-        f"{work.n_docs:,} documents in {len(work.targets):,} files{finished}; {on}, heads "
+        f"{left:,} documents in {len(work.targets):,} files{kept}{finished}; {on}, heads "
         f"{', '.join(bundle.heads)}{rank}{new}"
     )
+
+
+def _end(job: Job, outcome: Outcome, meter: Meter) -> str:
+    took = timedelta(seconds=round(meter.seconds))
+    unfinished = f"; {len(outcome.unfinished):,} files are unfinished, see the summary" if outcome.unfinished else ""
+    return f"{meter.documents:,} documents scored in {took}, {outcome.n_files:,} files written to {job.out}{unfinished}"
 
 
 def _summary(job: Job, outcome: Outcome, work: Work, meter: Meter, bundle: Bundle) -> dict[str, Any]:

@@ -146,7 +146,9 @@ def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
         check_names(file, scores, job.output)
         return Target(out, file, scores, job.output, settings)
 
-    look = partial(_look, job.text_column, job.id_column, None if job.overwrite or job.limit else settings, out)
+    look = partial(
+        _describe_unfinished, job.text_column, job.id_column, None if job.overwrite or job.limit else settings, out
+    )
     return plan(job, Claim(out, {**settings, "limit": job.limit}), look, target_of, chunk_bytes)
 
 
@@ -290,7 +292,7 @@ class _Seen:
 def open_inputs(job: Job) -> tuple[list[InputFile], list[Unfinished]]:
     """The files of `job` that can be read, and those that cannot; raises InputError."""
     listed = find_files(job.inputs)
-    look = partial(_look, job.text_column, job.id_column, None, None)
+    look = partial(_describe_unfinished, job.text_column, job.id_column, None, None)
     with Child() as child:
         seen = _look_into(job, child, listed.files if job.limit else share(listed.files, job.rank), look)
     return seen.files, [*(Unfinished(one.file, one.reason) for one in listed.refused), *seen.unreadable]
@@ -326,7 +328,7 @@ def _look_into(job: Job, child: Child, sources: Sequence[SourceFile], look: Look
     return _Seen(_with_shared_schemas(files), finished, unreadable)
 
 
-def _look(
+def _describe_unfinished(
     text_column: str, id_column: str | None, settings: Settings | None, out: Location | None, source: SourceFile
 ) -> InputFile | UnreadableError | None:
     """What is in a file; None where its scores, with `settings`, are finished."""

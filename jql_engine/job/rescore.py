@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
-from jql_engine.bundle import HEADS, Bundle
+from jql_engine.bundle import Bundle
 from jql_engine.data import EMBEDDING, score_column
-from jql_engine.errors import BundleError, InputError, UnreadableError
+from jql_engine.errors import InputError, UnreadableError
 from jql_engine.files.chunks import ChunkDone, ChunkEnd, Failure, Segment, StageSeconds, Task
 from jql_engine.files.dictionaries import encode, is_text
 from jql_engine.files.formats import unreadable
@@ -28,61 +27,31 @@ from jql_engine.files.storage import Location, locate, open_parquet, retry
 from jql_engine.job.claim import Claim
 from jql_engine.job.pipeline import StageTime, pipeline
 from jql_engine.job.plan import Job, Work, plan
+from jql_engine.readouts import Readouts
 
 STAGES = ("read", "execute", "write")
-PRODUCT_ROWS = 4_096  # vectors in one product: what lies between its two halves is [PRODUCT_ROWS, K]
 # Of one chunk. All columns count: those of an appended output are copied.
 CHUNK_ROWS = 100_000
 CHUNK_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """All heads of a bundle, stacked: relu(e hidden_weight^T + hidden_bias) output_weight + output_bias."""
-
-    names: tuple[str, ...]  # [H]
-    hidden_weight: NDArray[np.float32]  # [D, K]
-    hidden_bias: NDArray[np.float32]  # [K]
-    output_weight: NDArray[np.float32]  # [K, H]
-    output_bias: NDArray[np.float32]  # [H]
-
-    @classmethod
-    def of(cls, bundle: Bundle) -> Heads:
-        """The heads of heads.safetensors."""
-        tensors = load_file(bundle.path / HEADS)
-        hidden = np.ascontiguousarray(tensors["hidden.weight"].T)
-        return cls(bundle.heads, hidden, tensors["hidden.bias"], tensors["output.weight"], tensors["output.bias"])
-
-    def score(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scores [n, H] of `embeddings` [n, D]."""
-        scores = np.empty((len(embeddings), len(self.output_bias)), np.float32)
-        hidden = np.empty((min(PRODUCT_ROWS, len(embeddings)), len(self.hidden_bias)), np.float32)
-        for start in range(0, len(embeddings), PRODUCT_ROWS):
-            part = embeddings[start : start + PRODUCT_ROWS]
-            between = np.matmul(part, self.hidden_weight, out=hidden[: len(part)])
-            between += self.hidden_bias
-            np.maximum(between, 0, out=between)
-            np.matmul(between, self.output_weight, out=scores[start : start + PRODUCT_ROWS])
-        scores += self.output_bias
-        return scores
 
 
 def prepare_rescoring(job: Job, bundle: Bundle) -> Work:
     """Find and check the files of vectors and the output folder, and claim it, before anything is computed.
 
     Vectors are not copied. Raises InputError where no file holds vectors of the bundle's encoder, or a new head has the
-    name of a column; BundleError where the bundle has no heads; OutputError.
+    name of a column; BundleError where the bundle has no heads, or one that reads something else; OutputError.
     """
-    if not bundle.heads:
-        raise BundleError(f"{bundle.path} has no heads to apply; give a bundle of the same encoder with heads")
+    Readouts.of(bundle)
     out = locate(job.out)
     claim = Claim(out, {"rescored": True, "bundle": bundle.hash, "heads": list(bundle.heads)})
     target_of = partial(_target, out, bundle)
-    look = partial(_look, bundle, None if job.overwrite else out)
+    look = partial(_describe_unfinished, bundle, None if job.overwrite else out)
     return plan(replace(job, chunk_rows=CHUNK_ROWS), claim, look, target_of, CHUNK_BYTES)
 
 
-def _look(bundle: Bundle, out: Location | None, source: SourceFile) -> InputFile | UnreadableError | None:
+def _describe_unfinished(
+    bundle: Bundle, out: Location | None, source: SourceFile
+) -> InputFile | UnreadableError | None:
     """What is in a file of vectors; None where the scores in `out` are finished."""
     try:
         with unreadable(f"{source.location} cannot be read", f"{source.location} is not a complete parquet file"):
@@ -170,14 +139,14 @@ class Rescoring:
     ) -> Callable[[Iterable[Task]], Generator[ChunkDone]]:
         """Load the heads; see jql_engine.job.pool.Spec."""
         self.bundle.check_still_there()
-        return Rescorer(Heads.of(self.bundle), targets, self.claim, stop, executed).run
+        return Rescorer(Readouts.of(self.bundle), targets, self.claim, stop, executed).run
 
 
 @dataclass(frozen=True, slots=True)
 class Rescorer:
     """Tasks in, committed chunks out: read | execute | write, each in its thread."""
 
-    heads: Heads
+    readouts: Readouts
     targets: Mapping[int, Target]  # by the number of the file; may change while tasks come
     claim: Claim
     stop: threading.Event
@@ -188,11 +157,13 @@ class Rescorer:
         clocks = [StageTime(name) for name in STAGES]
         steps = (self._read, self._execute, self._write)
         lap = dict.fromkeys(STAGES, StageSeconds(0, 0, 0))
-        for end, n_docs in pipeline(tasks, list(zip(clocks, steps, strict=True))):
+        for end, n_docs, n_null in pipeline(tasks, list(zip(clocks, steps, strict=True))):
             now = {clock.name: clock.seconds() for clock in clocks}
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             stages = {name: now[name] - lap[name] for name in STAGES}
-            yield ChunkDone(end.task, end.failures, documents=n_docs, memory_bytes=memory, stages=stages)
+            yield ChunkDone(
+                end.task, end.failures, documents=n_docs, null_documents=n_null, memory_bytes=memory, stages=stages
+            )
             lap = now
 
     def _read(self, tasks: Iterator[Task]) -> Iterator[tuple[Segment, pa.RecordBatch] | ChunkEnd]:
@@ -225,20 +196,21 @@ class Rescorer:
     def _rescored(self, columns: pa.Schema, batch: pa.RecordBatch) -> pa.Table:
         vectors = batch.column(EMBEDDING)
         null = vectors.is_null().to_numpy(zero_copy_only=False)
-        scores = self.heads.score(_matrix(vectors, null))
+        scores = self.readouts.score(_matrix(vectors, null))
         # Texts of an appended output as distinct values, until they are written.
         by_name = {name: _kept(batch.column(name)) for name in batch.schema.names}
-        for i, head in enumerate(self.heads.names):
+        for i, head in enumerate(self.readouts.outputs):
             by_name[score_column(head)] = pa.array(np.ascontiguousarray(scores[:, i]), mask=null)
         return pa.table({name: by_name[name] for name in columns.names})
 
-    def _write(self, items: Iterator[tuple[Segment, pa.Table] | ChunkEnd]) -> Iterator[tuple[ChunkEnd, int]]:
+    def _write(self, items: Iterator[tuple[Segment, pa.Table] | ChunkEnd]) -> Iterator[tuple[ChunkEnd, int, int]]:
         tables: dict[Segment, list[pa.Table]] = {}
         for item in items:
             if not isinstance(item, ChunkEnd):
                 tables.setdefault(item[0], []).append(item[1])
                 continue
             failures, n_docs = {failure.segment: failure for failure in item.failures}, 0
+            n_null = 0
             for segment in item.task.chunk.segments:
                 if segment in failures:
                     continue
@@ -248,10 +220,11 @@ class Rescorer:
                 try:
                     target.commit(segment, pa.concat_tables(found), None)
                     n_docs += segment.stop - segment.start
+                    n_null += sum(table["n_tokens"].null_count for table in found)
                 except InputError as error:
                     failures[segment] = Failure(segment, str(error))
             tables = {}
-            yield replace(item, failures=tuple(failures.values())), n_docs
+            yield replace(item, failures=tuple(failures.values())), n_docs, n_null
 
 
 def _kept(column: pa.Array) -> pa.Array:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from jql_engine.batching import plan
+from jql_engine.batching import plan_batches
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
 from jql_engine.errors import DeviceError
@@ -84,7 +84,7 @@ AHEAD = 2  # batches queued besides those under way: neighbors differ in size, a
 
 def execute(session: Session, tokens: TokenBatch, budget: Budget | None = None) -> Iterator[tuple[Batch, BatchOutput]]:
     """Yield every batch of `tokens`, planned under `budget` (None: the session's own), with what it computes to."""
-    batches = plan(tokens, budget or session.budget)
+    batches = plan_batches(tokens, budget or session.budget)
     if session.n_parallel == 1:
         for batch in batches:
             yield batch, session.run(batch)

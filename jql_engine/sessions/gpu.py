@@ -17,7 +17,7 @@ from jql_engine.errors import DeviceError
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """The same room on the host, page-locked so that copies run beside the GPU's work, and on the GPU."""
+    """The same room on the host, pinned (page-locked) so that copies run beside the GPU's work, and on the GPU."""
 
     host: NDArray[np.uint8]  # [bytes]
     device: int  # address

@@ -9,7 +9,7 @@ from jql_engine.bundle import Bundle
 from jql_engine.errors import ParityError
 from jql_engine.sessions.base import DEFAULTS, ON_GPU, Fallback, Session, SessionOptions, check_options
 from jql_engine.sessions.certify import Tolerance, certify, read_probes, short_probes
-from jql_engine.sessions.cuda.buffers import OutOfMemoryError
+from jql_engine.sessions.cuda.capacity import OutOfMemoryError
 from jql_engine.sessions.select import Choice, runnable
 
 
@@ -23,16 +23,15 @@ def open_session(
     """Load the graph of `choice` on `device`, and certify it before its first batch.
 
     On a GPU, which export did not have, with all probe documents, and likewise the graph for documents that overflow
-    there; of OpenVINO, which was once seen to compute something else in one session than in the next, with the short
-    ones.
+    there; on a CPU, which may be another than export's, with the short ones.
 
     Raises ParityError where this machine computes something else than the reference, and what `open_variant` raises.
     """
     info = bundle.manifest.variants[choice.variant]
     session = open_variant(bundle, choice.variant, device, options, report)
-    if info.provider == "openvino":
+    if info.provider not in ON_GPU:
         certify(session, *short_probes(*read_probes(bundle)), Tolerance(**info.tolerance))
-    if info.provider in ON_GPU:
+    else:
         _certify_fallback(bundle, session.fallback, report)  # first: a probe document may overflow
         figures = certify(session, *read_probes(bundle), Tolerance(**info.tolerance))
         found = figures.get("max_abs_score", figures["max_abs_embedding"])

@@ -102,7 +102,8 @@ def _named(bundle: Bundle, kind: str, name: str, tolerance: float | None) -> str
     if name not in variants or (variants[name].provider, variants[name].precision) not in SPEED[kind]:
         have = ", ".join(f"{have} ({v.provider})" for have, v in variants.items())
         raise BundleError(
-            f"{bundle.path} has no variant {name} for {kind}; it has {have}: export again with the --variant you need"
+            f"{bundle.path} has no variant {name!r} for {kind}; it has {have}: choose one of these, or export again "
+            "with the --variant you need"
         )
     if tolerance is not None and (reason := exceeds_tolerance(variants[name], tolerance)):
         raise BundleError(f"variant {name}: {reason}; ask for another variant or allow more with --tolerance")

@@ -68,7 +68,7 @@ def _check(bundle: Bundle) -> None:
     m = bundle.manifest
     assert all(isinstance(name, str) and name for name in bundle.heads), "heads"
     assert len(set(bundle.heads)) == len(bundle.heads), "two heads of one name"
-    for number in (m.format, m.max_tokens, m.encoder.layers, m.encoder.hidden_size, *(h.hidden_size for h in m.heads)):
+    for number in (m.format, m.max_tokens, m.encoder.layers, m.encoder.hidden_size):
         assert type(number) is int and 0 < number < 2**31, "sizes"
     assert m.pooling in ("cls", "mean"), "pooling"
     for token in (*m.tokenizer.prefix, *m.tokenizer.suffix, m.tokenizer.pad):

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from jql_export.families.base import EncoderWeights
 from jql_export.families.read import read_encoder
-from jql_export.readouts.jql_head import read_head, stack
+from jql_export.readouts.jql_head import read_head
 from tests.fuzzing import bases
 from tests.fuzzing.mutate import cut, damage, damage_json
 
@@ -83,12 +83,12 @@ class HeadKind:
         head = read_head("edu", file)
         loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
         state = loaded.get("state_dict", loaded)
-        found = (head.hidden.weight, head.hidden.bias, head.output.weight, head.output.bias)
+        hidden, output = (layer.linear for layer in head.layers)
+        found = (hidden.weight, hidden.bias, output.weight, output.bias)
         for key, array in zip(KEYS, found, strict=False):
             assert array.dtype == np.float32 and np.isfinite(array).all(), "not fp32, or not finite"
             np.testing.assert_array_equal(array, state[key].detach().to(torch.float32).numpy())
-        stacked = stack([head])
-        assert stacked.hidden_weight.shape == (head.hidden_size, head.input_size) and head.input_size > 0, "empty"
+        assert hidden.weight.shape == (output.weight.shape[1], head.input_size) and head.input_size > 0, "empty"
 
 
 def _saved(content: Any, legacy: bool = False) -> bytes:

@@ -1,6 +1,6 @@
 """ONNX Runtime on one NVIDIA GPU, packed and padded batches.
 
-Two batches are under way at a time where two threads call: one is packed into its own page-locked buffer, and its copy
+Two batches are under way at a time where two threads call: one is packed into its own pinned buffer, and its copy
 queued on the stream, while the GPU still computes the other. Everything runs on one stream, in the order of the calls.
 """
 
@@ -18,7 +18,7 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.sessions.base import Fallback
-from jql_engine.sessions.cuda.buffers import (
+from jql_engine.sessions.cuda.capacity import (
     BufferedSession,
     Capacity,
     OutOfMemoryError,

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jql_engine import Engine
+from jql_engine.bundle import MANIFEST, Bundle, describe_files
+from jql_export import cli
+from jql_export.families.read import read_encoder
+from tests.conftest import MAX_TOKENS
+
+SCRIPT = Path(sys.executable).with_name("jql-export")
+
+
+@pytest.fixture
+def checkpoint(encoders, tmp_path):
+    """A GTE checkpoint that says itself how to pool and how long an input may be."""
+    folder = shutil.copytree(encoders["gte"], tmp_path / "encoder")
+    module = "sentence_transformers.models"
+    modules = [{"type": f"{module}.Transformer", "path": ""}, {"type": f"{module}.Pooling", "path": "1_Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64}))
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs jql-export in this process; gives its exit status and its stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jql-export", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return run
+
+
+def test_the_script_writes_a_bundle_with_what_the_checkpoint_says(checkpoint, head_files, tmp_path):
+    heads = [f"--head={name}={head_files[name]}" for name in ("prose", "edu")]
+    done = script(
+        "--encoder", checkpoint, *heads, "--out", tmp_path / "out", "--variant=cpu-fp32", "--variant=standard-fp32"
+    )
+    assert done.returncode == 0, done.stderr
+    manifest = Bundle.open(tmp_path / "out").manifest
+    assert [head.name for head in manifest.readouts] == ["prose", "edu"]
+    assert (manifest.encoder.id, manifest.pooling, manifest.max_tokens) == ("encoder", "cls", 64)
+    assert list(manifest.variants) == ["cpu-fp32", "standard-fp32"]
+    for line in ("tokenizer: ", "writing graph cpu-fp32", "standard-fp32 is certified: scores of ", "heads prose, edu"):
+        assert line in done.stderr
+    assert Engine(tmp_path / "out", device="cpu").score(["text"]).valid.all()
+
+
+def test_engines_are_built_ahead_for_gpus_that_are_not_here(checkpoint, head_files, tmp_path):
+    pytest.importorskip("tensorrt_rtx_bindings")
+    done = script(
+        "--encoder", checkpoint, f"--head=edu={head_files['edu']}", "--out", tmp_path / "out",
+        "--variant=tensorrt-fp16", "--compute-capability=8.0", "--compute-capability=8.6",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    manifest = Bundle.open(tmp_path / "out").manifest
+    assert sorted(key.compute_capability for key in manifest.engines.values()) == ["8.0", "8.6"]
+    assert all(key.profiles == [[32, 512], [64, 256]] for key in manifest.engines.values())
+    assert manifest.files == describe_files(tmp_path / "out"), "engines are listed like every other file"
+    on_disk = {file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out" / "engines").iterdir()}
+    assert manifest.engines.keys() == on_disk
+
+
+@pytest.mark.parametrize(
+    ("option", "variant"), [("--compute-capability=8.0", "tensorrt-fp16"), ("--calibration=file", "openvino-int8")]
+)
+def test_an_option_for_a_variant_that_is_not_asked_for_is_misuse(call, option, variant):
+    status, err = call("--encoder=any", "--out=any", "--no-heads", option)
+    assert status == 2 and f"is for --variant {variant}" in " ".join(err.split())
+
+
+def test_the_help_names_every_variant(call):
+    from jql_export.variants import VARIANTS
+
+    text = " ".join(subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout.split())
+    assert all(name in text.replace("- ", "-") for name in VARIANTS)
+
+
+def test_a_hub_id_that_cannot_be_reached_exits_1_and_is_named(head_files, tmp_path):
+    done = script("--encoder=nobody/nothing", f"--head=edu={head_files['edu']}", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "jql-export: nobody/nothing is neither a directory here nor a model that the hub gave" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("head", ["edu", "=file.ckpt", "edu=", ""])
+def test_a_head_that_is_not_name_and_file_is_misuse(call, head):
+    status, err = call("--encoder=any", "--out=any", "--head", head)
+    assert status == 2 and "is not NAME=FILE.ckpt" in err
+
+
+@pytest.mark.parametrize("missing", ["--head", "--out"])
+def test_a_missing_option_is_misuse(call, missing):
+    given = {"--encoder": "any", "--head": "edu=any", "--out": "any"}
+    status, err = call(*(f"{name}={value}" for name, value in given.items() if name != missing))
+    assert status == 2 and missing in err
+
+
+def test_a_request_overrides_what_the_checkpoint_says(call, checkpoint, head_files, tmp_path):
+    options = ("--encoder", checkpoint, f"--head=edu={head_files['edu']}", "--out", tmp_path / "out")
+    assert call(*options, "--pooling=mean", "--max-tokens=16")[0] == 0
+    manifest = Bundle.open(tmp_path / "out").manifest
+    assert (manifest.pooling, manifest.max_tokens) == ("mean", 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pooling=max"], "pooling 'max' is unknown"),
+        ([f"--max-tokens={MAX_TOKENS + 1}"], f"--max-tokens says {MAX_TOKENS + 1} tokens"),
+        (["--variant=cpu-int4"], "variant 'cpu-int4' is unknown; known are cpu-fp32"),
+        (["--head=edu=/none.ckpt"], "head edu: /none.ckpt cannot be read: No such file"),
+        (["--head=a b=/none.ckpt"], "head name 'a b' cannot be a column name"),
+    ],
+)
+def test_what_is_wrong_exits_1_with_one_line_and_writes_nothing(
+    call, checkpoint, head_files, tmp_path, options, message
+):
+    status, err = call(
+        "--encoder", checkpoint, f"--head=prose={head_files['prose']}", "--out", tmp_path / "out", *options
+    )
+    assert status == 1
+    assert err.startswith(f"jql-export: {message}") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_export_to_the_same_place_needs_overwrite(call, bundle, checkpoint, head_files, tmp_path):
+    shutil.copytree(bundle.path, tmp_path / "out")
+    options = ("--encoder", checkpoint, f"--head=new={head_files['edu']}", "--out", tmp_path / "out")
+    status, err = call(*options)
+    assert status == 1 and "exists and is a bundle; give --overwrite" in err
+    assert Bundle.open(tmp_path / "out").hash == bundle.hash
+    assert call(*options, "--overwrite")[0] == 0
+    assert Bundle.open(tmp_path / "out").heads == ("new",)
+
+
+def test_out_of_tolerance_exits_1_and_leaves_nothing(call, checkpoint, head_files, tmp_path, monkeypatch):
+    def misread(directory):
+        weights = read_encoder(directory)
+        weights.layers[0].query.weight[:] *= 1.1
+        return weights
+
+    monkeypatch.setattr("jql_export.graphs.read_encoder", misread)
+    (tmp_path / "place").mkdir()
+    options = ("--encoder", checkpoint, f"--head=edu={head_files['edu']}", "--out", tmp_path / "place" / "out")
+    status, err = call(*options)
+    assert status == 1 and "jql-export: variant cpu-fp32 is out of tolerance: embedding differs by" in err
+    assert list((tmp_path / "place").iterdir()) == []
+
+
+def test_unused_tensors_are_reported(call, encoders, head_files, tmp_path):
+    options = ("--encoder", encoders["bert"], f"--head=edu={head_files['edu']}", "--out", tmp_path / "out")
+    status, err = call(*options, "--pooling=mean", f"--max-tokens={MAX_TOKENS}")
+    assert status == 0 and "unused tensor: pooler.dense.weight\n" in err
+    assert (tmp_path / "out" / MANIFEST).is_file()
+
+
+def script(*arguments):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120)
