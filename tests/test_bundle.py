@@ -115,10 +115,10 @@ def test_a_folder_without_a_manifest_is_no_bundle(copy):
     assert_refused(copy, MANIFEST, "No such file", "jql-export")
 
 
-@pytest.mark.parametrize("path", ["absent", "file"])
-def test_what_is_no_folder_is_no_bundle(tmp_path, path):
+@pytest.mark.parametrize(("path", "what"), [("absent", "does not exist"), ("file", "is no bundle")])
+def test_what_is_no_folder_is_no_bundle(tmp_path, path, what):
     (tmp_path / "file").touch()
-    assert_refused(tmp_path / path, "is no bundle")
+    assert_refused(tmp_path / path, what, "make a bundle with jql-export")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null", b'"text"', b"{}"])

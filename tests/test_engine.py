@@ -115,7 +115,7 @@ def test_an_unknown_device_is_an_error(bundle, device):
 
 
 def test_an_unknown_variant_is_an_error(bundle):
-    with pytest.raises(EngineError, match=r"no variant cpu-int8.*cpu-fp32 \(cpu\)"):
+    with pytest.raises(EngineError, match=r"no variant 'cpu-int8'.*cpu-fp32 \(cpu\)"):
         Engine(bundle.path, device="cpu", variant="cpu-int8")
 
 

@@ -28,7 +28,7 @@ def rescore(
 ) -> None:
     """Apply the heads of a bundle with the same encoder to stored vectors: new scores without the encoder."""
     from jql_engine.bundle import Bundle
-    from jql_engine.files.storage import RetryPolicy, set_retries
+    from jql_engine.files.retries import RetryPolicy, set_retries
     from jql_engine.job.interrupt import interruptible
     from jql_engine.job.launch import rescore as apply_heads
     from jql_engine.job.plan import Job

@@ -101,7 +101,7 @@ def run(
 ) -> None:
     """Score the documents of files: one row out for each row in, in the same order."""
     from jql_engine.bundle import Bundle
-    from jql_engine.files.storage import RetryPolicy, set_retries
+    from jql_engine.files.retries import RetryPolicy, set_retries
     from jql_engine.job.interrupt import interruptible
     from jql_engine.job.launch import Machine, score
     from jql_engine.job.launch import estimate as predict

@@ -15,11 +15,14 @@ from upath import UPath
 
 from jql_engine.errors import InputError, UnsafeNameError
 from jql_engine.files.listing import Found, Pattern, path_on, search
-from jql_engine.files.storage import UNKNOWN, Location, locate, retry, version_from, version_from_status
+from jql_engine.files.location import Location, locate
+from jql_engine.files.retries import retry
+from jql_engine.files.versions import UNKNOWN, version_from, version_from_status
 from jql_engine.names import RelativeName
 from jql_engine.printing import redact
 
 Format: TypeAlias = Literal["parquet", "jsonl"]
+READ_BYTES = 4 << 20  # of a file handed out at a time, by what it says of itself
 # Names that a folder is searched for. A file that is given by its name is parquet unless it is called like one of the
 # others.
 SUFFIXES: dict[str, Format] = {
@@ -43,7 +46,7 @@ class SourceFile:
 
     @property
     def found(self) -> tuple[int, str]:
-        """What `storage.version_of` said of it when it was found."""
+        """What `version_of` said of it when it was found."""
         return self.size, self.version
 
     @property

@@ -19,7 +19,9 @@ from typing import Any, TypeAlias, TypeVar
 from upath import UPath
 
 from jql_engine.errors import EngineError, InputError
-from jql_engine.files.storage import OBJECT_STORES, Location, retry, version_from, version_from_status
+from jql_engine.files.location import OBJECT_STORES, Location
+from jql_engine.files.retries import retry
+from jql_engine.files.versions import version_from, version_from_status
 
 T = TypeVar("T")
 Places: TypeAlias = frozenset[int]  # how far a path has come in a pattern; several where there is a "**"

@@ -26,22 +26,20 @@ from jql_engine.errors import EngineError, OutputError, PartsError
 from jql_engine.files.chunks import Segment
 from jql_engine.files.dictionaries import decode, is_text
 from jql_engine.files.inputs import InputFile, SourceFile
+from jql_engine.files.location import Location, is_remote
 from jql_engine.files.parts import PARTS, Part, Settings, aside_for, key_of, parts_folder
 from jql_engine.files.reading import Cursor, check_unchanged
+from jql_engine.files.retries import retry
 from jql_engine.files.storage import (
-    Location,
     exists,
-    is_remote,
     list_files,
     open_parquet,
     read_schema,
     remove_empty_parents,
     remove_file,
     remove_files,
-    retry,
-    write,
-    writing,
 )
+from jql_engine.files.writing import write, writing
 
 METADATA_KEY = b"jql_engine"
 # A row group of the finished file closes past either of these.

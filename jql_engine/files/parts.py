@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import uuid4
 
-from jql_engine.files.storage import Location, list_files, modified
+from jql_engine.files.location import Location
+from jql_engine.files.storage import list_files
+from jql_engine.files.versions import modified
 from jql_engine.names import RelativeName
 
 PARTS = ".parts"

@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 from jql_engine.errors import InputError
 from jql_engine.files.chunks import ChunkEnd, Failure, Piece, Segment, Task
 from jql_engine.files.dictionaries import compact, encode
-from jql_engine.files.formats import READ_BYTES, batches, unreadable
-from jql_engine.files.inputs import InputFile, SourceFile
-from jql_engine.files.storage import check_version, exchanged, is_exchange, retry, version_of
+from jql_engine.files.formats import batches, unreadable
+from jql_engine.files.inputs import READ_BYTES, InputFile, SourceFile
+from jql_engine.files.retries import retry
+from jql_engine.files.versions import check_version, exchanged, is_exchange, version_of
 
 FILES_AHEAD = 8
 Begin: TypeAlias = Callable[[], Iterable[Piece]]

@@ -1,6 +1,6 @@
 """The JQL annotation pipeline's own building blocks: an embedder and regression heads, to be called directly.
 
-Both give torch tensors where torch is installed and NumPy arrays where it is not.
+The embedder gives torch tensors where torch is installed and NumPy arrays where it is not.
 """
 
 from __future__ import annotations
@@ -9,13 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jql_engine.engine import Engine
-from jql_engine.integrations.checkpoints import read_tensors
+from jql_engine.errors import HeadError
 from jql_engine.integrations.export_cache import exported
-
-HEAD_TENSORS = ("layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias")
 
 
 def get_embedder_instance(
@@ -49,25 +45,33 @@ class Embedder:
 
 
 class RegressionHead:
-    """relu(x layer1.weight^T + layer1.bias) layer2.weight^T + layer2.bias, from a Lightning checkpoint."""
+    """relu(x layer1.weight^T + layer1.bias) layer2.weight^T + layer2.bias, from a Lightning checkpoint; needs torch.
 
-    def __init__(self, tensors: dict[str, Any]) -> None:
-        """`tensors`: HEAD_TENSORS, [K, D], [K], [1, K] and [1]."""
+    Where torch is not installed, a bundle has its heads in it: Engine(bundle).score applies them.
+    """
+
+    def __init__(self, tensors: Sequence[Any]) -> None:
+        """`tensors`: torch tensors [K, D], [K], [1, K] and [1]."""
         self._tensors = tensors
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, map_location: Any = None) -> RegressionHead:
         """Read tensors and nothing else of a checkpoint; raises HeadError where it holds no head of this shape."""
-        tensors: dict[str, Any] = dict(read_tensors(Path(checkpoint_path), HEAD_TENSORS))
         torch = _torch()
         if torch is None:
-            return cls(tensors)
-        return cls({name: torch.from_numpy(value).to(map_location or "cpu") for name, value in tensors.items()})
+            raise HeadError(
+                f"{checkpoint_path}: a checkpoint is read with torch, which is not installed; install it, or export "
+                "the heads into a bundle and use Engine(bundle).score"
+            )
+        from jql_export.readouts.jql_head import read_head
+
+        layers = [layer.linear for layer in read_head("head", Path(checkpoint_path)).layers]
+        arrays = [array for layer in layers for array in (layer.weight, layer.bias)]
+        return cls([torch.from_numpy(array).to(map_location or "cpu") for array in arrays])
 
     def to(self, *args: Any, **kwargs: Any) -> RegressionHead:
-        """On another device or of another type: torch.Tensor.to's arguments, or a NumPy type."""
-        move = "astype" if _torch() is None else "to"
-        return RegressionHead({name: getattr(value, move)(*args, **kwargs) for name, value in self._tensors.items()})
+        """On another device or of another type: torch.Tensor.to's arguments."""
+        return RegressionHead([tensor.to(*args, **kwargs) for tensor in self._tensors])
 
     def eval(self) -> RegressionHead:
         """Itself: there is nothing here that training would do otherwise."""
@@ -75,10 +79,8 @@ class RegressionHead:
 
     def __call__(self, embeddings: Any) -> Any:
         """Scores [n, 1] of `embeddings` [n, D]."""
-        w1, b1, w2, b2 = (self._tensors[name] for name in HEAD_TENSORS)
-        hidden = embeddings @ w1.T + b1
-        hidden = np.maximum(hidden, 0) if isinstance(hidden, np.ndarray) else hidden.clamp(min=0)
-        return hidden @ w2.T + b2
+        w1, b1, w2, b2 = self._tensors
+        return (embeddings @ w1.T + b1).clamp(min=0) @ w2.T + b2
 
 
 def _torch() -> Any:

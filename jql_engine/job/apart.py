@@ -19,7 +19,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
 from jql_engine.errors import EngineError
-from jql_engine.files.storage import RetryPolicy, current_retries, set_retries
+from jql_engine.files.retries import RetryPolicy, current_retries, set_retries
 from jql_engine.printing import say
 
 S = TypeVar("S")

@@ -11,9 +11,11 @@ import pyarrow as pa
 
 from jql_engine.errors import OutputError
 from jql_engine.files.inputs import InputFile, SourceFile, fixed_part, fixed_part_of_url, identity
+from jql_engine.files.location import Location, is_remote, locate
 from jql_engine.files.output import Kind
 from jql_engine.files.parts import PARTS
-from jql_engine.files.storage import Location, is_remote, locate, remove_file, write
+from jql_engine.files.storage import remove_file
+from jql_engine.files.writing import write
 
 PROBE = ".jql-run"  # always the same name: where a run is killed beside it, the next one removes it
 

@@ -71,7 +71,8 @@ def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threadi
     options = machine.shared(devices)
     specs = [Scoring(bundle, device, choice, options, job.embedding_dtype, work.claim) for device in devices]
     on = f"variant {choice.variant} on {','.join(choice.devices)}"
-    return _run(job, bundle, work, specs, on, notes, began, log, stop) | {"variant": choice.variant}
+    summary = _run(job, bundle, work, specs, on=on, notes=notes, began=began, log=log, stop=stop)
+    return summary | {"variant": choice.variant}
 
 
 def rescore(job: Job, bundle: Bundle, workers: int, log: RunLog, stop: threading.Event) -> dict[str, Any]:
@@ -79,7 +80,8 @@ def rescore(job: Job, bundle: Bundle, workers: int, log: RunLog, stop: threading
     began = time.monotonic()
     log.check()
     work = prepare_rescoring(job, bundle)
-    return _run(job, bundle, work, [Rescoring(bundle, work.claim)] * workers, "stored vectors", [], began, log, stop)
+    specs = [Rescoring(bundle, work.claim)] * workers
+    return _run(job, bundle, work, specs, on="stored vectors", notes=[], began=began, log=log, stop=stop)
 
 
 def estimate(job: Job, bundle: Bundle, machine: Machine, price_per_hour: float | None) -> dict[str, Any]:
@@ -96,6 +98,7 @@ def _run(
     bundle: Bundle,
     work: Work,
     specs: Sequence[Spec],
+    *,
     on: str,
     notes: Sequence[str],
     began: float,

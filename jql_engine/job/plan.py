@@ -18,18 +18,12 @@ from jql_engine.errors import BundleError, EngineError, OutputError, UnreadableE
 from jql_engine.files.chunks import Chunk, Task, split
 from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import InputFile, SourceFile, find_files
+from jql_engine.files.location import Location, locate
 from jql_engine.files.output import Kind, Target, check_settings, explained, is_finished, is_written_by_us, settings_of
 from jql_engine.files.parts import JOB, PARTS, Leftovers, Part, Settings, find_leftovers, key_of, parts_folder
-from jql_engine.files.storage import (
-    Location,
-    list_files,
-    locate,
-    remove_empty_folders,
-    remove_file,
-    remove_files,
-    remove_version,
-    version_of,
-)
+from jql_engine.files.storage import list_files, remove_empty_folders, remove_file, remove_files
+from jql_engine.files.versions import version_of
+from jql_engine.files.writing import remove_version
 from jql_engine.job.apart import Child, CrashError, in_threads
 from jql_engine.job.check import check_names, check_output
 from jql_engine.job.claim import Claim

@@ -26,7 +26,7 @@ from typing import Protocol, TypeAlias
 from jql_engine.errors import EngineError
 from jql_engine.files.chunks import Chunk, ChunkDone, Failure, Task
 from jql_engine.files.output import Target
-from jql_engine.files.storage import RetryPolicy, current_retries, set_retries
+from jql_engine.files.retries import RetryPolicy, current_retries, set_retries
 from jql_engine.job.apart import die_with_parent
 
 IN_FLIGHT = 4  # tasks a worker holds, so that each of its stages has one

@@ -21,9 +21,11 @@ from jql_engine.files.chunks import ChunkDone, ChunkEnd, Failure, Segment, Stage
 from jql_engine.files.dictionaries import encode, is_text
 from jql_engine.files.formats import unreadable
 from jql_engine.files.inputs import InputFile, SourceFile
+from jql_engine.files.location import Location, locate
 from jql_engine.files.output import METADATA_KEY, Target, is_finished
 from jql_engine.files.reading import Cursor
-from jql_engine.files.storage import Location, locate, open_parquet, retry
+from jql_engine.files.retries import retry
+from jql_engine.files.storage import open_parquet
 from jql_engine.job.claim import Claim
 from jql_engine.job.pipeline import StageTime, pipeline
 from jql_engine.job.plan import Job, Work, plan

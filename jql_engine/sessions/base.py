@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from jql_engine.batching import plan_batches
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
@@ -77,6 +79,16 @@ def check_options(bundle: Bundle, variant: str, options: SessionOptions) -> None
         return
     if options.engines != EngineOptions():
         raise DeviceError(f"variant {variant} does not run with TensorRT; leave out the options of its engines")
+
+
+def run_in_order(session: Session, tokens: TokenBatch, budget: Budget | None = None) -> BatchOutput:
+    """What `tokens` compute to, one row a document, in their order; their rows must count from 0."""
+    done = [(batch.rows, output) for batch, output in execute(session, tokens, budget)]
+    order = np.argsort(np.concatenate([rows for rows, _ in done]))
+    scores, embeddings = (
+        np.concatenate([getattr(output, name) for _, output in done])[order] for name in ("scores", "embeddings")
+    )
+    return BatchOutput(scores, embeddings)
 
 
 AHEAD = 2  # batches queued besides those under way: neighbors differ in size, and none should wait for another

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from jql_engine.bundle import PROBES, Bundle
-from jql_engine.data import Budget, TokenBatch
+from jql_engine.data import TokenBatch
 from jql_engine.errors import BundleError, ParityError
-from jql_engine.sessions.base import Session, execute
+from jql_engine.sessions.base import Session, run_in_order
 
 LONG_TOKENS = 512
 SHORT_TOKENS = 64
@@ -46,15 +46,15 @@ def certify(session: Session, tokens: TokenBatch, expected: Expected, tolerance:
     document is computed alone; of the embedding only where there are no heads. Raises ParityError naming the worst
     document where a figure is out of tolerance.
     """
-    embeddings, scores = run_all(session, tokens, session.budget)
+    found = run_in_order(session, tokens)
     long = tokens.lengths > LONG_TOKENS
     errors = {
-        "embedding": np.where(long, 0, _largest(embeddings, expected.embeddings)),
-        "embedding_long": np.where(long, _largest(embeddings, expected.embeddings), 0),
+        "embedding": np.where(long, 0, _largest(found.embeddings, expected.embeddings)),
+        "embedding_long": np.where(long, _largest(found.embeddings, expected.embeddings), 0),
     }
     if expected.scores.shape[1]:
-        alone = run_all(session, tokens, replace(session.budget, tokens=1))[1]
-        errors |= {"score": _largest(scores, expected.scores), "batch": _largest(scores, alone)}
+        alone = run_in_order(session, tokens, replace(session.budget, tokens=1)).scores
+        errors |= {"score": _largest(found.scores, expected.scores), "batch": _largest(found.scores, alone)}
     limits = asdict(tolerance)
     for name, error in errors.items():
         _check(session.variant, name, error, limits[name], tokens)
@@ -87,14 +87,6 @@ def read_probes(bundle: Bundle) -> tuple[TokenBatch, Expected]:
     n_docs = len(tensors["offsets"]) - 1
     tokens = TokenBatch(np.arange(n_docs), tensors["ids"], tensors["offsets"], np.zeros(n_docs, np.bool_))
     return tokens, Expected(tensors["embedding"], tensors["scores"])
-
-
-def run_all(session: Session, tokens: TokenBatch, budget: Budget) -> tuple[Array, Array]:
-    """Embeddings [N, D] and scores [N, H] of `tokens`, whose rows count from 0."""
-    batches = [(batch.rows, output) for batch, output in execute(session, tokens, budget)]
-    order = np.argsort(np.concatenate([rows for rows, _ in batches]))
-    embeddings = np.concatenate([output.embeddings for _, output in batches])[order]
-    return embeddings, np.concatenate([output.scores for _, output in batches])[order]
 
 
 def _largest(found: Array, expected: Array) -> NDArray[np.float64]:

@@ -7,10 +7,9 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
-from jql_engine.batching import plan_batches
 from jql_engine.data import Batch, BatchOutput, TokenBatch
 from jql_engine.errors import DeviceError
-from jql_engine.sessions.base import Fallback, Session
+from jql_engine.sessions.base import Fallback, Session, run_in_order
 
 NO_BETTER = (
     "no more exact variant of this bundle runs here. Of an fp16 graph: export one in fp32 beside it. Else: check the "
@@ -62,11 +61,8 @@ def select(batch: Batch, chosen: NDArray[np.bool_]) -> Batch:
 def _compute(session: Session, batch: Batch) -> BatchOutput:
     """A batch that was planned for another session, whose layout may be another."""
     n_docs = len(batch.rows)
-    tokens = TokenBatch(np.arange(n_docs), batch.ids, batch.offsets.astype(np.int64), np.zeros(n_docs, np.bool_))
-    outputs = [(part.rows, session.run(part)) for part in plan_batches(tokens, session.budget)]
-    order = np.argsort(np.concatenate([rows for rows, _ in outputs]))
-    scores = np.concatenate([output.scores for _, output in outputs])[order]
-    return BatchOutput(scores, np.concatenate([output.embeddings for _, output in outputs])[order])
+    offsets = batch.offsets.astype(np.int64)
+    return run_in_order(session, TokenBatch(np.arange(n_docs), batch.ids, offsets, np.zeros(n_docs, np.bool_)))
 
 
 def _finite(output: BatchOutput) -> NDArray[np.bool_]:

@@ -334,7 +334,7 @@ def test_misuse_exits_2_and_names_the_argument(jql_run, tmp_path, monkeypatch, a
         (["absent"], "absent does not exist"),
         (["in/*.txt"], "in/*.txt matches no file"),
         (["in", "--text-column", "content"], "in/a.parquet has no column 'content'; it has text"),
-        (["in", "--variant", "cpu-int8"], "has no variant cpu-int8"),
+        (["in", "--variant", "cpu-int8"], "has no variant 'cpu-int8'"),
         (["in", "--device", "tpu"], "device 'tpu' is unknown"),
     ],
 )

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from jql_engine.errors import CheckpointError, ParityError
-from jql_engine.sessions import certify as parity
+from jql_engine.sessions.base import run_in_order
 from jql_engine.sessions.cpu import CpuSession
 from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
@@ -311,9 +311,9 @@ def test_tensors_outside_of_the_encoder_are_named_as_unused(exported, family):
 def test_scores_equal_the_published_arithmetic(exported, expected, family, variant):
     tokens, embeddings, scores = expected[family]
     session = CpuSession(exported[family][0], variant)
-    found, found_scores = parity.run_all(session, tokens, session.budget)
-    np.testing.assert_allclose(found, embeddings, rtol=0, atol=FP32.embedding)
-    np.testing.assert_allclose(found_scores, scores, rtol=0, atol=FP32.score)
+    found = run_in_order(session, tokens)
+    np.testing.assert_allclose(found.embeddings, embeddings, rtol=0, atol=FP32.embedding)
+    np.testing.assert_allclose(found.scores, scores, rtol=0, atol=FP32.score)
     figures = exported[family][0].manifest.variants[variant].parity
     assert figures["documents"] == len(tokens.rows) and figures["max_abs_embedding"] <= FP32.embedding
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from upath import UPath
 
 from jql_engine.errors import InputError, UnreadableError
-from jql_engine.files import formats
+from jql_engine.files import json_lines, parquet
 from jql_engine.files.dictionaries import compact
 from jql_engine.files.formats import batches, open_file
 from jql_engine.files.inputs import InputFile
@@ -51,7 +51,7 @@ def texts_of(file: InputFile) -> list[str | None]:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(formats, "READ_BYTES", 64)
+    monkeypatch.setattr(json_lines, "READ_BYTES", 64)
 
 
 def test_the_footer_tells_rows_columns_and_sizes(tmp_path):
@@ -173,7 +173,7 @@ DOCUMENTS = [{"text": f"text {i}" * (i % 5), "id": i} for i in range(50)]
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \t\r\n"], ids=["LF", "CRLF", "blank"])
 @pytest.mark.parametrize("size", [16, 64, 1 << 20])
 def test_json_lines_are_read_whatever_they_are_packed_in(tmp_path, monkeypatch, suffix, end, size):
-    monkeypatch.setattr(formats, "READ_BYTES", size)
+    monkeypatch.setattr(json_lines, "READ_BYTES", size)
     file = opened(lines(tmp_path / f"a{suffix}", *DOCUMENTS, end=end))
     assert file.n_rows == 50 and file.id_field == pa.field("id", pa.int64())
     assert (len(file.group_rows) == 1) == (size == 1 << 20)
@@ -212,7 +212,7 @@ def test_many_blocks_are_counted_once_each(tmp_path, monkeypatch, small_blocks):
         n_summed += len(values)
         return sum(values)
 
-    monkeypatch.setattr(formats, "sum", counting, raising=False)
+    monkeypatch.setattr(json_lines, "sum", counting, raising=False)
     file = opened(lines(tmp_path / "a.jsonl", *[{"text": "x" * 64}] * 500))
     assert len(file.group_rows) > 400 and n_summed <= len(file.group_rows)
 
@@ -462,7 +462,7 @@ def test_rows_of_json_lines_from_any_row_on_are_the_tail_of_all(tmp_path_factory
     expected = [json.loads(line).get("text") for line in found if line.strip()]
     expected = [None if text and any("\ud800" <= c <= "\udfff" for c in text) else text for text in expected]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "READ_BYTES", size)
+        patch.setattr(json_lines, "READ_BYTES", size)
         file = opened(path)
         start = data.draw(st.integers(0, len(expected)))
         tail = [as_text(pa.Table.from_batches([batch])["text"])[0] for batch in batches(file, start, ["text"])]
@@ -529,8 +529,8 @@ def test_a_column_all_of_whose_values_are_in_a_dictionary_stays_one(tmp_path):
 
 @pytest.mark.parametrize("columns", [["text"], None])
 def test_values_outside_of_a_dictionary_are_not_collected_in_it(tmp_path, monkeypatch, columns):
-    monkeypatch.setattr(formats, "DECODED_BYTES", 2_000_000)
-    monkeypatch.setattr(formats, "UNKNOWN_BYTES", 10_000)
+    monkeypatch.setattr(parquet, "DECODED_BYTES", 2_000_000)
+    monkeypatch.setattr(parquet, "UNKNOWN_BYTES", 10_000)
     texts = write_mixed(tmp_path / "a.parquet", dictionary_pagesize_limit=120_000)
     group = pq.read_metadata(tmp_path / "a.parquet").row_group(0).column(0)
     assert 1.5e5 < group.total_uncompressed_size < 3e5  # of 40 MB

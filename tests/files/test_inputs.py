@@ -23,11 +23,11 @@ from upath import UPath
 
 from jql_engine.errors import EngineError, InputError
 from jql_engine.files import inputs as dataset
-from jql_engine.files import storage
+from jql_engine.files import retries
 from jql_engine.files.chunks import Chunk, Segment, split
 from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import InputFile, Listing, SourceFile, find_files
-from jql_engine.files.storage import version_from, version_of
+from jql_engine.files.versions import version_from, version_of
 from jql_engine.names import RelativeName
 from tests.inputs import damage, not_utf8
 
@@ -441,7 +441,7 @@ class ShutFolder(MemoryFileSystem):
 @pytest.fixture
 def shut(monkeypatch):
     fsspec.register_implementation("shut", ShutFolder, clobber=True)
-    monkeypatch.setattr(storage, "_retries", storage.RetryPolicy(minutes=0.02 / 60, first=1e-3))
+    monkeypatch.setattr(retries, "_retries", retries.RetryPolicy(minutes=0.02 / 60, first=1e-3))
     fs = fsspec.filesystem("shut")
     for name in ("good/a.parquet", "good/bad/b.parquet", "top.parquet"):
         fs.pipe_file(f"/corpus/{name}", b"x")

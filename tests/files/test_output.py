@@ -20,7 +20,8 @@ from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import InputFile, SourceFile
 from jql_engine.files.output import METADATA_KEY, Target, check_settings, is_finished
 from jql_engine.files.parts import Part, find_leftovers
-from jql_engine.files.storage import remove_version, version_of
+from jql_engine.files.versions import version_of
+from jql_engine.files.writing import remove_version
 from jql_engine.job.check import check_names, check_output
 from jql_engine.names import RelativeName
 from tests.inputs import damage
@@ -213,7 +214,7 @@ def test_a_finished_file_of_another_job_is_never_replaced(tmp_path):
     write_all(tmp_path / "out", target.file)
     before = (tmp_path / "out/a.parquet").read_bytes()
     for start in (0, 2):  # as the whole file, and as a part of it
-        with pytest.raises(OutputError, match="was computed with other settings: variant was 'cpu-fp32'"):
+        with pytest.raises(OutputError, match="was computed with other settings: --variant cpu-fp32 then"):
             other_job(target).commit(Segment(0, start, 4), scores(start, 4), None)
     assert visible(tmp_path / "out") == [".parts", "a.parquet"]
     assert (tmp_path / "out/a.parquet").read_bytes() == before

@@ -20,11 +20,11 @@ from upath.implementations.memory import MemoryPath
 from upath.registry import register_implementation
 
 from jql_engine.errors import InputError
-from jql_engine.files import formats, storage
+from jql_engine.files import json_lines, parquet, retries
 from jql_engine.files.chunks import Chunk, ChunkEnd, Piece, Segment, Task
 from jql_engine.files.inputs import InputFile
 from jql_engine.files.reading import Cursor, as_text, file_columns, read
-from jql_engine.files.storage import version_of
+from jql_engine.files.versions import version_of
 from tests.files.test_formats import PACK, lines, write_groups
 from tests.files.test_inputs import chunks_of, opened, write
 from tests.inputs import damage, not_utf8
@@ -73,7 +73,8 @@ def test_pieces_hold_the_rows_of_their_chunks_wherever_reading_starts(tmp_path_f
     groups = st.lists(st.sampled_from([0, 1, 5, 2_047, 2_048, 2_500]), max_size=4)
     files, rows = [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "READ_BYTES", 5_000)
+        patch.setattr(parquet, "READ_BYTES", 5_000)
+        patch.setattr(json_lines, "READ_BYTES", 5_000)
         for number, sizes in enumerate(data.draw(st.lists(groups, min_size=1, max_size=3))):
             rows.append(write_groups(folder / f"{number}.parquet", sizes))
             path = folder / f"{number}.parquet"
@@ -112,7 +113,7 @@ def test_a_large_file_among_small_ones_is_read_whole(tmp_path):
 
 
 def test_pieces_are_small_however_large_the_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "READ_BYTES", 100_000)
+    monkeypatch.setattr(parquet, "READ_BYTES", 100_000)
     file = opened(write(tmp_path / "a.parquet", [f"{i:06}" + "x" * 10_000 for i in range(200)]))
     [(pieces, _)] = read_all([file], [Chunk((Segment(0, 0, 200),))])
     assert max(piece.texts.nbytes for piece in pieces) < 300_000
@@ -185,7 +186,7 @@ def test_a_damaged_file_is_named_and_the_others_go_on(tmp_path):
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "READ_BYTES", 1_000)
+    monkeypatch.setattr(json_lines, "READ_BYTES", 1_000)
     documents: list[object] = [{"text": f"text {i}"} for i in range(3_000)]
     documents[1_500] = b'{"text": 5}'
     path = lines(tmp_path / "a.jsonl.gz", *documents)
@@ -203,7 +204,8 @@ def failure_of(file: InputFile) -> str:
 @pytest.mark.parametrize("texts", [["x"] * 3, ["x"] * 2, []], ids=["fewer rows", "fewer groups", "nothing"])
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
 def test_a_file_that_shrank_since_it_was_looked_at_is_named(tmp_path, monkeypatch, texts, name):
-    monkeypatch.setattr(formats, "READ_BYTES", 16)
+    for module in (json_lines, parquet):
+        monkeypatch.setattr(module, "READ_BYTES", 16)
 
     def put(texts: list[str]) -> Path:
         if name == "a.jsonl":
@@ -337,9 +339,10 @@ class FlakyPath(MemoryPath):
 @pytest.fixture
 def flaky(monkeypatch):
     """A folder on a file system that fails on request, and waits that take no time."""
-    monkeypatch.setattr(storage, "_retries", storage.RetryPolicy(minutes=0.5 / 60, first=1e-3))
-    monkeypatch.setattr(formats, "READ_BYTES", 2_000)
-    monkeypatch.setattr(formats, "BUFFER_BYTES", 1_000)
+    monkeypatch.setattr(retries, "_retries", retries.RetryPolicy(minutes=0.5 / 60, first=1e-3))
+    for module in (json_lines, parquet):
+        monkeypatch.setattr(module, "READ_BYTES", 2_000)
+    monkeypatch.setattr(parquet, "BUFFER_BYTES", 1_000)
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
     register_implementation("flaky", FlakyPath, clobber=True)
     FlakyFileSystem.opens, FlakyFileSystem.reads, FlakyFileSystem.n_opened = 0, [], 0

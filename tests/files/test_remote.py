@@ -29,7 +29,7 @@ from upath import UPath
 
 from jql_engine import Bundle, EngineError
 from jql_engine.errors import InputError, OutputError
-from jql_engine.files import storage
+from jql_engine.files import retries, storage, writing
 from jql_engine.files.inputs import find_files
 from jql_engine.files.reading import read
 from jql_engine.job.launch import Machine, score
@@ -57,7 +57,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(storage, "_retries", storage.RetryPolicy(minutes=3 / 60, first=0.01))
+    monkeypatch.setattr(retries, "_retries", retries.RetryPolicy(minutes=3 / 60, first=0.01))
     monkeypatch.setattr(S3FileSystem, "retries", 1)  # of s3fs itself, which waits up to 2 s
     forget()
     yield
@@ -255,11 +255,11 @@ def test_source_columns_and_scores_together_in_a_bucket(s3, bundle, corpus, loca
 
 
 def put(target: UPath, data: bytes) -> None:
-    storage.write(target, pa.py_buffer(data), target.parent / ".writing", replace=False)
+    writing.write(target, pa.py_buffer(data), target.parent / ".writing", replace=False)
 
 
 def put_stream(target: UPath, data: bytes) -> None:
-    with storage.writing(target, target.parent / ".writing", replace=False) as stream:
+    with writing.writing(target, target.parent / ".writing", replace=False) as stream:
         stream.write(data)
 
 
@@ -542,7 +542,7 @@ def test_without_credentials_nothing_is_waited_for(s3, bundle, corpus, tmp_path,
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     waits: list[object] = []
-    monkeypatch.setattr(storage, "report_wait", lambda *about: waits.append(about))
+    monkeypatch.setattr(retries, "report_wait", lambda *about: waits.append(about))
     with pytest.raises(InputError, match=r"s3://bucket/in/a\.parquet cannot be listed: NoCredentialsError"):
         run(bundle, tmp_path / "out", "s3://bucket/in/a.parquet")
     assert waits == []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,25 +18,20 @@ from fsspec.implementations.local import LocalFileSystem
 from upath import UPath
 
 from jql_engine.errors import EngineError
-from jql_engine.files import storage
+from jql_engine.files import retries
+from jql_engine.files.location import is_remote, locate
+from jql_engine.files.retries import RetryPolicy, retry, set_retries
 from jql_engine.files.storage import (
-    RetryPolicy,
     exists,
-    is_remote,
     list_files,
-    locate,
-    modified,
     open_parquet,
     open_read,
     remove_empty_folders,
     remove_file,
     remove_files,
-    retry,
-    set_retries,
-    version_of,
-    write,
-    writing,
 )
+from jql_engine.files.versions import modified, version_of
+from jql_engine.files.writing import NO_LINKS, write, writing
 
 
 @pytest.fixture
@@ -74,7 +70,7 @@ def folder(request, tmp_path):
 def waits(monkeypatch) -> list[float]:
     """Every wait, on a clock that waiting alone moves on."""
     found: list[float] = []
-    monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=found.append, monotonic=lambda: sum(found)))
+    monkeypatch.setattr(retries, "time", SimpleNamespace(sleep=found.append, monotonic=lambda: sum(found)))
     return found
 
 
@@ -190,7 +186,7 @@ def test_a_link_that_was_made_although_it_failed_is_ours(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_bytes() == b"ours" and names(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("code", sorted(storage.NO_LINKS), ids=errno.errorcode.get)
+@pytest.mark.parametrize("code", sorted(NO_LINKS), ids=errno.errorcode.get)
 def test_a_file_system_without_links_has_files_created_too(tmp_path, monkeypatch, code):
     def unsupported(*_: object) -> None:
         raise OSError(code, os.strerror(code))
@@ -236,7 +232,7 @@ def test_a_move_whose_answer_was_lost_is_not_made_twice(disk, monkeypatch, waits
 
 
 def test_nothing_is_left_in_the_temporary_folder(remote, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with writing(remote / "a.bin", remote / ".writing") as stream:
         stream.write(b"x")
     with pytest.raises(ZeroDivisionError), writing(remote / "b.bin", remote / ".writing"):
@@ -360,7 +356,7 @@ def test_what_may_pass_is_tried_again_after_longer_and_longer(remote, waits, err
 
 @pytest.mark.parametrize("minutes", [0, 0.5, 10, 120])
 def test_a_server_is_asked_for_as_long_as_the_policy_says(remote, waits, monkeypatch, minutes):
-    monkeypatch.setattr(storage, "_retries", storage._retries)  # as it was, afterwards
+    monkeypatch.setattr(retries, "_retries", retries._retries)  # as it was, afterwards
     set_retries(RetryPolicy(minutes))
     flaky = Flaky(10_000, OSError("down"))
     with pytest.raises(OSError, match="down"):

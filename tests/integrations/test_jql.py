@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +12,7 @@ import torch
 
 from jql_engine.errors import DeviceError, HeadError
 from jql_engine.integrations import export_cache as cache
-from jql_engine.integrations.checkpoints import read_tensors
-from jql_engine.integrations.jql import HEAD_TENSORS, RegressionHead, get_embedder_instance
+from jql_engine.integrations.jql import RegressionHead, get_embedder_instance
 from jql_export import probes
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import without_gpu, write_head
@@ -54,36 +50,18 @@ def test_bfloat16_as_in_the_original(bundle, engine, head_files):
     assert np.abs(score.float().numpy() - wanted).max() < 0.1 * np.abs(wanted).max()
 
 
-def test_without_torch_there_are_numpy_arrays(bundle, engine, head_files, monkeypatch):
+def test_without_torch_embeddings_are_numpy_arrays(bundle, head_files, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails, as where it is not installed
     embeddings = get_embedder_instance("any", "cpu", bundle=bundle.path).embed(TEXTS)
-    score = RegressionHead.load_from_checkpoint(head_files["prose"])(embeddings)
-    assert isinstance(embeddings, np.ndarray) and isinstance(score, np.ndarray)
-    wanted = engine.score(TEXTS).values[:, engine.heads.index("prose")]
-    np.testing.assert_allclose(score[:, 0], wanted, rtol=0, atol=TOLERANCES["fp32"].batch)
-    assert RegressionHead.load_from_checkpoint(head_files["prose"]).to(np.float16)(embeddings).dtype == np.float32
+    assert isinstance(embeddings, np.ndarray) and embeddings.shape == (len(TEXTS), 32)
+    with pytest.raises(HeadError, match=r"read with torch, which is not installed; .* Engine\(bundle\)\.score"):
+        RegressionHead.load_from_checkpoint(head_files["prose"])
 
 
 @without_gpu
 def test_a_device_that_is_not_there_is_an_error(bundle):
     with pytest.raises(DeviceError, match="cuda:0 was requested"):
         get_embedder_instance("any", torch.device("cuda:0"), bundle=bundle.path)
-
-
-def test_tensors_are_those_that_torch_reads(head_files):
-    for file in head_files.values():
-        state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-        found = read_tensors(file, HEAD_TENSORS)
-        assert all(np.array_equal(found[name], state[name].numpy()) for name in HEAD_TENSORS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float32])
-def test_tensors_of_other_types_and_strides_are_read(tmp_path, dtype):
-    whole = torch.arange(24, dtype=dtype).reshape(4, 6)
-    state = {"a": whole[1:3, ::2], "b": whole.T, "c": torch.zeros(0, 3, dtype=dtype), "d": torch.tensor(5, dtype=dtype)}
-    torch.save({"state_dict": state, "other": object}, tmp_path / "x.ckpt")
-    found = read_tensors(tmp_path / "x.ckpt", list(state))
-    assert all(np.array_equal(found[name], value.float().numpy()) for name, value in state.items())
 
 
 class Trap:
@@ -94,44 +72,9 @@ class Trap:
 def test_a_pickle_that_wants_to_run_code_runs_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"layer1.weight": Trap()}}, "trap.ckpt")
-    with pytest.raises(HeadError, match=r"lacks layer1\.weight"):
+    with pytest.raises(HeadError, match=r"trap\.ckpt holds more than tensors .* refused"):
         RegressionHead.load_from_checkpoint("trap.ckpt")
     assert not Path("trapped").exists()
-
-
-STORAGE = object()
-
-
-def forged(file: Path, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> Path:
-    """A checkpoint whose tensor claims more than its storage holds."""
-    torch.save({"w": torch.arange(4.0)}, file)
-    with zipfile.ZipFile(file) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    stream = io.BytesIO()
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj):
-            return ("storage", torch.FloatStorage, "0", "cpu", 4) if obj is STORAGE else None
-
-    class Forged:
-        def __reduce__(self):
-            return (torch._utils._rebuild_tensor_v2, (STORAGE, offset, size, stride, False, None))
-
-    Pickler(stream, 2).dump({"w": Forged()})
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, content in entries.items():
-            archive.writestr(name, stream.getvalue() if name.endswith("data.pkl") else content)
-    return file
-
-
-@pytest.mark.parametrize(
-    ("size", "stride", "offset"),
-    [((5,), (1,), 0), ((2, 2), (4, 1), 0), ((4,), (-1,), 0), ((4,), (1,), 1), ((1,), (1,), -1)],
-)
-def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path, size, stride, offset):
-    with pytest.raises(HeadError, match="does not fit its storage of 4"):
-        read_tensors(forged(tmp_path / "x.ckpt", size, stride, offset), ["w"])
-    assert read_tensors(forged(tmp_path / "y.ckpt", (2, 2), (2, 1)), ["w"])["w"].tolist() == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", None])
@@ -139,7 +82,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path, content):
     file = tmp_path / "x.ckpt"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(HeadError, match=r"x\.ckpt (cannot be read|is no checkpoint)"):
+    with pytest.raises(HeadError, match=r"x\.ckpt (cannot be read|is no checkpoint|holds more)"):
         RegressionHead.load_from_checkpoint(file)
 
 

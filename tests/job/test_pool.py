@@ -126,7 +126,7 @@ def test_what_no_worker_can_go_on_after_ends_the_job(bundle, tmp_path):
 def test_workers_that_die_before_they_begin_end_the_job(bundle, tmp_path):
     work = prepared(bundle, tmp_path, Target)
     spec = scoring(replace(bundle, path=tmp_path / "no-bundle"), work)
-    with pytest.raises(EngineError, match="no-bundle is no bundle"):
+    with pytest.raises(EngineError, match="no-bundle does not exist"):
         list(Pool([spec], work.targets, threading.Event()).run(work.tasks))
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import shutil
 import threading
 from dataclasses import replace
@@ -59,7 +60,8 @@ def sparse(path: Path, n_docs: int, *, text: str = "Water boils") -> Path:
 
 
 def visible(folder: Path) -> list[str]:
-    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    """Every file, also while a job makes and removes folders, on which rglob fails."""
+    return sorted(os.path.relpath(Path(parent, name), folder) for parent, _, names in os.walk(folder) for name in names)
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,8 @@ from jql_engine.bundle import MANIFEST, PROBES, Bundle
 from jql_engine.data import BatchOutput
 from jql_engine.errors import BundleError, DeviceError, ParityError
 from jql_engine.sessions import select as choice
-from jql_engine.sessions.certify import SHORT_TOKENS, read_probes, run_all, write_probes
+from jql_engine.sessions.base import run_in_order
+from jql_engine.sessions.certify import SHORT_TOKENS, read_probes, write_probes
 from jql_engine.sessions.cuda import session as cuda
 from jql_engine.sessions.cuda.capacity import BufferedSession, Capacity, OutOfMemoryError
 from jql_engine.sessions.open import open_session, open_variant
@@ -67,9 +68,9 @@ def test_a_bundle_carries_documents_and_what_the_reference_computes_of_them(gpu_
     bundle = gpu_bundles["gte"]
     assert PROBES in bundle.manifest.files
     tokens, expected = read_probes(bundle)
-    embeddings, scores = run_all(open_variant(bundle, "cpu-fp32"), tokens, open_variant(bundle, "cpu-fp32").budget)
-    np.testing.assert_allclose(embeddings, expected.embeddings, atol=TOLERANCES["fp32"].embedding)
-    np.testing.assert_allclose(scores, expected.scores, atol=TOLERANCES["fp32"].score)
+    found = run_in_order(open_variant(bundle, "cpu-fp32"), tokens)
+    np.testing.assert_allclose(found.embeddings, expected.embeddings, atol=TOLERANCES["fp32"].embedding)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=TOLERANCES["fp32"].score)
     assert len(set(tokens.lengths.tolist())) > 15 and tokens.lengths.max() == bundle.manifest.max_tokens
 
 
@@ -178,7 +179,7 @@ def test_the_graph_for_what_overflows_is_closed_until_then_and_not_certified_aga
     monkeypatch.setattr(cuda.CudaExecutor, "run", overflowing)
     tokens, expected = read_probes(bundle)
     for documents in (tokens.slice(0), tokens):
-        scores = run_all(session, documents, session.budget)[1]
+        scores = run_in_order(session, documents).scores
         np.testing.assert_allclose(scores, expected.scores[: len(scores)], atol=1e-5)
     assert computed == dict.fromkeys((FP16, FP32), 1 + len(tokens.rows)), "what overflowed, and nothing else"
     assert sorted(executor.variant for executor in evaluated) == [FP16, FP32]
@@ -235,7 +236,7 @@ def test_a_bundle_without_heads_is_certified_by_its_embeddings(encoders, tmp_pat
     bundle = export_bundle(checkpoint, (), tmp_path / "out", "mean", 96, [FP32])
     session, _ = opened(bundle, FP32)
     tokens, expected = read_probes(bundle)
-    np.testing.assert_allclose(run_all(session, tokens, session.budget)[0], expected.embeddings, atol=1e-5)
+    np.testing.assert_allclose(run_in_order(session, tokens).embeddings, expected.embeddings, atol=1e-5)
 
 
 @without_gpu
