@@ -32,6 +32,7 @@ from benchmarks.corpus import sample
 from benchmarks.table import Row, print_rows, write_result
 from jql_engine.bundle import Bundle
 from jql_engine.engine import Engine
+from jql_engine.sessions.select import runnable
 from jql_engine.tokenizer import Tokenizer
 
 BACKENDS = ("torch", "onnx", "openvino")
@@ -67,12 +68,12 @@ class Peer:
 
 def main(
     encoder: Annotated[Path, typer.Option(help="Checkpoint directory.")],
-    bundle: Annotated[Path, typer.Option(help="Made of it, with heads.")],
+    bundle: Annotated[Path, typer.Option(help="Bundle of that checkpoint, with heads.")],
     corpus: Annotated[Path, typer.Option(help="Parquet with a column `text`.")],
-    name: Annotated[str, typer.Option(help="Of the result file.")],
-    python: Annotated[Path, typer.Option(help="Of the environment with sentence-transformers.")],
-    documents: Annotated[int, typer.Option(help="In the sample.")] = 100,
-    rounds: Annotated[int, typer.Option()] = 3,
+    name: Annotated[str, typer.Option(help="Name of the result file.")],
+    python: Annotated[Path, typer.Option(help="Python of the environment with sentence-transformers.")],
+    documents: Annotated[int, typer.Option(help="Documents in the sample.")] = 100,
+    rounds: Annotated[int, typer.Option(help="Times that each row is measured.")] = 3,
 ) -> None:
     """Measure and write benchmarks/results/NAME.json."""
     opened = Bundle.open(bundle)
@@ -85,7 +86,7 @@ def main(
         for batch_size, how in ((1, "one at a time"), (32, "batches of 32")):
             row = Row("peer", f"sentence-transformers, {how}", backend, documents, n_tokens)
             cases.append((row, lambda texts, peer=peer, size=batch_size: peer.encode(texts, size)))
-    for variant in opened.manifest.variants:
+    for variant in runnable(opened, "cpu"):
         engine = Engine(opened, "cpu", variant)
         row = Row("engine", "jql-engine, texts to scores", variant, documents, n_tokens)
         cases.append((row, lambda texts, engine=engine: _score(engine, texts)))

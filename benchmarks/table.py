@@ -25,7 +25,7 @@ MEAN_TOKENS = 690  # documents per minute are given at the published mean, so th
 class Row:
     """One line of the table."""
 
-    what: str  # reference | engine | end_to_end | feed | evaluator | ceiling
+    what: str  # reference | engine | peer | end_to_end | feed | evaluator | ceiling
     name: str
     variant: str
     documents: int

@@ -30,12 +30,14 @@ from jql_engine.bundle import (
     sha256_of,
 )
 from jql_engine.data import DocumentBatch, TokenBatch
-from jql_engine.errors import BundleError
+from jql_engine.errors import BundleError, CheckpointError
 from jql_engine.sessions.base import ON_GPU
 from jql_engine.sessions.certify import Tolerance, certify, write_probes
 from jql_engine.sessions.open import open_variant
 from jql_engine.tokenizer import Tokenizer, prove_fast
 from jql_export import probes
+from jql_export.families.base import first_difference
+from jql_export.families.read import read_encoder
 from jql_export.graphs import Encoder, read_sources, write_graphs
 from jql_export.hub import Checkpoint
 from jql_export.onnx_encoder import VARIANT as FOREIGN
@@ -71,9 +73,12 @@ def export_bundle(
     """
     if unknown := sorted(set(variants) - set(VARIANTS)):
         raise BundleError(f"variant {unknown[0]!r} is unknown; known are {', '.join(VARIANTS)}")
-    chosen_pooling = pooling_of(checkpoint.directory, pooling, report, KNOWN_POOLING.get(checkpoint.id))
+    known = KNOWN_POOLING.get(checkpoint.id) or next((r.pooling for r in readouts if r.pooling), None)
+    chosen_pooling = pooling_of(checkpoint.directory, pooling, report, known)
     check_texts(checkpoint.directory)
-    encoder = read_sources(checkpoint.directory, variants, encoder_onnx, report)
+    taken = {name for readout in readouts if readout.checkpoint == checkpoint.directory for name in readout.tensors}
+    encoder = read_sources(checkpoint.directory, variants, encoder_onnx, report, taken)
+    _check_shared(checkpoint.directory, encoder, readouts)
     limit = max_tokens_of(checkpoint.directory, encoder.shape.max_positions, max_tokens)
     check_readouts(readouts, encoder.shape.hidden_size)
     with _written_aside(out, overwrite) as folder:
@@ -90,6 +95,20 @@ def export_bundle(
         final = replace(draft, variants=certified, files=files, engines=engines)
         (folder / MANIFEST).write_text(final.to_json(), encoding="utf-8")
     return Bundle.open(out)
+
+
+def _check_shared(directory: Path, encoder: Encoder, readouts: Sequence[Readout]) -> None:
+    """Raise CheckpointError where a classifier was trained on another encoder than that of `directory`."""
+    others = {r.checkpoint: r.name for r in readouts if r.checkpoint is not None and r.checkpoint != directory}
+    for other, name in others.items():
+        if encoder.weights is None or (found := first_difference(encoder.weights, read_encoder(other))) is not None:
+            what = f"{found} differs" if encoder.weights is not None else "that is known by its ONNX file alone"
+            raise CheckpointError(
+                f"classifier {name}: the encoder in {other} is not that in {directory}: {what}; classifiers share a "
+                "bundle where they share an encoder, so export one for each"
+            )
+        if (other / "tokenizer.json").read_bytes() != (directory / "tokenizer.json").read_bytes():
+            raise CheckpointError(f"classifier {name}: tokenizer.json in {other} is not that in {directory}")
 
 
 def _write_tokenizer(folder: Path, checkpoint: Checkpoint, pad_id: int, report: Callable[[str], None]) -> TokenizerInfo:
@@ -155,7 +174,7 @@ def _manifest(
         shape.n_layers,
         shape.hidden_size,
         files={file.name: sha256_of(file) for file in source},
-        unused_tensors=list(encoder.weights.unused_tensors) if encoder.weights else [],
+        unused_tensors=list(encoder.unused_tensors),
     )
     return Manifest(
         format=FORMAT,

@@ -20,14 +20,31 @@ TENSORRT = "tensorrt-fp16"
 @app.command()
 def export(
     out: Annotated[Path, typer.Option(help="The bundle to write.")],
-    encoder: Annotated[str, typer.Option(help="Checkpoint directory or hub id of the encoder.")] = SNOWFLAKE,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Checkpoint directory or hub id of the encoder; by default the classifier's, else {SNOWFLAKE}.",
+            show_default=False,
+        ),
+    ] = None,
     head: Annotated[
         list[str],
         typer.Option(
-            help="NAME=FILE.ckpt, a Lightning checkpoint of a regression head; repeat. By default the JQL-Edu heads.",
+            help="NAME=FILE, the checkpoint of a head (JQL's, FineWeb2-HQ's); repeat. By default the JQL-Edu heads.",
             show_default=False,
         ),
     ] = [],  # noqa: B006
+    classifier: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=DIRECTORY or hub id of a sequence classifier; repeat where they share an encoder.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
+    activation: Annotated[
+        Literal["sigmoid", "softmax"] | None,
+        typer.Option(help="Of the classifiers' outputs; by default none: raw logits."),
+    ] = None,
     no_heads: Annotated[bool, typer.Option("--no-heads", help="A bundle that only embeds.")] = False,
     pooling: Annotated[str | None, typer.Option(help="cls or mean, where the checkpoint does not say it.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest input, special tokens included.")] = None,
@@ -54,15 +71,20 @@ def export(
     encoder_onnx: Annotated[
         Path | None, typer.Option(help="ONNX file of the same encoder, made elsewhere: the graph foreign-fp32.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the encoder's repository.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of the encoder's repository, or the classifiers'.")
+    ] = None,
     heads_revision: Annotated[str | None, typer.Option(help="The same for the default heads' repository.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
 ) -> None:
     """Fuse an encoder and all regression heads into one graph and certify it against PyTorch."""
-    pairs = [_head_option(value) for value in head]
+    pairs = [_named(value, "--head", "NAME=FILE") for value in head]
+    classifiers = [_named(value, "--classifier", "NAME=DIRECTORY or hub id") for value in classifier]
+    if activation is not None and not classifiers:
+        raise typer.BadParameter("is for --classifier, which is not asked for", param_hint="--activation")
     if calibration is not None and "openvino-int8" not in variant:
         raise typer.BadParameter("is for --variant openvino-int8, which is not asked for", param_hint="--calibration")
-    _check_heads(encoder, bool(pairs), no_heads, heads_revision)
+    _check_heads(encoder or SNOWFLAKE, bool(pairs or classifiers), no_heads, heads_revision)
     if library and not compute_capability:
         raise typer.BadParameter("say for which GPU engines are to be built", param_hint="--compute-capability")
     if compute_capability and TENSORRT not in variant:
@@ -76,6 +98,7 @@ def export(
     from jql_export.bundle import export_bundle
     from jql_export.hub import edu_heads, find_checkpoint
     from jql_export.quantize import read_texts
+    from jql_export.readouts.classifier import read_classifier
     from jql_export.readouts.jql_head import read_head
 
     quiet: Any = transformers_logging  # untyped
@@ -88,9 +111,16 @@ def export(
     def build(bundle: Bundle) -> dict[str, EngineKey]:
         return dict(build_ahead(bundle, TENSORRT, wanted, library or RTX, report) for wanted in compute_capability)
 
-    heads = [read_head(name, file) for name, file in pairs] or ([] if no_heads else edu_heads(heads_revision))
+    found = [find_checkpoint(place, None if encoder else revision) for _, place in classifiers]
+    heads = [read_head(name, Path(file)) for name, file in pairs] + [
+        read_classifier(name, one.directory, activation, one.id if one.revision else None, one.revision)
+        for (name, _), one in zip(classifiers, found, strict=True)
+    ]
+    if not heads and not no_heads:
+        heads = edu_heads(heads_revision)
+    own = found[0] if found and encoder is None else None
     bundle = export_bundle(
-        find_checkpoint(encoder, revision), heads, out, pooling, max_tokens,
+        own or find_checkpoint(encoder or SNOWFLAKE, revision), heads, out, pooling, max_tokens,
         variant or ([] if encoder_onnx else ["cpu-fp32"]),
         overwrite,
         report=report,
@@ -115,11 +145,11 @@ def _check_heads(encoder: str, given: bool, no_heads: bool, heads_revision: str 
         )
 
 
-def _head_option(value: str) -> tuple[str, Path]:
-    name, separator, file = value.partition("=")
-    if not (name and separator and file):
-        raise typer.BadParameter(f"{value!r} is not NAME=FILE.ckpt", param_hint="--head")
-    return name, Path(file)
+def _named(value: str, option: str, form: str) -> tuple[str, str]:
+    name, separator, place = value.partition("=")
+    if not (name and separator and place):
+        raise typer.BadParameter(f"{value!r} is not {form}", param_hint=option)
+    return name, place
 
 
 def main() -> None:

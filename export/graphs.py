@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +31,16 @@ class Encoder:
     weights: EncoderWeights | None  # None: an architecture of which there is a foreign graph only
     foreign: ForeignEncoder | None
     variants: tuple[str, ...]
+    unused_tensors: tuple[str, ...] = ()  # of the checkpoint
 
 
-def read_sources(directory: Path, variants: Sequence[str], encoder_onnx: Path | None, report: Report) -> Encoder:
-    """The encoder in `directory`, and the ONNX file of the same; raises CheckpointError."""
+def read_sources(
+    directory: Path, variants: Sequence[str], encoder_onnx: Path | None, report: Report, taken: Collection[str] = ()
+) -> Encoder:
+    """The encoder in `directory`, and the ONNX file of the same; raises CheckpointError.
+
+    `taken`: names of tensors that readouts have taken.
+    """
     if "openvino-int8" in variants:
         check_installed()
     if "cuda-fp16" in variants and "cuda-fp32" not in variants:
@@ -46,18 +52,19 @@ def read_sources(directory: Path, variants: Sequence[str], encoder_onnx: Path | 
             raise DeviceError(f"variant {name} cannot be certified here: {reason}")
     known = read_config(directory).get("model_type") in FAMILIES
     weights = read_encoder(directory) if variants or known else None
+    unused = tuple(name for name in (weights.unused_tensors if weights else ()) if name not in taken)
     if weights is not None:
-        for name in weights.unused_tensors:
+        for name in unused:
             report(f"unused tensor: {name}")
         if weights.adapter:
             report(f"LoRA adapter {weights.adapter} is merged into the weights")
     shape = read_shape(directory) if weights is None else weights.spec
     if encoder_onnx is None:
-        return Encoder(shape, weights, None, tuple(variants))
+        return Encoder(shape, weights, None, tuple(variants), unused)
     foreign = read_foreign(encoder_onnx, shape.hidden_size)
     if foreign.is_pooled:
         report(f"pooling of {FOREIGN}: that of {encoder_onnx}, which gives {foreign.output} alone")
-    return Encoder(shape, weights, foreign, (*variants, FOREIGN))
+    return Encoder(shape, weights, foreign, (*variants, FOREIGN), unused)
 
 
 def write_graphs(

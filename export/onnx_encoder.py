@@ -19,7 +19,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from jql_engine.bundle import Pooling
 from jql_engine.errors import CheckpointError, EngineError
 from jql_export.families.base import read_config
-from jql_export.graph.readouts import add_outputs, value_infos
+from jql_export.graph.readouts import add_outputs, poolings_of, value_infos
 from jql_export.graph.writer import EXTERNAL_BYTES, GraphInput, GraphWriter
 from jql_export.readouts.base import Readout
 
@@ -99,10 +99,15 @@ def write_foreign(
         _feed(g, value.name, value.type.tensor_type.elem_type)
     compose.add_prefix(encoder.model, PREFIX, inplace=True)
     g.nodes.extend(graph.node)
-    pooled = PREFIX + encoder.output
-    if not encoder.is_pooled:
-        pooled = _pool(g, pooled, pooling)
-    add_outputs(g, pooled, _norm(g, pooled, encoder.opset), readouts)
+    states, poolings = PREFIX + encoder.output, poolings_of(readouts, pooling)
+    for readout in readouts:
+        if not readout.normalize and (encoder.is_pooled or readout.pooling == "mean"):
+            raise CheckpointError(
+                f"{readout.name} reads a vector that is not normalized, which an ONNX encoder made elsewhere does not "
+                "give; leave out --encoder-onnx"
+            )
+    pooled = {one: states if encoder.is_pooled else _pool(g, states, one) for one in poolings}
+    add_outputs(g, pooled, lambda x: _norm(g, x, encoder.opset), readouts)
     del graph.node[:], graph.input[:], graph.output[:]
     graph.node.extend(g.nodes)
     inputs, outputs = value_infos([GraphInput(name, ("B", "L")) for name in INPUTS], readouts, hidden_size)

@@ -16,9 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoModel, GteConfig, GteModel, JinaEmbeddingsV3Config, JinaEmbeddingsV3Model
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    GteConfig,
+    GteForSequenceClassification,
+    GteModel,
+    JinaEmbeddingsV3Config,
+    JinaEmbeddingsV3Model,
+)
 
 from jql_engine.bundle import Activation, Pooling
 from jql_engine.data import TokenBatch
@@ -29,30 +36,73 @@ from jql_export.families.jina_v3 import LORA_TASK, is_jina_v3
 from jql_export.readouts.base import Readout
 from jql_export.tensors import open_tensors
 
-ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU}
+ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "softmax": lambda: nn.Softmax(dim=1),
+}
 
 
 class Reference:
-    """Encoder, pooling and heads in eager PyTorch."""
+    """Encoder, pooling and readouts in eager PyTorch; of a classifier the class that transformers has for all of it."""
 
-    def __init__(self, directory: Path, heads: Sequence[Readout], pooling: Pooling) -> None:
-        """Load the checkpoint; raises CheckpointError where transformers would leave a layer random."""
-        self.encoder = load_encoder(directory)
-        self.heads = [head_module(head) for head in heads]
-        self.pooling = pooling
+    def __init__(self, directory: Path, readouts: Sequence[Readout], pooling: Pooling) -> None:
+        """Load the checkpoints; raises CheckpointError where transformers would leave a layer random."""
+        self.encoder, self.pooling = load_encoder(directory), pooling
+        self.scorers = [
+            _Head(readout, pooling) if readout.checkpoint is None else _Classifier(readout, readout.checkpoint)
+            for readout in readouts
+        ]
 
     @torch.inference_mode()
     def run(self, tokens: TokenBatch) -> Expected:
         """Embed and score every document of `tokens`."""
-        embeddings = [self._embed(ids) for ids in np.split(tokens.ids, tokens.offsets[1:-1])]
-        stacked = torch.cat(embeddings)
-        scores = torch.cat([stacked[:, :0], *(head(stacked) for head in self.heads)], dim=1)
-        return Expected(stacked.numpy(), scores.numpy())
+        rows = [
+            self._run(torch.from_numpy(ids.astype(np.int64))[None])
+            for ids in np.split(tokens.ids, tokens.offsets[1:-1])
+        ]
+        embeddings, scores = (torch.cat(parts).numpy() for parts in zip(*rows, strict=True))
+        return Expected(embeddings, scores)
 
-    def _embed(self, ids: NDArray[np.int32]) -> torch.Tensor:
-        hidden = self.encoder(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).last_hidden_state
-        pooled = hidden[:, 0] if self.pooling == "cls" else hidden.mean(1)
-        return nn.functional.normalize(pooled, dim=1)
+    def _run(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embedding [1, D] and scores [1, H] of one document [1, L]."""
+        hidden = self.encoder(input_ids=ids).last_hidden_state
+        embedding = nn.functional.normalize(_pool(hidden, self.pooling), dim=1)
+        return embedding, torch.cat([embedding[:, :0], *(scorer(ids, hidden) for scorer in self.scorers)], dim=1)
+
+
+class _Head:
+    """A readout on the encoder's states."""
+
+    def __init__(self, readout: Readout, pooling: Pooling) -> None:
+        self._pooling, self._normalize, self._module = (
+            readout.pooling or pooling,
+            readout.normalize,
+            head_module(readout),
+        )
+
+    def __call__(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        pooled = _pool(hidden, self._pooling)
+        found: torch.Tensor = self._module(nn.functional.normalize(pooled, dim=1) if self._normalize else pooled)
+        return found
+
+
+class _Classifier:
+    """A whole classifier of its own; only the activation that was asked for is added."""
+
+    def __init__(self, readout: Readout, directory: Path) -> None:
+        self._model, self._activation = load_classifier(directory), readout.layers[-1].activation
+
+    def __call__(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        logits: torch.Tensor = self._model(input_ids=ids).logits
+        return logits if self._activation is None else ACTIVATIONS[self._activation]()(logits)
+
+
+def _pool(hidden: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    return hidden[:, 0] if pooling == "cls" else hidden.mean(1)
 
 
 def load_encoder(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -64,10 +114,24 @@ def load_encoder(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Modu
     return encoder.eval()
 
 
+def load_classifier(directory: Path) -> nn.Module:
+    """The sequence classifier's transformers class in fp32; raises CheckpointError for a random layer."""
+    config = read_config(directory)
+    if config.get("model_type") == "new":
+        model: nn.Module = _load_new(directory, config, torch.float32, GteForSequenceClassification)
+    else:
+        model = _load_auto(AutoModelForSequenceClassification, directory, config, torch.float32)
+    return model.eval()
+
+
 def _load_native(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """What AutoModel has for the checkpoint."""
+    return _load_auto(AutoModel, directory, config, dtype)
+
+
+def _load_auto(kind: Any, directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """What transformers has for the checkpoint, of the auto class `kind`."""
     try:
-        encoder, report = AutoModel.from_pretrained(
+        encoder, report = kind.from_pretrained(
             directory, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
         )
     except (ValueError, KeyError) as error:  # no class of that name, or one that its config does not fit
@@ -75,24 +139,35 @@ def _load_native(directory: Path, config: Mapping[str, Any], dtype: torch.dtype)
             f"{directory}: transformers cannot load model_type {config.get('model_type')!r} without code of its "
             f"repository, so there is no reference to certify a graph against ({str(error).splitlines()[0]})"
         ) from error
-    _check(directory, report)
+    _check(directory, report, kind is AutoModel)
     return encoder
 
 
-def _load_new(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """GteModel with the frequencies of new-impl's NTKScalingRotaryEmbedding (modeling.py), in fp32 as there."""
+def _load_new(directory: Path, config: Mapping[str, Any], dtype: torch.dtype, kind: Any = GteModel) -> Any:
+    """GteModel, or the classifier around it, with the frequencies of new-impl's NTKScalingRotaryEmbedding, in fp32."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = rope.get("rope_theta", config.get("rope_theta"))
-    state = {name.removeprefix("new."): read() for name, read in open_tensors(directory).items()}
-    model = _load_state(directory, GteModel, _native(GteConfig, config, theta), state, dtype)
+    inner = "" if kind is GteModel else "gte."
+    state = {_renamed(name, inner): read() for name, read in open_tensors(directory).items()}
+    native = _native(GteConfig, config, theta)
+    native.id2label = {int(i): str(label) for i, label in (config.get("id2label") or native.id2label).items()}
+    model = _load_state(directory, kind, native, state, dtype)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "ntk"):
         raise CheckpointError(f"{directory}: the oracle knows the RoPE types 'default' and 'ntk', found {kind!r}")
     if kind == "ntk":
         dim, factor = config["hidden_size"] // config["num_attention_heads"], rope["factor"]
         frequencies = 1.0 / ((theta * factor) ** (torch.arange(0, dim, 2).float() / dim))
-        model.rotary_emb.inv_freq = frequencies / factor ** (2 / dim)
+        encoder = model if kind is GteModel else model.gte
+        encoder.rotary_emb.inv_freq = frequencies / factor ** (2 / dim)
     return model
+
+
+def _renamed(name: str, inner: str) -> str:
+    """The encoder's tensors begin with `new.` where there is a head beside it, and are given with `inner` instead."""
+    if name.startswith("new."):
+        return inner + name.removeprefix("new.")
+    return name if name.startswith("classifier.") else inner + name
 
 
 def _load_jina_v3(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -151,13 +226,13 @@ def _load_state(directory: Path, kind: Any, config: Any, state: dict[str, torch.
     outside = ("pooler.", "classifier.", "lm_head.")
     if lost := sorted(key for key in report["unexpected_keys"] if not key.startswith(outside)):
         raise CheckpointError(f"{directory}: {kind.__name__} has no place for {', '.join(lost)}")
-    _check(directory, report)
+    _check(directory, report, not kind.__name__.endswith("ForSequenceClassification"))
     return model
 
 
-def _check(directory: Path, report: Mapping[str, Any]) -> None:
-    # The pooler of BERT feeds no output that is used here.
-    random = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+def _check(directory: Path, report: Mapping[str, Any], is_encoder: bool) -> None:
+    # The pooler of BERT feeds no output of the encoder that is used here.
+    random = [key for key in report["missing_keys"] if not (is_encoder and key.startswith("pooler."))]
     if random or report["mismatched_keys"]:
         raise CheckpointError(
             f"{directory}: transformers finds no weights for {random or report['mismatched_keys']}; "
@@ -177,4 +252,8 @@ def head_module(readout: Readout) -> nn.Sequential:
         modules.append(module)
         if layer.activation is not None:
             modules.append(ACTIVATIONS[layer.activation]())
+        if layer.norm is not None and layer.norm_epsilon is not None:
+            norm = nn.LayerNorm(len(weight), eps=layer.norm_epsilon)
+            norm.weight.data, norm.bias.data = map(torch.from_numpy, (layer.norm.weight, layer.norm.bias))
+            modules.append(norm)
     return nn.Sequential(*modules)

@@ -49,8 +49,9 @@ class EncoderInfo:
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """One layer of a readout: activation(x weight^T + bias), normalized then where `norm_epsilon` is given."""
+    """One layer of a readout: activation(x weight^T + bias), then layer normalization if `norm_epsilon` is given."""
 
+    bias: bool = True
     activation: Activation | None = None
     norm_epsilon: float | None = None
 
@@ -70,13 +71,16 @@ class ReadoutInfo:
     revision: str | None = None  # commit there
 
     def __post_init__(self) -> None:
+        for name in (self.name, *self.outputs):
+            if not name or any(c in name for c in "/\0"):
+                raise ValueError(f"{name!r} cannot be the name of a readout or of a column")
         if not self.layers or not self.outputs:
             raise ValueError(f"readout {self.name!r} has {len(self.layers)} layers and {len(self.outputs)} outputs")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerInfo:
-    """How a text becomes ids; see the module's description of the format."""
+    """How a text becomes ids; docs/bundle-format.md describes each field."""
 
     prefix: list[int]
     suffix: list[int]
@@ -139,12 +143,11 @@ class Manifest:
     requires: list[str] = field(default_factory=list)  # features without which a reader would compute wrong scores
 
     def __post_init__(self) -> None:
-        _check_range("format", self.format, 1)
         _check_range("max_tokens", self.max_tokens, 1 + len(self.tokenizer.prefix) + len(self.tokenizer.suffix))
         if not self.tokenizer.prefix + self.tokenizer.suffix:
             raise ValueError("tokenizer has no prefix and no suffix: an empty text would have no token to pool")
         for names in ([readout.name for readout in self.readouts], self.outputs):
-            if "" in names or len(set(names)) < len(names):
+            if len(set(names)) < len(names):
                 raise ValueError(f"readouts and their outputs are named {names}, expected a name for each")
         for name, file in self.files.items():
             if type(file.get("bytes")) is not int or type(file.get("sha256")) is not str:
@@ -204,7 +207,7 @@ class Bundle:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Names of the scores, in the order of their columns: of a head with one output its own name."""
+        """Names of the scores, in the order of their columns score_<name>: the outputs of all readouts."""
         return tuple(self.manifest.outputs)
 
     @property
@@ -252,11 +255,13 @@ def _parse(path: Path, raw: bytes) -> Manifest:
         if version != FORMAT:
             advice = "export the bundle again" if version == 1 else "update jql-engine, or export the bundle again"
             raise BundleError(f"{path} has bundle format {version}; this jql-engine reads {FORMAT}: {advice}")
-        manifest = Manifest.parse(fields)
-        if unknown := sorted(set(manifest.requires) - FEATURES):
+        # First: what a feature stands for may be something that cannot be parsed here.
+        requires = fields.get("requires") if isinstance(fields, dict) else None
+        if isinstance(requires, list) and (unknown := sorted(set(map(str, requires)) - FEATURES)):
             raise BundleError(
                 f"{path} needs {', '.join(unknown)}, which this jql-engine does not know: update jql-engine"
             )
+        manifest = Manifest.parse(fields)
         _check_names(path, manifest)
     except BundleError:
         raise
@@ -310,7 +315,8 @@ def _read_manifest(path: Path) -> bytes:
     try:
         return (path / MANIFEST).read_bytes()
     except OSError as error:
-        what = f"is no bundle: {MANIFEST} cannot be read ({error.strerror})" if path.exists() else "does not exist"
+        is_there = not isinstance(error, FileNotFoundError) or path.is_dir()
+        what = f"is no bundle: {MANIFEST} cannot be read ({error.strerror})" if is_there else "does not exist"
         raise BundleError(f"{path} {what}; make a bundle with jql-export") from error
 
 

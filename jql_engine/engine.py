@@ -40,7 +40,7 @@ class Engine:
         `device`: auto, cpu, cuda or cuda:N; `variant`: a graph of the bundle by name, by default the fastest whose
         scores were found within `tolerance` of the fp32 reference (0.02); `threads`: CPU threads, by default every
         core this process may use (of up to four, ONNX Runtime lets each compute a document of its own); `engines`:
-        those of TensorRT. Raises BundleError, DeviceError, TokenizerError, and ParityError where a GPU computes
+        those of TensorRT. Raises BundleError, DeviceError, TokenizerError, and ParityError where this machine computes
         something else than the reference.
 
         `engine.tokenizer.library` names what computes token ids; where that is not what the bundle was made with, the

@@ -204,8 +204,9 @@ def test_a_field_of_a_later_version_is_ignored(bundle, copy, place):
     assert Bundle.open(copy).manifest == bundle.manifest
 
 
-def test_a_feature_that_is_not_known_is_refused(copy):
-    change_manifest(copy, lambda fields: fields.update(requires=["smell", "taste"]))
+@pytest.mark.parametrize("further", [{}, {"pooling": "by smell"}, {"encoder": None}])
+def test_a_feature_that_is_not_known_is_refused_before_what_it_stands_for(copy, further):
+    change_manifest(copy, lambda fields: fields.update(requires=["smell", "taste"], **further))
     assert_refused(copy, "needs smell, taste, which this jql-engine does not know")
 
 

@@ -7,7 +7,7 @@ arithmetic is checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +71,22 @@ class EncoderWeights:
     layers: tuple[LayerWeights, ...]
     unused_tensors: tuple[str, ...]
     adapter: str | None = None  # the LoRA adapter that is merged into the weights
+
+
+def first_difference(one: EncoderWeights, other: EncoderWeights) -> str | None:
+    """The name of a field in which two encoders differ, None where they compute the same."""
+
+    def differ(a: object, b: object) -> bool:
+        if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+            return not np.array_equal(np.asarray(a), np.asarray(b))
+        if is_dataclass(a) and is_dataclass(b):
+            return any(differ(getattr(a, one.name), getattr(b, one.name)) for one in fields(a))
+        if isinstance(a, tuple) and isinstance(b, tuple):
+            return len(a) != len(b) or any(map(differ, a, b))
+        return a != b
+
+    names = [one.name for one in fields(EncoderWeights) if one.name != "unused_tensors"]
+    return next((name for name in names if differ(getattr(one, name), getattr(other, name))), None)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

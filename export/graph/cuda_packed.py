@@ -97,6 +97,9 @@ class CudaDialect(FusedDialect):
         y = g.op("BiasSplitGelu", both, g.parameter(f"{name}.bias", bias), domain=MICROSOFT)
         return g.op("Squeeze", y, g.ints(0))
 
+    def first_tokens(self, g: GraphWriter, x: str) -> str:
+        return first_rows(g, x)
+
     def first(self, g: GraphWriter, x: str) -> str:  # noqa: ARG002
         """See Dialect; `attend` has left nothing else."""
         return x

@@ -49,6 +49,9 @@ class Dialect(Protocol):
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
         """The wide inside of the MLP: gelu(gate) * up, or gelu(up); gelu is the exact one, with erf."""
 
+    def first_tokens(self, g: GraphWriter, x: str) -> str:
+        """What a layer for first tokens alone would give, of a layer for all."""
+
     def first(self, g: GraphWriter, x: str) -> str:
         """[B, D] from what a layer for first tokens gives."""
 
@@ -74,6 +77,9 @@ class FusedDialect:
 
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
         return expand(g, name, layer, x, bias_gelu if self.dtype == np.float32 else gelu_of_sum)
+
+    def first_tokens(self, g: GraphWriter, x: str) -> str:
+        return first_token(g, x)
 
     def first(self, g: GraphWriter, x: str) -> str:
         return g.op("Squeeze", x, g.ints(1))

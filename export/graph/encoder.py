@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from jql_engine.bundle import Pooling
 from jql_export.families.base import EncoderSpec, EncoderWeights, LayerWeights
 from jql_export.graph.dialect import Dialect
-from jql_export.graph.readouts import add_outputs, value_infos
+from jql_export.graph.readouts import add_outputs, poolings_of, value_infos
 from jql_export.graph.writer import EXTERNAL_BYTES, GraphWriter
 from jql_export.readouts.base import Readout
 from jql_export.tensors import Array
@@ -34,19 +34,17 @@ PAGE = 4096
 def write_graph(
     file: Path, weights: EncoderWeights, readouts: Sequence[Readout], pooling: Pooling, dialect: Dialect
 ) -> None:
-    """Write `file` (.onnx) and its weights beside it (.onnx.data); see jql_engine.bundle for inputs and outputs."""
+    """Write `file` (.onnx) and its weights beside it (.onnx.data); its inputs and outputs: docs/bundle-format.md."""
     g = GraphWriter(dialect.dtype, flat=dialect.layout == "packed")
     dialect.prepare(g, weights.spec)
     x = _embed(g, dialect, weights)
+    poolings = poolings_of(readouts, pooling)
     for i, layer in enumerate(weights.layers):
-        cls_only = pooling == "cls" and i == len(weights.layers) - 1
+        cls_only = poolings == ("cls",) and i == len(weights.layers) - 1
         x = _layer(g, dialect, weights.spec, f"layer.{i}", layer, x, cls_only)
-    pooled = dialect.first(g, x) if pooling == "cls" else dialect.mean(g, weights.spec, x)
-    if dialect.dtype != np.float32:
-        pooled = g.op("Cast", pooled, to=TensorProto.FLOAT)
+    pooled = {one: _pool(g, dialect, weights.spec, x, one, poolings) for one in poolings}
     # Not ReduceL2: on CUDA it would be the only operator that needs cuDNN.
-    squares = g.op("ReduceSumSquare", pooled, g.ints(1), keepdims=1)
-    add_outputs(g, pooled, g.op("Sqrt", squares), readouts)
+    add_outputs(g, pooled, lambda x: g.op("Sqrt", g.op("ReduceSumSquare", x, g.ints(1), keepdims=1)), readouts)
     inputs, outputs = value_infos(dialect.inputs, readouts, weights.spec.hidden_size)
     data = file.with_suffix(".onnx.data")
     graph = helper.make_graph(g.nodes, "jql", inputs, outputs, _write_weights(data, g.weights))
@@ -68,6 +66,17 @@ def _embed(g: GraphWriter, d: Dialect, weights: EncoderWeights) -> str:
         g.parameter("position", position)
         x = g.op("Add", x, d.position_rows(g, weights.spec))
     return d.norm(g, "embedding_norm", x, weights.embedding_norm, weights.spec.norm_epsilon)
+
+
+def _pool(
+    g: GraphWriter, d: Dialect, spec: EncoderSpec, x: str, pooling: Pooling, poolings: tuple[Pooling, ...]
+) -> str:
+    """[B, D] in fp32; where "cls" is the only pooling, the last layer has left first tokens alone."""
+    if pooling == "mean":
+        pooled = d.mean(g, spec, x)
+    else:
+        pooled = d.first(g, x if poolings == ("cls",) else d.first_tokens(g, x))
+    return pooled if d.dtype == np.float32 else g.op("Cast", pooled, to=TensorProto.FLOAT)
 
 
 def _layer(

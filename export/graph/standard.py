@@ -90,6 +90,9 @@ class StandardDialect:
     def _gelu(self, g: GraphWriter, x: str, name: str, linear: Linear) -> str:
         return g.op("Gelu", g.project_and_add(x, name, linear))
 
+    def first_tokens(self, g: GraphWriter, x: str) -> str:
+        return first_token(g, x)
+
     def first(self, g: GraphWriter, x: str) -> str:
         return g.op("Squeeze", x, g.ints(1))
 

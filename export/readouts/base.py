@@ -1,7 +1,8 @@
-"""What follows the encoder, as weights: every published head is a Readout, and every graph ends in some."""
+"""What follows the encoder, as weights: every published head is read as a Readout."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from jql_engine.bundle import Activation, LayerInfo, Pooling, ReadoutInfo
 from jql_engine.errors import HeadError
 from jql_export.tensors import Linear, Norm
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a readout: a part of columns and tensors
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -22,6 +25,9 @@ class Layer:
     activation: Activation | None = None
     norm: Norm | None = None
     norm_epsilon: float | None = None  # where there is a norm
+
+    def __post_init__(self) -> None:
+        assert (self.norm is None) == (self.norm_epsilon is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,13 @@ class Readout:
     normalize: bool = True  # divide the pooled vector by its L2 norm
     source: str | None = None  # repository and file on the hub
     revision: str | None = None  # commit there
+    checkpoint: Path | None = None  # of a classifier, whose own class computes the reference
+    tensors: tuple[str, ...] = ()  # that were taken from it
+
+    def __post_init__(self) -> None:
+        widths = [self.input_size, *(len(layer.linear.weight) for layer in self.layers)]
+        inputs = [layer.linear.weight.shape[1] for layer in self.layers]
+        assert inputs == widths[:-1] and widths[-1] == len(self.outputs), "layers do not fit each other"
 
     @property
     def input_size(self) -> int:
@@ -50,7 +63,9 @@ class Readout:
             kind=self.kind,
             pooling=self.pooling or pooling,
             normalize=self.normalize,
-            layers=[LayerInfo(layer.activation, layer.norm_epsilon) for layer in self.layers],
+            layers=[
+                LayerInfo(layer.linear.bias is not None, layer.activation, layer.norm_epsilon) for layer in self.layers
+            ],
             outputs=list(self.outputs),
             sha256=self.sha256,
             source=self.source,
@@ -63,6 +78,9 @@ def check_readouts(readouts: Sequence[Readout], hidden_size: int) -> None:
     names = [readout.name for readout in readouts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise HeadError(f"two heads are named {twice[0]}; each head needs a name of its own")
+    outputs = [output for readout in readouts for output in readout.outputs]
+    if twice := sorted({output for output in outputs if outputs.count(output) > 1}):
+        raise HeadError(f"two outputs would be the column score_{twice[0]}; choose other names")
     for readout in readouts:
         if readout.input_size != hidden_size:
             raise HeadError(

@@ -1,9 +1,13 @@
-"""JQL's regression head, a Lightning .ckpt -> Readout; a pickle that wants to run code is refused."""
+"""Heads that are published as a file of their own -> Readout; a pickle that wants to run code is refused.
+
+JQL's is a Lightning checkpoint and reads the L2-normalized embedding. FineWeb2-HQ's (epfml/FineWeb-HQ-Classifiers,
+<language>.pt) is a state_dict, reads the mean of all token states as it is, and ends in a sigmoid.
+"""
 
 from __future__ import annotations
 
 import pickle
-import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,11 @@ import torch
 
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import HeadError
-from jql_export.readouts.base import Layer, Readout
+from jql_export.readouts.base import NAME, Layer, Readout
 from jql_export.tensors import Array, Linear, check_zip
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 EXPECTED = ("layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias")
+FINEWEB2_HQ = ("classifier.0.weight", "classifier.0.bias", "classifier.3.weight", "classifier.3.bias")
 
 
 def read_head(name: str, file: Path, source: str | None = None, revision: str | None = None) -> Readout:
@@ -28,17 +32,23 @@ def read_head(name: str, file: Path, source: str | None = None, revision: str | 
     if not NAME.fullmatch(name):
         raise HeadError(f"head name {name!r} cannot be a column name; use letters, digits, '.', '_' and '-'")
     state = _load(name, file)
-    missing = [key for key in EXPECTED if not isinstance(state.get(key), torch.Tensor)]
+    is_fineweb = FINEWEB2_HQ[0] in state
+    expected = FINEWEB2_HQ if is_fineweb else EXPECTED
+    missing = [key for key in expected if not isinstance(state.get(key), torch.Tensor)]
     if missing:
         found = ", ".join(map(str, state)) or "nothing"
         raise HeadError(f"head {name}: {file} lacks {', '.join(missing)}; its state_dict holds {found}")
-    if extra := sorted(map(str, set(state) - set(EXPECTED))):
-        raise HeadError(f"head {name}: {file} holds {', '.join(extra)} besides {', '.join(EXPECTED)}")
-    w1, b1, w2, b2 = (_fp32(name, file, key, state[key]) for key in EXPECTED)
+    if extra := sorted(map(str, set(state) - set(expected))):
+        raise HeadError(f"head {name}: {file} holds {', '.join(extra)} besides {', '.join(expected)}")
+    w1, b1, w2, b2 = (_fp32(name, file, key, state[key]) for key in expected)
     if w1.ndim != 2 or not w1.size or w2.shape != (1, len(w1)) or b1.shape != (len(w1),) or b2.shape != (1,):
-        shapes = ", ".join(f"{key} {list(state[key].shape)}" for key in EXPECTED)
+        shapes = ", ".join(f"{key} {list(state[key].shape)}" for key in expected)
         raise HeadError(f"head {name}: {file} has {shapes}; expected [K, D], [K], [1, K], [1]")
-    return jql_head(name, Linear(w1, b1), Linear(w2, b2), sha256_of(file), source, revision)
+    head = jql_head(name, Linear(w1, b1), Linear(w2, b2), sha256_of(file), source, revision)
+    if not is_fineweb:
+        return head
+    layers = (head.layers[0], replace(head.layers[1], activation="sigmoid"))
+    return replace(head, kind="fineweb2-hq", layers=layers, pooling="mean", normalize=False)
 
 
 def jql_head(

@@ -65,7 +65,7 @@ class RegressionHead:
             )
         from jql_export.readouts.jql_head import read_head
 
-        layers = [layer.linear for layer in read_head("head", Path(checkpoint_path)).layers]
+        layers = [layer.linear for layer in read_head("checkpoint", Path(checkpoint_path)).layers]
         arrays = [array for layer in layers for array in (layer.weight, layer.bias)]
         return cls([torch.from_numpy(array).to(map_location or "cpu") for array in arrays])
 

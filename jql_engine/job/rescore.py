@@ -43,7 +43,7 @@ def prepare_rescoring(job: Job, bundle: Bundle) -> Work:
     Vectors are not copied. Raises InputError where no file holds vectors of the bundle's encoder, or a new head has the
     name of a column; BundleError where the bundle has no heads, or one that reads something else; OutputError.
     """
-    Readouts.of(bundle)
+    Readouts.of(bundle)  # what is wrong with them is said before the folder is taken
     out = locate(job.out)
     claim = Claim(out, {"rescored": True, "bundle": bundle.hash, "heads": list(bundle.heads)})
     target_of = partial(_target, out, bundle)

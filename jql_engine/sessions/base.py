@@ -82,13 +82,12 @@ def check_options(bundle: Bundle, variant: str, options: SessionOptions) -> None
 
 
 def run_in_order(session: Session, tokens: TokenBatch, budget: Budget | None = None) -> BatchOutput:
-    """What `tokens` compute to, one row a document, in their order; their rows must count from 0."""
+    """What `tokens` compute to, one row a document, in their order; their rows count from 0."""
+    assert np.array_equal(tokens.rows, np.arange(len(tokens.rows)))
     done = [(batch.rows, output) for batch, output in execute(session, tokens, budget)]
     order = np.argsort(np.concatenate([rows for rows, _ in done]))
-    scores, embeddings = (
-        np.concatenate([getattr(output, name) for _, output in done])[order] for name in ("scores", "embeddings")
-    )
-    return BatchOutput(scores, embeddings)
+    scores = np.concatenate([output.scores for _, output in done])[order]
+    return BatchOutput(scores, np.concatenate([output.embeddings for _, output in done])[order])
 
 
 AHEAD = 2  # batches queued besides those under way: neighbors differ in size, and none should wait for another

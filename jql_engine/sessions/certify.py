@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ class Tolerance:
     batch: float  # a score computed alone against the same in a batch: on a GPU other kernels compute it
 
 
+def tolerance_of(bundle: Bundle, variant: str) -> Tolerance:
+    """What the bundle allows `variant`; raises BundleError where a limit is missing."""
+    found, names = bundle.manifest.variants[variant].tolerance, [one.name for one in fields(Tolerance)]
+    if missing := [name for name in names if name not in found]:
+        raise BundleError(f"{bundle.path}: tolerance of {variant} lacks {', '.join(missing)}; export the bundle again")
+    return Tolerance(**{name: found[name] for name in names})
+
+
 @dataclass(frozen=True, slots=True)
 class Expected:
     """Embeddings and scores of the probe documents, as the reference computes them."""
@@ -47,6 +56,9 @@ def certify(session: Session, tokens: TokenBatch, expected: Expected, tolerance:
     document where a figure is out of tolerance.
     """
     found = run_in_order(session, tokens)
+    for name in ("embeddings", "scores"):
+        if (of := getattr(found, name).shape) != (wanted := getattr(expected, name).shape):
+            raise ParityError(f"variant {session.variant} gives {name} {list(of)}, the reference {list(wanted)}")
     long = tokens.lengths > LONG_TOKENS
     errors = {
         "embedding": np.where(long, 0, _largest(found.embeddings, expected.embeddings)),
@@ -70,7 +82,7 @@ def short_probes(tokens: TokenBatch, expected: Expected) -> tuple[TokenBatch, Ex
 
 
 def write_probes(file: Path, tokens: TokenBatch, expected: Expected) -> None:
-    """Write the probe documents and what the reference computes of them; see jql_engine.bundle."""
+    """Write the probe documents and what the reference computes of them: see docs/bundle-format.md."""
     tensors: dict[str, NDArray[Any]] = {"ids": tokens.ids, "offsets": tokens.offsets}
     # save_file would give the file to its owner alone, whatever the umask says.
     file.write_bytes(save(tensors | {"embedding": expected.embeddings, "scores": expected.scores}))
@@ -84,9 +96,31 @@ def read_probes(bundle: Bundle) -> tuple[TokenBatch, Expected]:
         raise BundleError(
             f"{bundle.path} has no {PROBES} to certify this device with ({error}); export the bundle again"
         ) from error
+    _check_probes(bundle, tensors)
     n_docs = len(tensors["offsets"]) - 1
     tokens = TokenBatch(np.arange(n_docs), tensors["ids"], tensors["offsets"], np.zeros(n_docs, np.bool_))
     return tokens, Expected(tensors["embedding"], tensors["scores"])
+
+
+def _check_probes(bundle: Bundle, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Raise BundleError where the probe documents are not of this bundle's shape."""
+    n_docs = max(1, len(tensors.get("offsets", ())) - 1)
+    n_ids, width = len(tensors.get("ids", ())), bundle.manifest.encoder.hidden_size
+    expected: dict[str, tuple[type, tuple[int, ...]]] = {
+        "ids": (np.int32, (n_ids,)), "offsets": (np.int64, (n_docs + 1,)), "embedding": (np.float32, (n_docs, width)),
+        "scores": (np.float32, (n_docs, len(bundle.heads))),
+    }  # fmt: skip
+    for name, (dtype, shape) in expected.items():
+        found = tensors.get(name)
+        if found is None or found.dtype != dtype or found.shape != shape:
+            what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise BundleError(
+                f"{bundle.path}: {PROBES} has {what} as {name}, expected {np.dtype(dtype)} {list(shape)}; export the "
+                "bundle again"
+            )
+    offsets = tensors["offsets"]
+    if offsets[0] != 0 or offsets[-1] != n_ids or (np.diff(offsets) <= 0).any():
+        raise BundleError(f"{bundle.path}: {PROBES} has offsets that do not span its ids; export the bundle again")
 
 
 def _largest(found: Array, expected: Array) -> NDArray[np.float64]:

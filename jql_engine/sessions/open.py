@@ -8,7 +8,7 @@ from collections.abc import Callable
 from jql_engine.bundle import Bundle
 from jql_engine.errors import ParityError
 from jql_engine.sessions.base import DEFAULTS, ON_GPU, Fallback, Session, SessionOptions, check_options
-from jql_engine.sessions.certify import Tolerance, certify, read_probes, short_probes
+from jql_engine.sessions.certify import certify, read_probes, short_probes, tolerance_of
 from jql_engine.sessions.cuda.capacity import OutOfMemoryError
 from jql_engine.sessions.select import Choice, runnable
 
@@ -30,10 +30,10 @@ def open_session(
     info = bundle.manifest.variants[choice.variant]
     session = open_variant(bundle, choice.variant, device, options, report)
     if info.provider not in ON_GPU:
-        certify(session, *short_probes(*read_probes(bundle)), Tolerance(**info.tolerance))
+        certify(session, *short_probes(*read_probes(bundle)), tolerance_of(bundle, choice.variant))
     else:
         _certify_fallback(bundle, session.fallback, report)  # first: a probe document may overflow
-        figures = certify(session, *read_probes(bundle), Tolerance(**info.tolerance))
+        figures = certify(session, *read_probes(bundle), tolerance_of(bundle, choice.variant))
         found = figures.get("max_abs_score", figures["max_abs_embedding"])
         if choice.tolerance is not None and found > choice.tolerance:
             raise ParityError(
@@ -51,9 +51,9 @@ def _certify_fallback(bundle: Bundle, fallback: Fallback | None, report: Callabl
     overflow opens it again, in seconds and without the probes: the process, GPU, library, graph file and largest batch
     are the same, and so are the kernels. A graph for the CPU was certified at export.
     """
-    if fallback is None or (info := bundle.manifest.variants[fallback.variant]).provider not in ON_GPU:
+    if fallback is None or bundle.manifest.variants[fallback.variant].provider not in ON_GPU:
         return
-    probes, tolerance, session = read_probes(bundle), Tolerance(**info.tolerance), fallback.open()
+    probes, tolerance, session = read_probes(bundle), tolerance_of(bundle, fallback.variant), fallback.open()
     try:
         certify(session, *probes, tolerance)
         short = False

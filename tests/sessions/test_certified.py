@@ -8,16 +8,18 @@ import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jql_engine.bundle import MANIFEST, PROBES, Bundle
 from jql_engine.data import BatchOutput
 from jql_engine.errors import BundleError, DeviceError, ParityError
 from jql_engine.sessions import select as choice
 from jql_engine.sessions.base import run_in_order
-from jql_engine.sessions.certify import SHORT_TOKENS, read_probes, write_probes
+from jql_engine.sessions.certify import SHORT_TOKENS, read_probes, tolerance_of, write_probes
 from jql_engine.sessions.cuda import session as cuda
 from jql_engine.sessions.cuda.capacity import BufferedSession, Capacity, OutOfMemoryError
 from jql_engine.sessions.open import open_session, open_variant
@@ -72,6 +74,36 @@ def test_a_bundle_carries_documents_and_what_the_reference_computes_of_them(gpu_
     np.testing.assert_allclose(found.embeddings, expected.embeddings, atol=TOLERANCES["fp32"].embedding)
     np.testing.assert_allclose(found.scores, expected.scores, atol=TOLERANCES["fp32"].score)
     assert len(set(tokens.lengths.tolist())) > 15 and tokens.lengths.max() == bundle.manifest.max_tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": np.zeros((5, 1), np.float32)}, r"float32 \[5, 1\] as scores, expected float32 \[\d+, 2\]"),
+        ({"embedding": None}, r"nothing as embedding, expected float32 \[\d+, 32\]"),
+        ({"ids": np.zeros(9, np.int64)}, r"int64 \[9\] as ids, expected int32 \[9\]"),
+        ({"ids": np.zeros(9, np.int32)}, "offsets that do not span its ids"),
+    ],
+)
+def test_probes_of_another_shape_are_named(bundle, tmp_path, change, message):
+    copy = Path(shutil.copytree(bundle.path, tmp_path / "copy"))
+    tensors = {**load_file(copy / PROBES), **change}
+    save_file({name: value for name, value in tensors.items() if value is not None}, copy / PROBES)
+    with pytest.raises(BundleError, match=f"{PROBES} has {message}"):
+        read_probes(replace(bundle, path=copy))
+
+
+def test_a_limit_that_is_missing_is_named_and_one_of_a_later_version_ignored(bundle):
+    variant = bundle.manifest.variants["cpu-fp32"]
+
+    def with_limits(limits: dict[str, float]) -> Bundle:
+        variants = {"cpu-fp32": replace(variant, tolerance=limits)}
+        return replace(bundle, manifest=replace(bundle.manifest, variants=variants))
+
+    assert tolerance_of(with_limits(variant.tolerance | {"later": 1.0}), "cpu-fp32").score == variant.tolerance["score"]
+    few = {name: limit for name, limit in variant.tolerance.items() if name != "batch"}
+    with pytest.raises(BundleError, match="tolerance of cpu-fp32 lacks batch"):
+        tolerance_of(with_limits(few), "cpu-fp32")
 
 
 def test_nothing_is_claimed_of_a_gpu_at_export(gpu_bundles):
