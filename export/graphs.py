@@ -9,7 +9,8 @@ from pathlib import Path
 
 from jql_engine.bundle import Manifest
 from jql_engine.data import TokenBatch
-from jql_engine.errors import BundleError, DeviceError
+from jql_engine.errors import BundleError, CheckpointError, DeviceError
+from jql_engine.sessions.base import ON_GPU
 from jql_engine.sessions.openvino import unavailable_reason
 from jql_export.families.base import EncoderSpec, EncoderWeights, read_config
 from jql_export.families.read import FAMILIES, read_encoder
@@ -41,6 +42,31 @@ def read_sources(
 
     `taken`: names of tensors that readouts have taken.
     """
+    _check_variants(variants)
+    known = read_config(directory).get("model_type") in FAMILIES
+    weights = read_encoder(directory) if variants or known else None
+    unused = tuple(name for name in (weights.unused_tensors if weights else ()) if name not in taken)
+    if weights is not None:
+        for name in unused:
+            report(f"unused tensor: {name}")
+        if weights.adapter:
+            report(f"LoRA adapter {weights.adapter} is merged into the weights")
+        if weights.spec.normalizes_first and (on_gpu := [n for n in variants if VARIANTS[n].provider in ON_GPU]):
+            raise CheckpointError(
+                f"variant {on_gpu[0]} cannot be written of {weights.spec.architecture} yet, whose windows no graph for "
+                "GPUs has; choose cpu-fp32, openvino-fp32, openvino-bf16 or standard-fp32"
+            )
+    shape = read_shape(directory) if weights is None else weights.spec
+    if encoder_onnx is None:
+        return Encoder(shape, weights, None, tuple(variants), unused)
+    foreign = read_foreign(encoder_onnx, shape.hidden_size)
+    if foreign.is_pooled:
+        report(f"pooling of {FOREIGN}: that of {encoder_onnx}, which gives {foreign.output} alone")
+    return Encoder(shape, weights, foreign, (*variants, FOREIGN), unused)
+
+
+def _check_variants(variants: Sequence[str]) -> None:
+    """Raise an EngineError for a variant that cannot be made or certified here."""
     if "openvino-int8" in variants:
         check_installed()
     if "cuda-fp16" in variants and "cuda-fp32" not in variants:
@@ -50,21 +76,6 @@ def read_sources(
     for name in variants:
         if VARIANTS[name].provider == "openvino" and (reason := unavailable_reason(VARIANTS[name].precision)):
             raise DeviceError(f"variant {name} cannot be certified here: {reason}")
-    known = read_config(directory).get("model_type") in FAMILIES
-    weights = read_encoder(directory) if variants or known else None
-    unused = tuple(name for name in (weights.unused_tensors if weights else ()) if name not in taken)
-    if weights is not None:
-        for name in unused:
-            report(f"unused tensor: {name}")
-        if weights.adapter:
-            report(f"LoRA adapter {weights.adapter} is merged into the weights")
-    shape = read_shape(directory) if weights is None else weights.spec
-    if encoder_onnx is None:
-        return Encoder(shape, weights, None, tuple(variants), unused)
-    foreign = read_foreign(encoder_onnx, shape.hidden_size)
-    if foreign.is_pooled:
-        report(f"pooling of {FOREIGN}: that of {encoder_onnx}, which gives {foreign.output} alone")
-    return Encoder(shape, weights, foreign, (*variants, FOREIGN), unused)
 
 
 def write_graphs(

@@ -61,12 +61,23 @@ class Adapter:
 class TensorFile:
     """The tensors of a checkpoint, by canonical name, each to be taken once."""
 
-    def __init__(self, directory: Path, adapter: Adapter | None = None) -> None:
-        """Open model.safetensors, its sharded form, or pytorch_model.bin (weights only); raises CheckpointError."""
+    def __init__(
+        self,
+        directory: Path,
+        adapter: Adapter | None = None,
+        word: str = WORD,
+        roots: tuple[str, ...] = ("embeddings", "emb_ln", "encoder"),
+    ) -> None:
+        """Open model.safetensors, its sharded form, or pytorch_model.bin (weights only); raises CheckpointError.
+
+        `word`: the table of the vocabulary, before whose name any prefix may stand; `roots`: the first parts of the
+        names of tensors that belong to the encoder.
+        """
+        self._roots = roots
         self.path = directory
         self.adapter = adapter
         self._tensors = open_tensors(directory)
-        word = f"{WORD}.weight" if adapter is None else f"{WORD}.{PARAMETRIZED}.original"
+        word = f"{word}.weight" if adapter is None else f"{word}.{PARAMETRIZED}.original"
         prefixes = [name.removesuffix(word) for name in self._tensors if name.endswith(word)]
         if len(prefixes) != 1:
             raise CheckpointError(
@@ -114,7 +125,8 @@ class TensorFile:
 
     def unused(self) -> tuple[str, ...]:
         """Names never taken; raises CheckpointError where one of them belongs to the encoder."""
-        part_of_encoder = re.compile(rf"{re.escape(self.prefix)}(embeddings|emb_ln|encoder)\.(?!position_ids$)")
+        roots = "|".join(map(re.escape, self._roots))
+        part_of_encoder = re.compile(rf"{re.escape(self.prefix)}({roots})\.(?!position_ids$)")
         if lost := sorted(filter(part_of_encoder.match, self._left)):
             raise CheckpointError(
                 f"{self.path}: {len(lost)} tensors of the encoder have no place in the model that config.json "

@@ -23,17 +23,18 @@ MOST = 1e30  # of what is computed with in fp32, which ends at 3e38
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One transformer layer with LayerNorm after each residual sum."""
+    """One transformer layer, with layer normalization after each residual sum, or before what is added to it."""
 
     query: Linear
     key: Linear
     value: Linear
     output: Linear
-    attention_norm: Norm
+    attention_norm: Norm | None  # None: none before the first layer's attention
     up: Linear
-    gate: Linear | None  # geglu: down(gelu(gate(x)) * up(x)); without it: down(gelu(up(x)))
+    gate: Linear | None  # down(act(gate(x)) * up(x)); without it: down(act(up(x)))
     down: Linear
     mlp_norm: Norm
+    windowed: bool = False  # attends to the spec's window alone, with its frequencies
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,10 @@ class EncoderSpec:
     norm_epsilon: float
     pad_id: int
     inverse_frequencies: Array | None  # [head size / 2] where positions is rope
+    normalizes_first: bool = False  # layer normalization before attention and MLP, and once more at the end
+    window: int | None = None  # the largest distance between tokens that see each other in layers with windows
+    window_frequencies: Array | None = None  # [head size / 2], of RoPE in these layers
+    activation: Literal["gelu", "silu"] = "gelu"
     counts_from_pad: bool = False  # XLM-R: a pad id, a literal "<pad>" too, has position row 0 and is not counted
 
     @property
@@ -70,6 +75,7 @@ class EncoderWeights:
     embedding_norm: Norm
     layers: tuple[LayerWeights, ...]
     unused_tensors: tuple[str, ...]
+    final_norm: Norm | None = None  # where the spec normalizes first
     adapter: str | None = None  # the LoRA adapter that is merged into the weights
 
 
@@ -136,8 +142,8 @@ def frequencies(theta: float, head_size: int, divisor: float = 1.0) -> Array:
 
 def thirds(linear: Linear) -> Iterator[Linear]:
     """Query, key and value of one stacked projection."""
-    assert linear.bias is not None
-    return (Linear(*third) for third in zip(np.split(linear.weight, 3), np.split(linear.bias, 3), strict=True))
+    biases = [None] * 3 if linear.bias is None else np.split(linear.bias, 3)
+    return (Linear(*third) for third in zip(np.split(linear.weight, 3), biases, strict=True))
 
 
 def weights_of(
@@ -146,12 +152,15 @@ def weights_of(
     layer: Callable[[int], LayerWeights],
     n_types: int,
     first_position: int | None = None,
-    embedding_norm: str = "embeddings.LayerNorm",
+    embedding_norm: str | Norm = "embeddings.LayerNorm",
+    word: str = WORD,
+    final_norm: Callable[[], Norm] | None = None,
 ) -> EncoderWeights:
     """All weights of an encoder, of which `layer(i)` reads layer i; raises CheckpointError for one that does not fit.
 
     `n_types`: rows of the token types' table, of which the first is used; `first_position`: the first row that is used
-    of the positions' table, None where there is none.
+    of the positions' table, None where there is none; `embedding_norm`: its name, or the norm itself; `final_norm`
+    reads the one behind the last layer.
     """
     d = spec.hidden_size
     if spec.pad_id >= tensors.vocab_size:
@@ -165,11 +174,12 @@ def weights_of(
         position = tensors.table("embeddings.position_embeddings", rows, d)[first_position:]
     return EncoderWeights(
         spec,
-        word=tensors.table(WORD, tensors.vocab_size, d),
+        word=tensors.table(word, tensors.vocab_size, d),
         token_type=None if types is None else types[0],
         position=position,
-        embedding_norm=tensors.norm(embedding_norm, d),
+        embedding_norm=tensors.norm(embedding_norm, d) if isinstance(embedding_norm, str) else embedding_norm,
         layers=tuple(layer(i) for i in range(spec.n_layers)),
+        final_norm=None if final_norm is None else final_norm(),
         unused_tensors=tensors.unused(),
     )
 

@@ -11,10 +11,12 @@ from jql_export.families.base import EncoderWeights, read_config
 from jql_export.families.bert import read_bert
 from jql_export.families.gte import read_gte
 from jql_export.families.jina_v3 import is_jina_v3, read_jina_v3
+from jql_export.families.modernbert import read_modernbert
 
 FAMILIES: dict[str, Callable[[Path, Mapping[str, Any]], EncoderWeights]] = {
     "bert": read_bert,
     "gte": read_gte,
+    "modernbert": read_modernbert,
     "new": read_gte,
     "xlm-roberta": read_bert,
 }

@@ -6,7 +6,17 @@ import numpy as np
 
 from jql_engine.data import Layout
 from jql_export.families.base import EncoderSpec, LayerWeights
-from jql_export.graph.dialect import INPUT_IDS, MICROSOFT, FusedDialect, first_token, rope_caches, rows_of_positions
+from jql_export.graph.dialect import (
+    INPUT_IDS,
+    MICROSOFT,
+    FusedDialect,
+    caches_of,
+    first_token,
+    rope_caches,
+    rows_of_positions,
+    seen_by_first,
+)
+from jql_export.graph.windows import MASK, blocks_of, joined, prepare_windows
 from jql_export.graph.writer import FloatType, GraphInput, GraphWriter
 
 
@@ -27,6 +37,12 @@ class CpuDialect(FusedDialect):
         """RoPE caches, each [max_positions, head_size / 2]."""
         if spec.positions == "rope":
             rope_caches(g, spec)
+        if spec.window is not None:
+            prepare_windows(g, spec.window, None)
+            zero, never = (
+                g.weight(f"window.{n}", np.array(v, np.float32)) for n, v in (("seen", 0), ("unseen", -1e30))
+            )
+            g.op("Where", MASK, zero, never, output="window.bias")
 
     def position_rows(self, g: GraphWriter, spec: EncoderSpec) -> str:
         return rows_of_positions(g, spec)
@@ -39,13 +55,24 @@ class CpuDialect(FusedDialect):
         k = g.project_and_add(x, f"{name}.key", layer.key)
         v = g.project(x, f"{name}.value", layer.value)
         if spec.positions == "rope":
-            k = self._rotate(g, k, spec)
-            q = q if cls_only else self._rotate(g, q, spec)
+            k = self._rotate(g, k, layer, spec)
+            q = q if cls_only else self._rotate(g, q, layer, spec)
+        if layer.windowed and not cls_only:
+            return self._windowed(g, q, k, v, spec), queries
+        k, v = (seen_by_first(g, layer, spec, x) if cls_only else x for x in (k, v))
         return g.op("MultiHeadAttention", q, k, v, domain=MICROSOFT, num_heads=spec.n_attention_heads), queries
 
-    def _rotate(self, g: GraphWriter, x: str, spec: EncoderSpec) -> str:
+    def _windowed(self, g: GraphWriter, q: str, k: str, v: str, spec: EncoderSpec) -> str:
+        assert spec.window is not None
+        q, k, v = blocks_of(g, q, k, v, spec, spec.window)
+        scale = g.weight("window.scale", np.array(spec.head_size**-0.5, np.float32))
+        scores = g.op("MatMul", g.op("Mul", q, scale), g.op("Transpose", k, perm=[0, 1, 3, 2]))
+        shares = g.op("Softmax", g.op("Add", scores, "window.bias"), axis=-1)
+        return joined(g, g.op("MatMul", shares, v), spec)
+
+    def _rotate(self, g: GraphWriter, x: str, layer: LayerWeights, spec: EncoderSpec) -> str:
         # A position_ids of one element is the offset of the first token.
-        inputs = (x, g.ints(0), "rope.cos", "rope.sin")
+        inputs = (x, g.ints(0), *caches_of(layer))
         return g.op("RotaryEmbedding", *inputs, domain=MICROSOFT, num_heads=spec.n_attention_heads)
 
     def mean(self, g: GraphWriter, spec: EncoderSpec, x: str) -> str:  # noqa: ARG002

@@ -86,11 +86,11 @@ class CudaDialect(FusedDialect):
         """RoPE of each head, of queries or keys."""
         return rotated(g, x, spec.n_attention_heads)
 
-    def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
+    def expand(self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str) -> str:
         """Up and gate are one product where one kernel takes both: a split would only move them."""
         width = len(layer.up.weight)
         if layer.gate is None or width not in SPLIT_GELU_WIDTHS:
-            return super().expand(g, name, layer, x)
+            return super().expand(g, name, layer, spec, x)
         merged, name = stacked(layer.up, layer.gate), f"{name}.up_gate"
         bias = np.zeros(2 * width, np.float32) if merged.bias is None else merged.bias
         both = g.op("Unsqueeze", g.project(x, name, merged), g.ints(0))

@@ -16,6 +16,7 @@ from jql_export.tensors import Array, Linear, Norm
 MICROSOFT = "com.microsoft"
 INPUT_IDS = GraphInput("input_ids", ("B", "L"))
 ATTENTION_MASK = GraphInput("attention_mask", ("B", "L"))
+Activate = Callable[[GraphWriter, str, str, Linear], str]  # projects, and activates
 
 
 class Dialect(Protocol):
@@ -46,8 +47,8 @@ class Dialect(Protocol):
     ) -> str:
         """LayerNorm(residual + y + bias)."""
 
-    def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
-        """The wide inside of the MLP: gelu(gate) * up, or gelu(up); gelu is the exact one, with erf."""
+    def expand(self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str) -> str:
+        """The wide inside of the MLP: act(gate) * up, or act(up); gelu is the exact one, with erf."""
 
     def first_tokens(self, g: GraphWriter, x: str) -> str:
         """What a layer for first tokens alone would give, of a layer for all."""
@@ -75,8 +76,8 @@ class FusedDialect:
         inputs = (y, residual, *_affine(g, name, norm), *extra)
         return g.op("SkipLayerNormalization", *inputs, domain=MICROSOFT, epsilon=eps)
 
-    def expand(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> str:
-        return expand(g, name, layer, x, bias_gelu if self.dtype == np.float32 else gelu_of_sum)
+    def expand(self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str) -> str:
+        return expand(g, name, layer, spec, x, bias_gelu if self.dtype == np.float32 else gelu_of_sum)
 
     def first_tokens(self, g: GraphWriter, x: str) -> str:
         return first_token(g, x)
@@ -96,7 +97,7 @@ def project_and_rotate(
     k = g.project_and_add(x, f"{name}.key", layer.key)
     v = g.project(x, f"{name}.value", layer.value)
     if spec.positions == "rope":
-        turn, heads = ("rope.cos", "rope.sin", "positions"), spec.n_attention_heads
+        turn, heads = (*caches_of(layer), "positions"), spec.n_attention_heads
         k = g.op("RotaryEmbedding", k, *turn, num_heads=heads)
         q = g.op("RotaryEmbedding", q, *turn, num_heads=heads) if queries == x else q
     return q, k, v
@@ -121,10 +122,25 @@ def _affine(g: GraphWriter, name: str, norm: Norm) -> tuple[str, str]:
 
 def rope_caches(g: GraphWriter, spec: EncoderSpec) -> None:
     """Cos and sin of position * frequency, each [max_positions, head_size / 2]: angles in fp32, as the reference."""
-    assert spec.inverse_frequencies is not None
-    angles = np.arange(spec.max_positions, dtype=np.float32)[:, None] * spec.inverse_frequencies
-    g.parameter("rope.cos", np.cos(angles))
-    g.parameter("rope.sin", np.sin(angles))
+    for prefix, frequencies in (("rope", spec.inverse_frequencies), ("rope.window", spec.window_frequencies)):
+        if frequencies is not None:
+            angles = np.arange(spec.max_positions, dtype=np.float32)[:, None] * frequencies
+            g.parameter(f"{prefix}.cos", np.cos(angles))
+            g.parameter(f"{prefix}.sin", np.sin(angles))
+
+
+def caches_of(layer: LayerWeights) -> tuple[str, str]:
+    """The names of a layer's RoPE caches."""
+    prefix = "rope.window" if layer.windowed else "rope"
+    return f"{prefix}.cos", f"{prefix}.sin"
+
+
+def seen_by_first(g: GraphWriter, layer: LayerWeights, spec: EncoderSpec, x: str) -> str:
+    """Of keys or values [B, L, D] those that the first token of a document sees."""
+    if not layer.windowed:
+        return x
+    assert spec.window is not None
+    return g.op("Slice", x, g.ints(0), g.ints(spec.window + 1), g.ints(1))
 
 
 def first_token(g: GraphWriter, x: str) -> str:
@@ -132,14 +148,19 @@ def first_token(g: GraphWriter, x: str) -> str:
     return g.op("Slice", x, g.ints(0), g.ints(1), g.ints(1))
 
 
-def expand(
-    g: GraphWriter, name: str, layer: LayerWeights, x: str, gelu: Callable[[GraphWriter, str, str, Linear], str]
-) -> str:
-    """gelu(gate) * up, or gelu(up), each of them a product; `gelu` projects as well."""
+def expand(g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str, gelu: Activate) -> str:
+    """act(gate) * up, or act(up), each of them a product; `gelu` projects as well."""
+    activate = gelu if spec.activation == "gelu" else silu
     if layer.gate is None:
-        return gelu(g, x, f"{name}.up", layer.up)
+        return activate(g, x, f"{name}.up", layer.up)
     up = g.project_and_add(x, f"{name}.up", layer.up)
-    return g.op("Mul", gelu(g, x, f"{name}.gate", layer.gate), up)
+    return g.op("Mul", activate(g, x, f"{name}.gate", layer.gate), up)
+
+
+def silu(g: GraphWriter, x: str, name: str, linear: Linear) -> str:
+    """Y sigmoid(y) of a projection y."""
+    y = g.project_and_add(x, name, linear)
+    return g.op("Mul", y, g.op("Sigmoid", y))
 
 
 def rows_of_positions(g: GraphWriter, spec: EncoderSpec) -> str:

@@ -12,6 +12,7 @@ norm, MLP and pooling. Exact simplifications:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def write_graph(
     for i, layer in enumerate(weights.layers):
         cls_only = poolings == ("cls",) and i == len(weights.layers) - 1
         x = _layer(g, dialect, weights.spec, f"layer.{i}", layer, x, cls_only)
+    if weights.final_norm is not None:
+        x = dialect.norm(g, "final_norm", x, weights.final_norm, weights.spec.norm_epsilon)
     pooled = {one: _pool(g, dialect, weights.spec, x, one, poolings) for one in poolings}
     # Not ReduceL2: on CUDA it would be the only operator that needs cuDNN.
     add_outputs(g, pooled, lambda x: g.op("Sqrt", g.op("ReduceSumSquare", x, g.ints(1), keepdims=1)), readouts)
@@ -82,12 +85,29 @@ def _pool(
 def _layer(
     g: GraphWriter, d: Dialect, spec: EncoderSpec, name: str, layer: LayerWeights, x: str, cls_only: bool
 ) -> str:
+    if spec.normalizes_first:
+        return _layer_that_normalizes_first(g, d, spec, name, layer, x, cls_only)
+    assert layer.attention_norm is not None
     context, residual = d.attend(g, name, layer, spec, x, cls_only)
     y = g.project(context, f"{name}.output", layer.output)
     attention_norm = f"{name}.attention_norm"
     x = d.add_norm(g, attention_norm, y, _output_bias(layer), residual, layer.attention_norm, spec.norm_epsilon)
-    y = g.project(d.expand(g, name, layer, x), f"{name}.down", layer.down)
+    y = g.project(d.expand(g, name, layer, spec, x), f"{name}.down", layer.down)
     return d.add_norm(g, f"{name}.mlp_norm", y, layer.down.bias, x, layer.mlp_norm, spec.norm_epsilon)
+
+
+def _layer_that_normalizes_first(
+    g: GraphWriter, d: Dialect, spec: EncoderSpec, name: str, layer: LayerWeights, x: str, cls_only: bool
+) -> str:
+    """X + attention(norm(x)), then x + mlp(norm(x)), as in ModernBERT."""
+    normed = x
+    if layer.attention_norm is not None:
+        normed = d.norm(g, f"{name}.attention_norm", x, layer.attention_norm, spec.norm_epsilon)
+    context, _ = d.attend(g, name, layer, spec, normed, cls_only)
+    output = replace(layer.output, bias=_output_bias(layer))
+    x = g.op("Add", d.first_tokens(g, x) if cls_only else x, g.project_and_add(context, f"{name}.output", output))
+    normed = d.norm(g, f"{name}.mlp_norm", x, layer.mlp_norm, spec.norm_epsilon)
+    return g.op("Add", x, g.project_and_add(d.expand(g, name, layer, spec, normed), f"{name}.down", layer.down))
 
 
 def _output_bias(layer: LayerWeights) -> Array | None:

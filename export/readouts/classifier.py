@@ -10,16 +10,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from jql_engine.bundle import sha256_of
+from jql_engine.bundle import Activation, Pooling, sha256_of
 from jql_engine.errors import HeadError
 from jql_export.families.base import read_config
 from jql_export.readouts.base import NAME, Layer, Readout
-from jql_export.tensors import WEIGHT_FILES, Array, Linear, open_tensors
+from jql_export.tensors import WEIGHT_FILES, Array, Linear, Norm, open_tensors
 
 Output = Literal["sigmoid", "softmax"]
-# The two linear layers behind the first token's state, and what stands between them, by model_type. The first may lie
-# within the encoder's prefix.
+# The two linear layers behind the pooled state, by model_type; between them stands a tanh, ModernBERT's activation and
+# norm apart. The first may lie within the encoder's prefix.
 LAYERS: Mapping[str, tuple[str, str]] = {
+    "modernbert": ("head.dense", "classifier"),
     "bert": ("pooler.dense", "classifier"),
     "gte": ("pooler.dense", "classifier"),
     "new": ("pooler.dense", "classifier"),
@@ -48,25 +49,42 @@ def read_classifier(
     config = read_config(directory)
     _check(name, directory, config)
     first, last = LAYERS[config["model_type"]]
+    modern = config["model_type"] == "modernbert"
+    taken = [f"{first}.weight", f"{first}.bias", f"{last}.weight", f"{last}.bias"]
+    if modern and not config.get("classifier_bias", False):
+        taken.remove(f"{first}.bias")
+    if modern:
+        taken += ["head.norm.weight", *(["head.norm.bias"] if config.get("norm_bias", False) else [])]
     tensors = open_tensors(directory)
-    found = {key: _find(name, directory, tensors, key) for key in (f"{first}.weight", f"{first}.bias")}
-    found |= {key: key for key in (f"{last}.weight", f"{last}.bias")}
+    found = {key: _find(name, directory, tensors, key) for key in taken}
     if missing := [key for key in found.values() if key not in tensors]:
         raise HeadError(f"classifier {name}: {directory} lacks {', '.join(missing)}, which {config['model_type']} has")
-    w1, b1, w2, b2 = (_fp32(name, directory, key, tensors[key]()) for key in found.values())
-    if w1.ndim != 2 or w2.ndim != 2 or b1.shape != (len(w1),) or b2.shape != (len(w2),) or w2.shape[1] != len(w1):
-        shapes = ", ".join(f"{key} {list(tensors[key]().shape)}" for key in found.values())
-        raise HeadError(f"classifier {name}: {directory} has {shapes}; expected [K, D], [K], [labels, K], [labels]")
+    arrays = {key: _fp32(name, directory, full, tensors[full]()) for key, full in found.items()}
+    width = len(arrays[f"{first}.weight"])
+    w2 = arrays[f"{last}.weight"]
+    shapes = dict.fromkeys(taken, (width,)) | {
+        f"{first}.weight": (width, arrays[f"{first}.weight"].shape[-1]), f"{last}.weight": (len(w2), width),
+        f"{last}.bias": (len(w2),),
+    }  # fmt: skip
+    for key, shape in shapes.items():
+        if arrays[key].shape != shape:
+            raise HeadError(
+                f"classifier {name}: {directory}: {found[key]} is {list(arrays[key].shape)}, expected {list(shape)}"
+            )
+    hidden = Layer(Linear(arrays[f"{first}.weight"], arrays.get(f"{first}.bias")), "tanh")
+    if modern:
+        norm = Norm(arrays["head.norm.weight"], arrays.get("head.norm.bias", np.zeros(width, np.float32)))
+        hidden = Layer(hidden.linear, _activation(name, directory, config), norm, float(config.get("norm_eps", 1e-5)))
     outputs = _outputs(name, directory, config, len(w2))
     if activation == "softmax" and len(outputs) == 1:
         raise HeadError(f"classifier {name} has one output, of which a softmax is always 1; ask for sigmoid")
     return Readout(
         name,
         "classifier",
-        (Layer(Linear(w1, b1), "tanh"), Layer(Linear(w2, b2), activation)),
+        (hidden, Layer(Linear(w2, arrays[f"{last}.bias"]), activation)),
         _sha256(directory),
         outputs,
-        pooling="cls",
+        pooling=_pooling(name, directory, config) if modern else "cls",
         normalize=False,
         source=source,
         revision=revision,
@@ -93,6 +111,23 @@ def _check(name: str, directory: Path, config: Mapping[str, Any]) -> None:
             f"classifier {name}: {directory} has problem_type {config['problem_type']!r}; known are "
             f"{', '.join(map(str, PROBLEMS[1:]))}"
         )
+
+
+def _activation(name: str, directory: Path, config: Mapping[str, Any]) -> Activation:
+    known: dict[str, Activation] = {"gelu": "gelu", "silu": "silu", "relu": "relu", "tanh": "tanh"}
+    found = config.get("classifier_activation", "gelu")
+    if found not in known:
+        raise HeadError(
+            f"classifier {name}: {directory} has classifier_activation {found!r}; known are {', '.join(known)}"
+        )
+    return known[found]
+
+
+def _pooling(name: str, directory: Path, config: Mapping[str, Any]) -> Pooling:
+    found = config.get("classifier_pooling", "cls")
+    if found not in ("cls", "mean"):
+        raise HeadError(f"classifier {name}: {directory} has classifier_pooling {found!r}; known are cls and mean")
+    return "cls" if found == "cls" else "mean"
 
 
 def _find(name: str, directory: Path, tensors: Mapping[str, Any], key: str) -> str:

@@ -197,7 +197,7 @@ def test_a_missing_or_misshapen_head_is_named(classifiers, tmp_path):
     folder = Path(shutil.copytree(classifiers["xlm-roberta", 1], tmp_path / "x"))
     state = load_file(folder / "model.safetensors")
     save_file(state | {"classifier.out_proj.weight": torch.ones(1, 5)}, folder / "model.safetensors")
-    with pytest.raises(HeadError, match=r"classifier\.out_proj\.weight \[1, 5\].*expected \[K, D\], \[K\]"):
+    with pytest.raises(HeadError, match=r"classifier\.out_proj\.weight is \[1, 5\], expected \[1, 32\]"):
         read_classifier("x", folder)
     state.pop("classifier.dense.bias")
     save_file(state, folder / "model.safetensors")

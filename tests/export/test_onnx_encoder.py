@@ -245,23 +245,23 @@ def test_external_data_outside_of_the_models_folder_is_refused(traced, tmp_path)
 
 
 def test_an_architecture_without_a_graph_of_our_own_needs_a_foreign_one(encoders, head_files, tmp_path):
-    """ModernBERT is none of the families; its transformers class is the oracle all the same."""
-    folder = tmp_path / "modern"
-    config = transformers.ModernBertConfig(
-        vocab_size=write_tokenizer(folder), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=48, max_position_embeddings=MAX_TOKENS, pad_token_id=1, bos_token_id=0, eos_token_id=2,
-        cls_token_id=0, sep_token_id=2, initializer_range=0.2, local_attention=16,
+    """ELECTRA is none of the families; its transformers class is the oracle all the same."""
+    folder = tmp_path / "electra"
+    config = transformers.ElectraConfig(
+        vocab_size=write_tokenizer(folder), embedding_size=32, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=48, max_position_embeddings=MAX_TOKENS, pad_token_id=1,
+        initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(0)
-    transformers.ModernBertModel(config).save_pretrained(folder)
-    file = trace(folder, tmp_path / "modern.onnx", INPUTS[:2])
+    transformers.ElectraModel(config).save_pretrained(folder)
+    file = trace(folder, tmp_path / "electra.onnx", INPUTS[:2])
     heads = [read_head(name, path) for name, path in head_files.items()]
-    checkpoint = Checkpoint(folder, "modern", None)
-    with pytest.raises(CheckpointError, match="model_type 'modernbert' is not supported"):
+    checkpoint = Checkpoint(folder, "electra", None)
+    with pytest.raises(CheckpointError, match="model_type 'electra' is not supported"):
         export_bundle(checkpoint, heads, tmp_path / "none", "mean", MAX_TOKENS)
     bundle = export_bundle(checkpoint, heads, tmp_path / "out", "mean", MAX_TOKENS, (), encoder_onnx=file)
     encoder = bundle.manifest.encoder
-    assert (encoder.architecture, encoder.layers, encoder.hidden_size) == ("modernbert", 2, 32)
+    assert (encoder.architecture, encoder.layers, encoder.hidden_size) == ("electra", 2, 32)
 
 
 def test_the_command_fuses_heads_onto_a_foreign_encoder(encoders, head_files, traced, tmp_path, monkeypatch, capsys):

@@ -88,7 +88,7 @@ def test_what_fp32_gives_must_be_finite(documents):
     batch, expected = documents
 
     class Broken:
-        budget = Budget(100_000, "packed")
+        budget, n_parallel = Budget(100_000, "packed"), 1
 
         def run(self, part):
             return broken(BatchOutput(np.zeros((len(part.rows), 2)), np.zeros((len(part.rows), 32))), [0])
