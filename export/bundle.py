@@ -85,10 +85,11 @@ def export_bundle(
         (folder / "graphs").mkdir()
         write_readouts(folder / READOUTS, readouts)
         tokenizer = _write_tokenizer(folder, checkpoint, encoder.shape.pad_id, report)
-        draft = _manifest(checkpoint, encoder, readouts, chosen_pooling, limit, tokenizer)
+        draft = _manifest(checkpoint, encoder, readouts, pooling=chosen_pooling, max_tokens=limit, tokenizer=tokenizer)
         texts = probe_texts.texts() if calibration is None else calibration
-        write_graphs(folder, draft, encoder, readouts, lambda: _encode(Bundle(folder, draft, ""), texts), report)
-        certified = _certify(Bundle(folder, draft, ""), checkpoint, readouts, chosen_pooling, encoder_onnx, report)
+        calibrate = lambda: _encode(Bundle(folder, draft, ""), texts)  # noqa: E731
+        write_graphs(folder, draft, encoder, readouts, calibration=calibrate, report=report)
+        certified = _certify(Bundle(folder, draft, ""), checkpoint, readouts, encoder_onnx=encoder_onnx, report=report)
         files = describe_files(folder)
         engines = dict(build(Bundle(folder, replace(draft, variants=certified, files=files), "")))
         files |= {name: describe_file(folder / name) for name in engines}
@@ -130,13 +131,13 @@ def _certify(
     draft: Bundle,
     checkpoint: Checkpoint,
     readouts: Sequence[Readout],
-    pooling: Pooling,
+    *,
     encoder_onnx: Path | None,
     report: Callable[[str], None],
 ) -> dict[str, Variant]:
     tokens = probes.token_batch(Tokenizer.of(draft))
     report(f"computing {len(tokens.rows)} probe documents, {len(tokens.ids):,} tokens, with PyTorch")
-    expected = Reference(checkpoint.directory, readouts, pooling).run(tokens)
+    expected = Reference(checkpoint.directory, readouts, draft.manifest.pooling).run(tokens)
     write_probes(draft.path / PROBES, tokens, expected)
     certified = dict(draft.manifest.variants)
     for name, variant in draft.manifest.variants.items():
@@ -160,6 +161,7 @@ def _manifest(
     checkpoint: Checkpoint,
     encoder: Encoder,
     readouts: Sequence[Readout],
+    *,
     pooling: Pooling,
     max_tokens: int,
     tokenizer: TokenizerInfo,
@@ -168,11 +170,11 @@ def _manifest(
     shape, directory = encoder.shape, checkpoint.directory
     source = [file for file in sorted(directory.iterdir()) if file.suffix in (".safetensors", ".bin", ".json")]
     info = EncoderInfo(
-        checkpoint.id,
-        checkpoint.revision,
-        shape.architecture,
-        shape.n_layers,
-        shape.hidden_size,
+        id=checkpoint.id,
+        revision=checkpoint.revision,
+        architecture=shape.architecture,
+        layers=shape.n_layers,
+        hidden_size=shape.hidden_size,
         files={file.name: sha256_of(file) for file in source},
         unused_tensors=list(encoder.unused_tensors),
     )
@@ -193,7 +195,14 @@ def _variant(name: str) -> Variant:
     kind = VARIANTS["standard-fp32" if name == FOREIGN else name]  # the same inputs, and for no runtime in particular
     tolerance = asdict(tolerance_of(kind.precision, kind.provider))
     graph = f"{name}.onnx" if name == FOREIGN else kind.graph
-    return Variant(f"graphs/{graph}", kind.layout, kind.precision, kind.provider, tolerance, parity={})
+    return Variant(
+        graph=f"graphs/{graph}",
+        layout=kind.layout,
+        precision=kind.precision,
+        provider=kind.provider,
+        tolerance=tolerance,
+        parity={},
+    )
 
 
 @contextmanager

@@ -62,11 +62,13 @@ def export(
     compute_capability: Annotated[
         list[str],
         typer.Option(
-            help="Put an engine of tensorrt-fp16 for this one, like 8.0, into the bundle; repeat.", show_default=False
+            help="Build a TensorRT engine for this compute capability, like 8.0, into the bundle; repeat.",
+            show_default=False,
         ),
     ] = [],  # noqa: B006
     library: Annotated[
-        Literal["tensorrt", "tensorrt-rtx"] | None, typer.Option(help="That builds them; by default tensorrt-rtx.")
+        Literal["tensorrt", "tensorrt-rtx"] | None,
+        typer.Option(help="Library that builds TensorRT engines; by default tensorrt-rtx."),
     ] = None,
     encoder_onnx: Annotated[
         Path | None, typer.Option(help="ONNX file of the same encoder, made elsewhere: the graph foreign-fp32.")
@@ -74,7 +76,9 @@ def export(
     revision: Annotated[
         str | None, typer.Option(help="Commit, tag or branch of the encoder's repository, or the classifiers'.")
     ] = None,
-    heads_revision: Annotated[str | None, typer.Option(help="The same for the default heads' repository.")] = None,
+    heads_revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of the default heads' repository.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
 ) -> None:
     """Fuse an encoder and all regression heads into one graph and certify it against PyTorch."""
@@ -120,14 +124,18 @@ def export(
         heads = edu_heads(heads_revision)
     own = found[0] if found and encoder is None else None
     bundle = export_bundle(
-        own or find_checkpoint(encoder or SNOWFLAKE, revision), heads, out, pooling, max_tokens,
-        variant or ([] if encoder_onnx else ["cpu-fp32"]),
-        overwrite,
+        own or find_checkpoint(encoder or SNOWFLAKE, revision),
+        heads,
+        out,
+        pooling=pooling,
+        max_tokens=max_tokens,
+        variants=variant or ([] if encoder_onnx else ["cpu-fp32"]),
+        overwrite=overwrite,
         report=report,
         encoder_onnx=encoder_onnx,
         calibration=None if calibration is None else read_texts(calibration),
         build=build,
-    )  # fmt: skip
+    )
     names = f"heads {', '.join(bundle.heads)}" if bundle.heads else "no heads"
     print(f"{bundle.path}: bundle {bundle.hash[:12]}, {names}", file=sys.stderr)  # noqa: T201
 

@@ -83,6 +83,7 @@ def write_graphs(
     draft: Manifest,
     encoder: Encoder,
     readouts: Sequence[Readout],
+    *,
     calibration: Callable[[], TokenBatch],
     report: Report,
 ) -> None:

@@ -152,10 +152,10 @@ def _load_new(directory: Path, config: Mapping[str, Any], dtype: torch.dtype, ki
     native = _native(GteConfig, config, theta)
     native.id2label = {int(i): str(label) for i, label in (config.get("id2label") or native.id2label).items()}
     model = _load_state(directory, kind, native, state, dtype)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "ntk"):
-        raise CheckpointError(f"{directory}: the oracle knows the RoPE types 'default' and 'ntk', found {kind!r}")
-    if kind == "ntk":
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling not in ("default", "ntk"):
+        raise CheckpointError(f"{directory}: the oracle knows the RoPE types 'default' and 'ntk', found {scaling!r}")
+    if scaling == "ntk":
         dim, factor = config["hidden_size"] // config["num_attention_heads"], rope["factor"]
         frequencies = 1.0 / ((theta * factor) ** (torch.arange(0, dim, 2).float() / dim))
         encoder = model if kind is GteModel else model.gte

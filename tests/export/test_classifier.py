@@ -176,7 +176,7 @@ def test_another_encoder_is_refused(classifiers, tmp_path):
         ({"architectures": ["BertForTokenClassification"]}, "is BertForTokenClassification, expected a ...For"),
         ({"architectures": ["LlamaForCausalLM"]}, "is LlamaForCausalLM, expected a"),
         ({"architectures": None}, "of no architecture"),
-        ({"model_type": "deberta-v2"}, "model_type 'deberta-v2'; known are bert, gte, new, xlm-roberta"),
+        ({"model_type": "deberta-v2"}, "model_type 'deberta-v2'; known are bert, gte, mod"),
         ({"id2label": {"0": "a"}}, "3 outputs, config.json names 1 labels"),
         ({"num_labels": 2}, "3 outputs, config.json names 2 labels"),
         ({"id2label": {"0": "a b", "1": "a-b", "2": "c"}}, "several labels become the column score_x_a_b"),
