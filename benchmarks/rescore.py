@@ -34,7 +34,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from benchmarks.cases import heads_of
 from benchmarks.ceilings import onnx_product
 from benchmarks.table import Row, write_result
 from jql_engine.bundle import Bundle
@@ -42,7 +41,7 @@ from jql_engine.data import Scores
 from jql_engine.job.launch import rescore
 from jql_engine.job.plan import Job, prepare
 from jql_engine.job.progress import RunLog
-from jql_engine.readouts import BLOCK_ROWS
+from jql_engine.readouts import BLOCK_ROWS, Readouts
 from jql_engine.sessions.base import CHUNK_BYTES
 
 MILLION = 1_000_000
@@ -104,8 +103,7 @@ class Case:
 
 def _cases(path: Path, folder: Path, n_docs: int) -> list[Case]:
     bundle = Bundle.open(path)
-    weight = np.concatenate([head.layers[0].linear.weight for head in heads_of(bundle)]).T
-    weight = np.ascontiguousarray(weight)
+    weight = np.concatenate([chain[0].weight for chain in Readouts.of(bundle).chains], axis=1)
     width, hidden = weight.shape
     n_heads = len(bundle.heads)
     words = f"{n_heads} heads, {hidden:,} hidden together, on {width}"

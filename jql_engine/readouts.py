@@ -50,8 +50,10 @@ class _Layer:
     activation: str | None
     norm: tuple[Matrix, Matrix, float] | None  # scale and shift [out], epsilon
 
-    def apply(self, x: Matrix) -> Matrix:
-        y = x @ self.weight
+    def apply(self, x: Matrix, room: Matrix) -> Matrix:
+        """The layer of `x` [n, in], computed in `room`, a vector of n * out numbers or more."""
+        n_out = self.weight.shape[1]
+        y: Matrix = np.matmul(x, self.weight, out=room[: len(x) * n_out].reshape(len(x), n_out))
         if self.bias is not None:
             y += self.bias
         if self.activation is not None:
@@ -89,12 +91,15 @@ class Readouts:
     def score(self, embeddings: Matrix) -> Matrix:
         """Scores [n, H] of L2-normalized `embeddings` [n, D]."""
         scores = np.empty((len(embeddings), len(self.outputs)), np.float32)
+        widest = max(layer.weight.shape[1] for chain in self.chains for layer in chain)
+        # Results in turn: new memory for each product takes longer than the product.
+        rooms = [np.empty(min(BLOCK_ROWS, len(embeddings)) * widest, np.float32) for _ in range(2)]
         for start in range(0, len(embeddings), BLOCK_ROWS):
             block, at = slice(start, start + BLOCK_ROWS), 0
             for chain in self.chains:
                 x = embeddings[block]
-                for layer in chain:
-                    x = layer.apply(x)
+                for i, layer in enumerate(chain):
+                    x = layer.apply(x, rooms[i % 2])
                 scores[block, at : at + x.shape[1]] = x
                 at += x.shape[1]
         return scores
