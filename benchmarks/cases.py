@@ -24,7 +24,7 @@ from jql_engine.readouts import Readouts
 from jql_engine.sessions.base import CHUNK_BYTES, Session
 from jql_engine.tokenizer import Tokenizer
 from jql_export.readouts.base import Readout
-from jql_export.readouts.jql_head import jql_head
+from jql_export.readouts.head_file import jql_head
 from jql_export.tensors import Linear
 
 ORACLE = ("reference", "transformers, one at a time", "fp32")

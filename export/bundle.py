@@ -18,6 +18,7 @@ from jql_engine.bundle import (
     MANIFEST,
     PROBES,
     READOUTS,
+    TOKENIZER,
     Bundle,
     EncoderInfo,
     EngineKey,
@@ -108,12 +109,15 @@ def _check_shared(directory: Path, encoder: Encoder, readouts: Sequence[Readout]
                 f"classifier {name}: the encoder in {other} is not that in {directory}: {what}; classifiers share a "
                 "bundle where they share an encoder, so export one for each"
             )
-        if (other / "tokenizer.json").read_bytes() != (directory / "tokenizer.json").read_bytes():
-            raise CheckpointError(f"classifier {name}: tokenizer.json in {other} is not that in {directory}")
+        files = [folder / TOKENIZER for folder in (directory, other)]
+        if not all(file.is_file() for file in files) or sha256_of(files[0]) != sha256_of(files[1]):
+            raise CheckpointError(
+                f"classifier {name}: {other} has no {TOKENIZER} that equals that of {directory}; export one for each"
+            )
 
 
 def _write_tokenizer(folder: Path, checkpoint: Checkpoint, pad_id: int, report: Callable[[str], None]) -> TokenizerInfo:
-    file = folder / "tokenizer.json"
+    file = folder / TOKENIZER
     texts = probe_texts.texts()
     info = prove_fast(file, write_tokenizer(checkpoint.directory, file, pad_id), texts)
     if info.fast:

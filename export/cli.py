@@ -103,7 +103,7 @@ def export(
     from jql_export.hub import edu_heads, find_checkpoint
     from jql_export.quantize import read_texts
     from jql_export.readouts.classifier import read_classifier
-    from jql_export.readouts.jql_head import read_head
+    from jql_export.readouts.head_file import read_head
 
     quiet: Any = transformers_logging  # untyped
     quiet.set_verbosity_error()

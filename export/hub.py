@@ -19,7 +19,7 @@ from jql_engine.bundle import sha256_of
 from jql_engine.errors import CheckpointError, HeadError
 from jql_export.defaults import EDU_HEADS, EDU_REPOSITORY
 from jql_export.readouts.base import Readout
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 
 # What a snapshot from the hub needs; other formats of the same weights would only be downloaded for nothing.
 HUB_PATTERNS = ["*.json", "*/config.json", "model*.safetensors", "pytorch_model.bin"]

@@ -18,7 +18,7 @@ from jql_engine.sessions.devices import every_gpu, gpu_without_driver
 from jql_export import probes
 from jql_export.bundle import Checkpoint, export_bundle
 from jql_export.families.read import read_encoder
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.variants import VARIANTS
 
 warnings.filterwarnings("ignore", module="lightning")

@@ -14,7 +14,7 @@ from jql_export.families.base import EncoderWeights
 from jql_export.families.read import read_encoder
 from jql_export.graph.encoder import write_graph
 from jql_export.readouts.base import Readout, write_readouts
-from jql_export.readouts.jql_head import jql_head
+from jql_export.readouts.head_file import jql_head
 from jql_export.tensors import Linear
 from jql_export.variants import VARIANTS
 from tests.conftest import write_encoder, write_tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jql_engine.bundle import Bundle
 from jql_export.bundle import Checkpoint, export_bundle
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 
 VARIANT = "tensorrt-fp16"
 DEMO = Path(__file__).parent.parent / "examples" / "demo"

@@ -9,7 +9,7 @@ import pytest
 from jql_engine import Engine, EngineError, probe_texts
 from jql_engine.errors import DeviceError
 from jql_engine.tokenizer_libraries import fast_name, oracle_name
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, POOLING, without_gpu

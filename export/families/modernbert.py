@@ -42,6 +42,8 @@ def read_modernbert(directory: Path, config: Mapping[str, Any]) -> EncoderWeight
     width = head_size(directory, config)
     inverse = {kind: _frequencies(directory, config, kind, width) for kind in KINDS}
     window = number(directory, {"local_attention": WINDOW, **config}, "local_attention") // 2
+    if not window:
+        raise CheckpointError(f"{directory}: config.json has local_attention = 1, expected 2 or more")
     longest = number(directory, config, "max_position_embeddings")
     known = {**config, "layer_norm_eps": config.get("norm_eps", 1e-5)}
     tensors = TensorFile(directory, word=WORD, roots=ROOTS)
@@ -94,7 +96,7 @@ def _kinds(directory: Path, config: Mapping[str, Any]) -> list[str]:
     if kinds is None:
         every = number(directory, {"global_attn_every_n_layers": EVERY, **config}, "global_attn_every_n_layers")
         return [KINDS[int(i % every > 0)] for i in range(n_layers)]
-    if not isinstance(kinds, list) or len(kinds) != n_layers or not set(kinds) <= set(KINDS):
+    if not isinstance(kinds, list) or len(kinds) != n_layers or any(kind not in KINDS for kind in kinds):
         raise CheckpointError(
             f"{directory}: config.json has layer_types = {kinds!r}, expected {n_layers} of {' and '.join(KINDS)}"
         )

@@ -14,9 +14,8 @@ from jql_export.graph.dialect import (
     first_token,
     rope_caches,
     rows_of_positions,
-    seen_by_first,
 )
-from jql_export.graph.windows import MASK, blocks_of, joined, prepare_windows
+from jql_export.graph.windows import MASK, blocks_of, joined, prepare_windows, seen_by_first
 from jql_export.graph.writer import FloatType, GraphInput, GraphWriter
 
 
@@ -38,7 +37,7 @@ class CpuDialect(FusedDialect):
         if spec.positions == "rope":
             rope_caches(g, spec)
         if spec.window is not None:
-            prepare_windows(g, spec.window, None)
+            prepare_windows(g, spec)
             zero, never = (
                 g.weight(f"window.{n}", np.array(v, np.float32)) for n, v in (("seen", 0), ("unseen", -1e30))
             )
@@ -59,12 +58,12 @@ class CpuDialect(FusedDialect):
             q = q if cls_only else self._rotate(g, q, layer, spec)
         if layer.windowed and not cls_only:
             return self._windowed(g, q, k, v, spec), queries
-        k, v = (seen_by_first(g, layer, spec, x) if cls_only else x for x in (k, v))
+        if layer.windowed:
+            k, v = (seen_by_first(g, one, spec) for one in (k, v))
         return g.op("MultiHeadAttention", q, k, v, domain=MICROSOFT, num_heads=spec.n_attention_heads), queries
 
     def _windowed(self, g: GraphWriter, q: str, k: str, v: str, spec: EncoderSpec) -> str:
-        assert spec.window is not None
-        q, k, v = blocks_of(g, q, k, v, spec, spec.window)
+        q, k, v = blocks_of(g, q, k, v, spec)
         scale = g.weight("window.scale", np.array(spec.head_size**-0.5, np.float32))
         scores = g.op("MatMul", g.op("Mul", q, scale), g.op("Transpose", k, perm=[0, 1, 3, 2]))
         shares = g.op("Softmax", g.op("Add", scores, "window.bias"), axis=-1)

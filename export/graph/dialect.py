@@ -135,14 +135,6 @@ def caches_of(layer: LayerWeights) -> tuple[str, str]:
     return f"{prefix}.cos", f"{prefix}.sin"
 
 
-def seen_by_first(g: GraphWriter, layer: LayerWeights, spec: EncoderSpec, x: str) -> str:
-    """Of keys or values [B, L, D] those that the first token of a document sees."""
-    if not layer.windowed:
-        return x
-    assert spec.window is not None
-    return g.op("Slice", x, g.ints(0), g.ints(spec.window + 1), g.ints(1))
-
-
 def first_token(g: GraphWriter, x: str) -> str:
     """The first token of each document, [B, 1, D] of x [B, L, D]."""
     return g.op("Slice", x, g.ints(0), g.ints(1), g.ints(1))

@@ -15,9 +15,8 @@ from jql_export.graph.dialect import (
     project_and_rotate,
     rope_caches,
     rows_of_positions,
-    seen_by_first,
 )
-from jql_export.graph.windows import MASK, blocks_of, joined, prepare_windows
+from jql_export.graph.windows import MASK, blocks_of, joined, prepare_windows, seen_by_first
 from jql_export.graph.writer import FloatType, GraphInput, GraphWriter
 from jql_export.tensors import Array, Linear, Norm
 
@@ -54,7 +53,7 @@ class StandardDialect:
             zero, one = g.weight("zero", np.array(0, np.int64)), g.weight("one", np.array(1, np.int64))
             g.op("Expand", g.op("Range", zero, g.op("Squeeze", length), one), shape, output="positions")
         if spec.window is not None:
-            prepare_windows(g, spec.window, "attention_mask" if self.layout == "padded" else None)
+            prepare_windows(g, spec, "attention_mask" if self.layout == "padded" else None)
 
     def position_rows(self, g: GraphWriter, spec: EncoderSpec) -> str:
         return rows_of_positions(g, spec)
@@ -65,13 +64,11 @@ class StandardDialect:
         queries = first_token(g, x) if cls_only else x
         heads, qkv = spec.n_attention_heads, project_and_rotate(g, name, layer, spec, x, queries)
         if layer.windowed and not cls_only:
-            assert spec.window is not None
-            return joined(g, g.op("Attention", *blocks_of(g, *qkv, spec, spec.window), MASK), spec), queries
+            return joined(g, g.op("Attention", *blocks_of(g, *qkv, spec), MASK), spec), queries
         masks = [] if self.layout == "exact" else ["attend_first" if cls_only else "attend"]
         if layer.windowed:
-            assert spec.window is not None
-            qkv = (qkv[0], seen_by_first(g, layer, spec, qkv[1]), seen_by_first(g, layer, spec, qkv[2]))
-            masks = [g.op("Slice", mask, g.ints(0), g.ints(spec.window + 1), g.ints(3)) for mask in masks]
+            qkv = (qkv[0], seen_by_first(g, qkv[1], spec), seen_by_first(g, qkv[2], spec))
+            masks = [seen_by_first(g, mask, spec, axis=3) for mask in masks]
         return g.op("Attention", *qkv, *masks, q_num_heads=heads, kv_num_heads=heads), queries
 
     def norm(self, g: GraphWriter, name: str, x: str, norm: Norm, eps: float) -> str:

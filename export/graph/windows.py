@@ -23,8 +23,9 @@ MASK = "window.mask"  # bool [B * n, 1, w, 3 w], of n blocks
 LENGTH = "window.length"  # int64 [1]
 
 
-def prepare_windows(g: GraphWriter, window: int, attention_mask: str | None) -> None:
+def prepare_windows(g: GraphWriter, spec: EncoderSpec, attention_mask: str | None = None) -> None:
     """Add the mask that all layers with windows share; `attention_mask` int64 [B, L] where there is padding."""
+    window = _window(spec)
     shape = g.op("Shape", "input_ids")
     g.op("Gather", shape, g.ints(1), output=LENGTH)
     valid = attention_mask or g.op("Expand", g.ints(1), shape)
@@ -42,9 +43,9 @@ def _within(window: int, distance: int) -> NDArray[np.bool_]:
     return near[None, None]
 
 
-def blocks_of(g: GraphWriter, q: str, k: str, v: str, spec: EncoderSpec, window: int) -> tuple[str, str, str]:
+def blocks_of(g: GraphWriter, q: str, k: str, v: str, spec: EncoderSpec) -> tuple[str, str, str]:
     """Queries [B * n, heads, w, d] and keys and values [B * n, heads, 3 w, d] of q, k and v [B, L, heads * d]."""
-    heads, d = spec.n_attention_heads, spec.head_size
+    window, heads, d = _window(spec), spec.n_attention_heads, spec.head_size
     queries = g.op("Reshape", _padded(g, q, window, around=False), g.ints(-1, window, heads, d))
     found = [g.op("Transpose", queries, perm=[0, 2, 1, 3])]
     for x in (k, v):
@@ -53,12 +54,22 @@ def blocks_of(g: GraphWriter, q: str, k: str, v: str, spec: EncoderSpec, window:
     return found[0], found[1], found[2]
 
 
+def seen_by_first(g: GraphWriter, x: str, spec: EncoderSpec, axis: int = 1) -> str:
+    """Of keys or values [B, L, D], or of a mask over them, what is in the window of a document's first token."""
+    return g.op("Slice", x, g.ints(0), g.ints(_window(spec) + 1), g.ints(axis))
+
+
 def joined(g: GraphWriter, context: str, spec: EncoderSpec) -> str:
     """Contexts [B, L, heads * d] of those of the blocks, [B * n, heads, w, d]."""
     rows = g.op("Transpose", context, perm=[0, 2, 1, 3])
     batch = g.op("Gather", g.op("Shape", "input_ids"), g.ints(0))
     shape = g.op("Concat", batch, g.ints(-1, spec.n_attention_heads * spec.head_size), axis=0)
     return g.op("Slice", g.op("Reshape", rows, shape), g.ints(0), LENGTH, g.ints(1))
+
+
+def _window(spec: EncoderSpec) -> int:
+    assert spec.window is not None, "no layer of this encoder has a window"
+    return spec.window
 
 
 def _padded(g: GraphWriter, x: str, window: int, around: bool) -> str:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.numpy import save
 
 from jql_engine.bundle import Activation, LayerInfo, Pooling, ReadoutInfo
 from jql_engine.errors import HeadError
-from jql_export.tensors import Linear, Norm
+from jql_export.tensors import Array, Linear, Norm
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a readout: a part of columns and tensors
 
@@ -71,6 +72,19 @@ class Readout:
             source=self.source,
             revision=self.revision,
         )
+
+
+def to_fp32(where: str, key: str, tensor: torch.Tensor) -> Array:
+    """A weight as an array; raises HeadError, begun with `where`, for what holds no finite floating-point numbers."""
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+        what = "meta" if tensor.is_meta else f"{tensor.layout}".removeprefix("torch.")
+        raise HeadError(
+            f"{where}: {key} is a {what} tensor of {tensor.dtype}, expected a strided one of floating point"
+        )
+    array: Array = tensor.detach().to(torch.float32).numpy()
+    if not np.isfinite(array).all():
+        raise HeadError(f"{where}: {key} holds NaN, or what is infinite in fp32; train the head again")
+    return array
 
 
 def check_readouts(readouts: Sequence[Readout], hidden_size: int) -> None:

@@ -3,32 +3,94 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from jql_engine.bundle import Activation, Pooling, sha256_of
 from jql_engine.errors import HeadError
-from jql_export.families.base import read_config
-from jql_export.readouts.base import NAME, Layer, Readout
+from jql_export.families.base import positive, read_config
+from jql_export.readouts.base import NAME, Layer, Readout, to_fp32
 from jql_export.tensors import WEIGHT_FILES, Array, Linear, Norm, open_tensors
 
+T = TypeVar("T")
 Output = Literal["sigmoid", "softmax"]
-# The two linear layers behind the pooled state, by model_type; between them stands a tanh, ModernBERT's activation and
-# norm apart. The first may lie within the encoder's prefix.
-LAYERS: Mapping[str, tuple[str, str]] = {
-    "modernbert": ("head.dense", "classifier"),
-    "bert": ("pooler.dense", "classifier"),
-    "gte": ("pooler.dense", "classifier"),
-    "new": ("pooler.dense", "classifier"),
-    "xlm-roberta": ("classifier.dense", "classifier.out_proj"),
-}
 SUFFIX = "ForSequenceClassification"
 PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
 DEFAULT_LABELS = {0: "LABEL_0", 1: "LABEL_1"}  # of a config that names none
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """The tensors of a classifier's head, each found with whatever prefix it has."""
+
+    name: str
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Callable[[], torch.Tensor]]
+    taken: list[str]  # full names
+
+    @property
+    def where(self) -> str:
+        return f"classifier {self.name}: {self.directory}"
+
+    def take(self, key: str, *shape: int | None) -> Array:
+        """The tensor `key`, of which None in its shape may be anything; raises HeadError."""
+        found = [full for full in self.tensors if full == key or full.endswith(f".{key}")]
+        if len(found) != 1:
+            how = f"several tensors {key}: {', '.join(sorted(found))}" if found else f"no tensor {key}"
+            raise HeadError(f"{self.where} has {how}; {self.config['model_type']} has one")
+        array = to_fp32(self.where, found[0], self.tensors[found[0]]())
+        if len(shape) != array.ndim or any(n not in (None, size) for n, size in zip(shape, array.shape, strict=True)):
+            expected = ", ".join("*" if n is None else str(n) for n in shape)
+            raise HeadError(f"{self.where}: {found[0]} is {list(array.shape)}, expected [{expected}]")
+        self.taken.append(found[0])
+        return array
+
+    def linear(self, name: str, n_in: int | None = None, bias: bool = True) -> Linear:
+        """`name`.weight [out, in] and, with `bias`, `name`.bias [out]."""
+        weight = self.take(f"{name}.weight", None, n_in)
+        return Linear(weight, self.take(f"{name}.bias", len(weight)) if bias else None)
+
+
+def _tanh(name: str, checkpoint: _Checkpoint) -> tuple[Pooling, Layer]:
+    """A layer on the first token's state, as BERT's pooler."""
+    return "cls", Layer(checkpoint.linear(name), "tanh")
+
+
+def _modernbert(checkpoint: _Checkpoint) -> tuple[Pooling, Layer]:
+    config, directory = checkpoint.config, checkpoint.directory
+    poolings: dict[str, Pooling] = {"cls": "cls", "mean": "mean"}
+    pooling = _one_of(checkpoint, "classifier_pooling", "cls", poolings)
+    activations: dict[str, Activation] = {"gelu": "gelu", "silu": "silu", "relu": "relu", "tanh": "tanh"}
+    activation = _one_of(checkpoint, "classifier_activation", "gelu", activations)
+    dense = checkpoint.linear("head.dense", bias=config.get("classifier_bias", False))
+    width = len(dense.weight)
+    shift = checkpoint.take("head.norm.bias", width) if config.get("norm_bias", False) else np.zeros(width, np.float32)
+    norm = Norm(checkpoint.take("head.norm.weight", width), shift)
+    return pooling, Layer(dense, activation, norm, positive(directory, {"norm_eps": 1e-5, **config}, "norm_eps"))
+
+
+def _one_of(checkpoint: _Checkpoint, key: str, default: str, known: Mapping[str, T]) -> T:
+    found = checkpoint.config.get(key, default)
+    if not isinstance(found, str) or found not in known:
+        raise HeadError(f"{checkpoint.where} has {key} {found!r}; known are {', '.join(known)}")
+    return known[found]
+
+
+# By model_type: what stands before the last layer, and that layer's name.
+LAYOUTS: Mapping[str, tuple[Callable[[_Checkpoint], tuple[Pooling, Layer]], str]] = {
+    "bert": (partial(_tanh, "pooler.dense"), "classifier"),
+    "gte": (partial(_tanh, "pooler.dense"), "classifier"),
+    "modernbert": (_modernbert, "classifier"),
+    "new": (partial(_tanh, "pooler.dense"), "classifier"),
+    "xlm-roberta": (partial(_tanh, "classifier.dense"), "classifier.out_proj"),
+}
 
 
 def read_classifier(
@@ -42,67 +104,44 @@ def read_classifier(
 
     One label gives one output called `name`, several give `name`_label each, with `_` for what is neither letter nor
     digit. Raises HeadError: no sequence classifier, an unknown architecture, labels or tensors that do not fit, two
-    labels that become one name.
+    labels that become one name; CheckpointError for files that cannot be read.
     """
     if not NAME.fullmatch(name):
         raise HeadError(f"classifier name {name!r} cannot be a column name; use letters, digits, '.', '_' and '-'")
     config = read_config(directory)
     _check(name, directory, config)
-    first, last = LAYERS[config["model_type"]]
-    modern = config["model_type"] == "modernbert"
-    taken = [f"{first}.weight", f"{first}.bias", f"{last}.weight", f"{last}.bias"]
-    if modern and not config.get("classifier_bias", False):
-        taken.remove(f"{first}.bias")
-    if modern:
-        taken += ["head.norm.weight", *(["head.norm.bias"] if config.get("norm_bias", False) else [])]
-    tensors = open_tensors(directory)
-    found = {key: _find(name, directory, tensors, key) for key in taken}
-    if missing := [key for key in found.values() if key not in tensors]:
-        raise HeadError(f"classifier {name}: {directory} lacks {', '.join(missing)}, which {config['model_type']} has")
-    arrays = {key: _fp32(name, directory, full, tensors[full]()) for key, full in found.items()}
-    width = len(arrays[f"{first}.weight"])
-    w2 = arrays[f"{last}.weight"]
-    shapes = dict.fromkeys(taken, (width,)) | {
-        f"{first}.weight": (width, arrays[f"{first}.weight"].shape[-1]), f"{last}.weight": (len(w2), width),
-        f"{last}.bias": (len(w2),),
-    }  # fmt: skip
-    for key, shape in shapes.items():
-        if arrays[key].shape != shape:
-            raise HeadError(
-                f"classifier {name}: {directory}: {found[key]} is {list(arrays[key].shape)}, expected {list(shape)}"
-            )
-    hidden = Layer(Linear(arrays[f"{first}.weight"], arrays.get(f"{first}.bias")), "tanh")
-    if modern:
-        norm = Norm(arrays["head.norm.weight"], arrays.get("head.norm.bias", np.zeros(width, np.float32)))
-        hidden = Layer(hidden.linear, _activation(name, directory, config), norm, float(config.get("norm_eps", 1e-5)))
-    outputs = _outputs(name, directory, config, len(w2))
+    checkpoint = _Checkpoint(name, directory, config, open_tensors(directory), taken=[])
+    read, last = LAYOUTS[config["model_type"]]
+    pooling, hidden = read(checkpoint)
+    output = checkpoint.linear(last, len(hidden.linear.weight))
+    outputs = _outputs(name, directory, config, len(output.weight))
     if activation == "softmax" and len(outputs) == 1:
         raise HeadError(f"classifier {name} has one output, of which a softmax is always 1; ask for sigmoid")
     return Readout(
         name,
         "classifier",
-        (hidden, Layer(Linear(w2, arrays[f"{last}.bias"]), activation)),
+        (hidden, Layer(output, activation)),
         _sha256(directory),
         outputs,
-        pooling=_pooling(name, directory, config) if modern else "cls",
+        pooling=pooling,
         normalize=False,
         source=source,
         revision=revision,
         checkpoint=directory,
-        tensors=tuple(found.values()),
+        tensors=tuple(checkpoint.taken),
     )
 
 
 def _check(name: str, directory: Path, config: Mapping[str, Any]) -> None:
     """Raise HeadError where config.json describes something else than a sequence classifier of a known family."""
     classes = config.get("architectures") or []
-    kinds = ", ".join(sorted(LAYERS))
+    kinds = ", ".join(sorted(LAYOUTS))
     if not (isinstance(classes, list) and any(str(one).endswith(SUFFIX) for one in classes)):
         raise HeadError(
             f"classifier {name}: {directory} is {', '.join(map(str, classes)) or 'of no architecture'}, expected a "
             f"...{SUFFIX} of {kinds}"
         )
-    if config.get("model_type") not in LAYERS:
+    if not isinstance(config.get("model_type"), str) or config["model_type"] not in LAYOUTS:
         raise HeadError(
             f"classifier {name}: {directory} has model_type {config.get('model_type')!r}; known are {kinds}"
         )
@@ -111,38 +150,6 @@ def _check(name: str, directory: Path, config: Mapping[str, Any]) -> None:
             f"classifier {name}: {directory} has problem_type {config['problem_type']!r}; known are "
             f"{', '.join(map(str, PROBLEMS[1:]))}"
         )
-
-
-def _activation(name: str, directory: Path, config: Mapping[str, Any]) -> Activation:
-    known: dict[str, Activation] = {"gelu": "gelu", "silu": "silu", "relu": "relu", "tanh": "tanh"}
-    found = config.get("classifier_activation", "gelu")
-    if found not in known:
-        raise HeadError(
-            f"classifier {name}: {directory} has classifier_activation {found!r}; known are {', '.join(known)}"
-        )
-    return known[found]
-
-
-def _pooling(name: str, directory: Path, config: Mapping[str, Any]) -> Pooling:
-    found = config.get("classifier_pooling", "cls")
-    if found not in ("cls", "mean"):
-        raise HeadError(f"classifier {name}: {directory} has classifier_pooling {found!r}; known are cls and mean")
-    return "cls" if found == "cls" else "mean"
-
-
-def _find(name: str, directory: Path, tensors: Mapping[str, Any], key: str) -> str:
-    """The full name of a tensor, with any prefix; raises HeadError where there are several."""
-    found = [full for full in tensors if full == key or full.endswith(f".{key}")]
-    if len(found) > 1:
-        raise HeadError(f"classifier {name}: {directory} has several tensors {key}: {', '.join(sorted(found))}")
-    return found[0] if found else key
-
-
-def _fp32(name: str, directory: Path, key: str, tensor: torch.Tensor) -> Array:
-    array: Array = tensor.detach().to(torch.float32).numpy()
-    if not np.isfinite(array).all():
-        raise HeadError(f"classifier {name}: {directory}: {key} holds NaN, or what is infinite in fp32")
-    return array
 
 
 def _outputs(name: str, directory: Path, config: Mapping[str, Any], n_outputs: int) -> tuple[str, ...]:

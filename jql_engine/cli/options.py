@@ -16,6 +16,13 @@ from jql_engine.errors import EngineError
 from jql_engine.job.interrupt import StopError
 from jql_engine.printing import redact
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(version("jql-engine"))  # noqa: T201
+        raise typer.Exit
+
+
 INPUT, OUTPUT, DEVICE = "Input", "Output", "Device"
 TENSORRT, MACHINES, JOB = "TensorRT", "Several machines", "Job"
 
@@ -53,9 +60,7 @@ Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Worker processes on the CPU; a GPU has one each.", rich_help_panel=DEVICE),
 ]
-Version = Annotated[
-    bool, typer.Option("--version", callback=lambda wanted: _version(wanted), is_eager=True, help="Print the version.")
-]
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
 Metrics = Annotated[
     Path | None, typer.Option(help="Append a line of JSON for each chunk to this file.", rich_help_panel=JOB)
 ]
@@ -64,12 +69,6 @@ Metrics = Annotated[
 def command() -> typer.Typer:
     """An application for one command."""
     return typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(version("jql-engine"))  # noqa: T201
-        raise typer.Exit
 
 
 def check_rank(rank: int | None, world_size: int | None) -> None:

@@ -63,7 +63,7 @@ class RegressionHead:
                 f"{checkpoint_path}: a checkpoint is read with torch, which is not installed; install it, or export "
                 "the heads into a bundle and use Engine(bundle).score"
             )
-        from jql_export.readouts.jql_head import read_head
+        from jql_export.readouts.head_file import read_head
 
         layers = [layer.linear for layer in read_head("checkpoint", Path(checkpoint_path)).layers]
         arrays = [array for layer in layers for array in (layer.weight, layer.bias)]

@@ -15,7 +15,7 @@ from jql_export import probes
 from jql_export.bundle import Checkpoint, export_bundle
 from jql_export.families.read import read_encoder
 from jql_export.hub import find_checkpoint
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, MAX_TOKENS, POOLING, export, write_head
 

@@ -20,7 +20,7 @@ from jql_engine.errors import CheckpointError, HeadError, ParityError
 from jql_export.bundle import export_bundle
 from jql_export.hub import Checkpoint
 from jql_export.readouts.classifier import read_classifier
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, MAX_TOKENS, ON_CPU, write_head
 
@@ -170,6 +170,14 @@ def test_another_encoder_is_refused(classifiers, tmp_path):
         export(first, read_classifier("a", first), read_classifier("b", other), out=tmp_path / "out")
 
 
+def test_a_classifier_without_the_tokenizer_is_refused(classifiers, tmp_path):
+    other = Path(shutil.copytree(classifiers["bert", 3], tmp_path / "other"))
+    (other / "tokenizer.json").unlink()
+    first = classifiers["bert", 1]
+    with pytest.raises(CheckpointError, match=r"classifier b: .*other has no tokenizer\.json that equals that of"):
+        export(first, read_classifier("a", first), read_classifier("b", other), out=tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -181,6 +189,7 @@ def test_another_encoder_is_refused(classifiers, tmp_path):
         ({"num_labels": 2}, "3 outputs, config.json names 2 labels"),
         ({"id2label": {"0": "a b", "1": "a-b", "2": "c"}}, "several labels become the column score_x_a_b"),
         ({"id2label": ["a", "b", "c"]}, "id2label = "),
+        ({"model_type": ["bert"]}, "model_type ['bert']; known are bert"),
         ({"problem_type": "ranking"}, "problem_type 'ranking'; known are regression"),
     ],
 )
@@ -197,11 +206,17 @@ def test_a_missing_or_misshapen_head_is_named(classifiers, tmp_path):
     folder = Path(shutil.copytree(classifiers["xlm-roberta", 1], tmp_path / "x"))
     state = load_file(folder / "model.safetensors")
     save_file(state | {"classifier.out_proj.weight": torch.ones(1, 5)}, folder / "model.safetensors")
-    with pytest.raises(HeadError, match=r"classifier\.out_proj\.weight is \[1, 5\], expected \[1, 32\]"):
+    with pytest.raises(HeadError, match=r"classifier\.out_proj\.weight is \[1, 5\], expected \[\*, 32\]"):
+        read_classifier("x", folder)
+    save_file(state | {"classifier.dense.weight": torch.ones(32, 32).to(torch.int8)}, folder / "model.safetensors")
+    with pytest.raises(HeadError, match=r"classifier\.dense\.weight is a strided tensor of torch\.int8"):
+        read_classifier("x", folder)
+    save_file(state | {"classifier.dense.weight": torch.ones(())}, folder / "model.safetensors")
+    with pytest.raises(HeadError, match=r"classifier\.dense\.weight is \[\], expected \[\*, \*\]"):
         read_classifier("x", folder)
     state.pop("classifier.dense.bias")
     save_file(state, folder / "model.safetensors")
-    with pytest.raises(HeadError, match=r"lacks classifier\.dense\.bias, which xlm-roberta has"):
+    with pytest.raises(HeadError, match=r"has no tensor classifier\.dense\.bias; xlm-roberta has one"):
         read_classifier("x", folder)
 
 

@@ -22,7 +22,7 @@ from jql_export import probes
 from jql_export.families.read import read_encoder
 from jql_export.graph.cuda_packed import CudaDialect
 from jql_export.graph.encoder import write_graph
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.reference import Expected, Reference
 from tests.conftest import FAMILIES, write_encoder
 from tests.operators import OPERATORS

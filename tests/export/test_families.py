@@ -25,7 +25,7 @@ from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
 from jql_export.bundle import Checkpoint, export_bundle
 from jql_export.families.read import read_encoder
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.reference import Reference, load_encoder
 from jql_export.tolerances import LONG_TOKENS, TOLERANCES
 from tests.conftest import MAX_TOKENS, ON_CPU, write_tokenizer

@@ -23,7 +23,7 @@ from jql_export.families.read import read_encoder
 from jql_export.graph.dialect import MICROSOFT
 from jql_export.graph.encoder import PAGE, write_graph
 from jql_export.graph.writer import EXTERNAL_BYTES
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import LONG_TOKENS, TOLERANCES
 from jql_export.variants import VARIANTS

@@ -22,7 +22,7 @@ from jql_export.families.read import read_encoder
 from jql_export.graph import windows
 from jql_export.hub import Checkpoint
 from jql_export.readouts.classifier import read_classifier
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import write_head, write_tokenizer
 
@@ -160,6 +160,8 @@ def test_a_wrong_graph_is_refused(checkpoint, tmp_path, monkeypatch, damage):
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling = .*; supported is no such setting"),
         ({"hidden_activation": "relu"}, "hidden_activation = 'relu'; supported is 'gelu' or 'silu'"),
         ({"layer_types": ["full_attention"]}, "layer_types = .* expected 7 of full_attention and sliding_attention"),
+        ({"layer_types": [{}] * 7}, "layer_types = .* expected 7 of"),
+        ({"local_attention": 1}, "local_attention = 1, expected 2 or more"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type = 'yarn'"),
     ],
 )
@@ -200,7 +202,8 @@ def test_graphs_for_gpus_are_refused_with_what_there_is(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classifier_pooling": "max"}, "classifier_pooling 'max'; known are cls and mean"),
+        ({"classifier_pooling": "max"}, "classifier_pooling 'max'; known are cls, mean"),
+        ({"classifier_pooling": ["cls"]}, r"classifier_pooling \['cls'\]; known are cls"),
         ({"classifier_activation": "mish"}, "classifier_activation 'mish'; known are gelu"),
     ],
 )

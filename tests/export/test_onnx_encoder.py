@@ -22,7 +22,7 @@ from jql_export import cli, probes
 from jql_export.bundle import export_bundle
 from jql_export.hub import Checkpoint
 from jql_export.onnx_encoder import VARIANT, read_foreign, write_foreign
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.reference import load_encoder
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import MAX_TOKENS, POOLING, write_tokenizer

@@ -17,7 +17,7 @@ from jql_engine.sessions.tensorrt.build import Library, build, deserialize, load
 from jql_engine.sessions.tensorrt.profiles import BUCKETS, Interface, Profile, budget_for, profiles_of
 from jql_export.families.read import read_encoder
 from jql_export.graph.encoder import write_graph
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.variants import VARIANTS
 from tests.conftest import FAMILIES
 from tests.graphs import write_snowflake

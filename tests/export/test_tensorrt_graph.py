@@ -26,7 +26,7 @@ from jql_export import probes
 from jql_export.families.read import read_encoder
 from jql_export.graph.encoder import write_graph
 from jql_export.readouts.base import Layer
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.reference import Reference
 from jql_export.tensors import Linear
 from jql_export.tolerances import LONG_TOKENS, TOLERANCES

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from jql_export.families.base import EncoderWeights
 from jql_export.families.read import read_encoder
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from tests.fuzzing import bases
 from tests.fuzzing.mutate import cut, damage, damage_json
 

@@ -27,7 +27,7 @@ from jql_engine.sessions.fallback import select
 from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
 from jql_export.families.read import read_encoder
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.reference import Reference
 from tests.conftest import HAS_GPU
 from tests.export.test_cuda_packed import TOLERANCES

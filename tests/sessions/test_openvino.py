@@ -27,7 +27,7 @@ from jql_engine.sessions.tensorrt.cache import EngineOptions
 from jql_export import probes
 from jql_export.bundle import export_bundle
 from jql_export.quantize import N_DOCUMENTS, read_texts
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import FAMILIES, POOLING, export

@@ -18,7 +18,7 @@ import pytest
 from benchmarks.gpu.alternatives import ALTERNATIVES
 from jql_export.families.read import read_encoder
 from jql_export.probes import SENTENCES
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from tests.conftest import FAMILIES, export
 from tests.graphs import CUDA, write_bundle, write_snowflake
 from tests.recorder import MISSING, Recorder

@@ -18,7 +18,7 @@ from jql_engine.sessions.tensorrt.profiles import Profile
 from jql_engine.sessions.tensorrt.session import TensorRTSession, _Kernels, _view, full_batch, run_in_parts
 from jql_engine.tokenizer import Tokenizer
 from jql_export import probes
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
 from tests.tensorrt_models import DEMO, VARIANT, export_demo

@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import HeadError
-from jql_export.readouts.base import NAME, Layer, Readout
-from jql_export.tensors import Array, Linear, check_zip
+from jql_export.readouts.base import NAME, Layer, Readout, to_fp32
+from jql_export.tensors import Linear, check_zip
 
 EXPECTED = ("layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias")
 FINEWEB2_HQ = ("classifier.0.weight", "classifier.0.bias", "classifier.3.weight", "classifier.3.bias")
@@ -40,7 +39,7 @@ def read_head(name: str, file: Path, source: str | None = None, revision: str | 
         raise HeadError(f"head {name}: {file} lacks {', '.join(missing)}; its state_dict holds {found}")
     if extra := sorted(map(str, set(state) - set(expected))):
         raise HeadError(f"head {name}: {file} holds {', '.join(extra)} besides {', '.join(expected)}")
-    w1, b1, w2, b2 = (_fp32(name, file, key, state[key]) for key in expected)
+    w1, b1, w2, b2 = (to_fp32(f"head {name}: {file}", key, state[key]) for key in expected)
     if w1.ndim != 2 or not w1.size or w2.shape != (1, len(w1)) or b1.shape != (len(w1),) or b2.shape != (1,):
         shapes = ", ".join(f"{key} {list(state[key].shape)}" for key in expected)
         raise HeadError(f"head {name}: {file} has {shapes}; expected [K, D], [K], [1, K], [1]")
@@ -57,19 +56,6 @@ def jql_head(
     """Score = output(relu(hidden(embedding))), of `hidden` [K, D] and `output` [1, K]."""
     layers = (Layer(hidden, "relu"), Layer(output))
     return Readout(name, "jql-head", layers, sha256, outputs=(name,), source=source, revision=revision)
-
-
-def _fp32(name: str, file: Path, key: str, tensor: torch.Tensor) -> Array:
-    """A weight as an array; raises HeadError for what holds no finite floating-point numbers."""
-    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-        what = "meta" if tensor.is_meta else f"{tensor.layout}".removeprefix("torch.")
-        raise HeadError(
-            f"head {name}: {file}: {key} is a {what} tensor of {tensor.dtype}, expected a strided one of floating point"
-        )
-    array: Array = tensor.detach().to(torch.float32).numpy()
-    if not np.isfinite(array).all():
-        raise HeadError(f"head {name}: {file}: {key} holds NaN, or what is infinite in fp32; train the head again")
-    return array
 
 
 def _load(name: str, file: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from jql_engine.bundle import sha256_of
 from jql_engine.errors import HeadError
 from jql_export.readouts.base import check_readouts
-from jql_export.readouts.jql_head import read_head
+from jql_export.readouts.head_file import read_head
 from tests.conftest import write_head
 
 
