@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from jql_engine import probe_texts
 from jql_engine.bundle import (
+    FIRST_WINDOW,
     FORMAT,
     MANIFEST,
     PROBES,
@@ -26,6 +27,7 @@ from jql_engine.bundle import (
     Pooling,
     TokenizerInfo,
     Variant,
+    WindowsInfo,
     describe_file,
     describe_files,
     sha256_of,
@@ -35,6 +37,7 @@ from jql_engine.errors import BundleError, CheckpointError
 from jql_engine.sessions.base import ON_GPU
 from jql_engine.sessions.certify import Tolerance, certify, write_probes
 from jql_engine.sessions.open import open_variant
+from jql_engine.template import Template
 from jql_engine.tokenizer import Tokenizer, prove_fast
 from jql_export import probes
 from jql_export.families.base import first_difference
@@ -63,14 +66,17 @@ def export_bundle(
     encoder_onnx: Path | None = None,
     calibration: Sequence[str] | None = None,
     build: Callable[[Bundle], Mapping[str, EngineKey]] = lambda _: {},
+    template: Template | None = None,
+    windows: WindowsInfo = FIRST_WINDOW,
 ) -> Bundle:
     """Fuse encoder and heads into one graph per variant, prove each against PyTorch, and write the bundle `out`.
 
     No `readouts`: a bundle that only embeds. `encoder_onnx`: an ONNX file of the same encoder, for the further variant
     foreign-fp32. `calibration`: documents for int8, by default the probe texts. `build` writes engines into the
-    bundle and returns what they are, for the manifest. `report` is told what happens, one sentence a step. Raises an
-    EngineError and leaves no bundle where anything is wrong: CheckpointError, HeadError, TokenizerError, ParityError,
-    or BundleError where `out` exists.
+    bundle and returns what they are, for the manifest. `template`: how documents are put together from several columns;
+    `windows`: those of long documents that are scored by default. `report` is told what happens, one sentence a step.
+    Raises an EngineError and leaves no bundle where anything is wrong: CheckpointError, HeadError, TokenizerError,
+    ParityError, or BundleError where `out` exists.
     """
     if unknown := sorted(set(variants) - set(VARIANTS)):
         raise BundleError(f"variant {unknown[0]!r} is unknown; known are {', '.join(VARIANTS)}")
@@ -87,6 +93,7 @@ def export_bundle(
         write_readouts(folder / READOUTS, readouts)
         tokenizer = _write_tokenizer(folder, checkpoint, encoder.shape.pad_id, report)
         draft = _manifest(checkpoint, encoder, readouts, pooling=chosen_pooling, max_tokens=limit, tokenizer=tokenizer)
+        draft = _with_documents(draft, template, windows)
         texts = probe_texts.texts() if calibration is None else calibration
         calibrate = lambda: _encode(Bundle(folder, draft, ""), texts)  # noqa: E731
         write_graphs(folder, draft, encoder, readouts, calibration=calibrate, report=report)
@@ -193,6 +200,14 @@ def _manifest(
         files={},
         created_with={name: version(name) for name in ("jql-engine", "torch", "transformers", "onnx", "tokenizers")},
     )
+
+
+def _with_documents(manifest: Manifest, template: Template | None, windows: WindowsInfo) -> Manifest:
+    """`manifest` with how documents are read, and what a reader must know for that."""
+    known = {"template": template is not None, "windows": windows.take != "first"}
+    requires = [feature for feature, is_needed in known.items() if is_needed]
+    source = None if template is None else template.source
+    return replace(manifest, template=source, windows=windows, requires=requires)
 
 
 def _variant(name: str) -> Variant:

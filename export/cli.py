@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from jql_engine.errors import EngineError
+from jql_engine.template import Template
 from jql_export.defaults import EDU_REPOSITORY, SNOWFLAKE
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -48,6 +49,23 @@ def export(
     no_heads: Annotated[bool, typer.Option("--no-heads", help="A bundle that only embeds.")] = False,
     pooling: Annotated[str | None, typer.Option(help="cls or mean, where the checkpoint does not say it.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest input, special tokens included.")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help=r"What documents are made of, like '{url}\n\n{text}': columns in braces, {text} among them.",
+            show_default=False,
+        ),
+    ] = None,
+    windows: Annotated[
+        Literal["first", "first+last", "all"],
+        typer.Option(
+            help="Windows of a document longer than --max-tokens that are scored; jql-run may ask for others."
+        ),
+    ] = "first",
+    aggregate: Annotated[
+        Literal["max", "mean"] | None,
+        typer.Option(help="How the scores of several windows become one; by default max."),
+    ] = None,
     variant: Annotated[
         list[str],
         typer.Option(
@@ -86,6 +104,8 @@ def export(
     classifiers = [_named(value, "--classifier", "NAME=DIRECTORY or hub id") for value in classifier]
     if activation is not None and not classifiers:
         raise typer.BadParameter("is for --classifier, which is not asked for", param_hint="--activation")
+    if aggregate is not None and windows == "first":
+        raise typer.BadParameter("is for --windows first+last or all", param_hint="--aggregate")
     if calibration is not None and "openvino-int8" not in variant:
         raise typer.BadParameter("is for --variant openvino-int8, which is not asked for", param_hint="--calibration")
     _check_heads(encoder or SNOWFLAKE, bool(pairs or classifiers), no_heads, heads_revision)
@@ -96,7 +116,7 @@ def export(
     warnings.filterwarnings("ignore")  # torch and transformers warn of what this command checks itself
     from transformers.utils import logging as transformers_logging
 
-    from jql_engine.bundle import Bundle, EngineKey
+    from jql_engine.bundle import Bundle, EngineKey, WindowsInfo
     from jql_engine.sessions.tensorrt.build import RTX
     from jql_engine.sessions.tensorrt.cache import build_ahead
     from jql_export.bundle import export_bundle
@@ -135,6 +155,8 @@ def export(
         encoder_onnx=encoder_onnx,
         calibration=None if calibration is None else read_texts(calibration),
         build=build,
+        template=_template(template),
+        windows=WindowsInfo(windows, aggregate or "max"),
     )
     names = f"heads {', '.join(bundle.heads)}" if bundle.heads else "no heads"
     print(f"{bundle.path}: bundle {bundle.hash[:12]}, {names}", file=sys.stderr)  # noqa: T201
@@ -151,6 +173,14 @@ def _check_heads(encoder: str, given: bool, no_heads: bool, heads_revision: str 
             f"else, so {encoder} needs its own: give --head NAME=FILE.ckpt, or --no-heads to embed only",
             param_hint="--head",
         )
+
+
+def _template(source: str | None) -> Template | None:
+    r"""The template with line breaks and tabs for `\n` and `\t`, which a shell leaves as they are."""
+    try:
+        return None if source is None else Template(source.replace("\\n", "\n").replace("\\t", "\t"))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--template") from error
 
 
 def _named(value: str, option: str, form: str) -> tuple[str, str]:

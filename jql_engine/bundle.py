@@ -8,15 +8,16 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from jql_engine.data import Layout
-from jql_engine.errors import BundleError, UnsafeNameError
+from jql_engine.errors import BundleError, InputError, UnsafeNameError
 from jql_engine.fields import decode
 from jql_engine.names import RelativeName
+from jql_engine.template import Template
 
 FORMAT = 2
 MANIFEST = "bundle.json"
@@ -24,9 +25,11 @@ READOUTS = "readouts.safetensors"
 PROBES = "probes.safetensors"
 TOKENIZER = "tokenizer.json"
 # Of `requires`: what a bundle may ask of its reader.
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({"template", "windows"})
 Pooling = Literal["cls", "mean"]
 Activation = Literal["relu", "tanh", "gelu", "silu", "sigmoid", "softmax"]
+Take = Literal["first", "first+last", "all"]
+Aggregate = Literal["max", "mean"]
 MOST = 2**31 - 1  # of sizes and ids, which graphs and runtimes hold in 32 bits
 
 
@@ -97,6 +100,17 @@ class TokenizerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowsInfo:
+    """Which windows of `max_tokens` tokens of a longer document are scored, and how their scores become one."""
+
+    take: Take = "first"
+    aggregate: Aggregate = "max"  # of each score over the windows
+
+
+FIRST_WINDOW = WindowsInfo()
+
+
+@dataclass(frozen=True, slots=True)
 class Variant:
     """One graph of a bundle."""
 
@@ -141,9 +155,13 @@ class Manifest:
     created_with: dict[str, str]
     engines: dict[str, EngineKey] = field(default_factory=dict)
     requires: list[str] = field(default_factory=list)  # features without which a reader would compute wrong scores
+    template: str | None = None  # of documents that are put together from several columns
+    windows: WindowsInfo = FIRST_WINDOW  # by default; a job may ask for others
 
     def __post_init__(self) -> None:
         _check_range("max_tokens", self.max_tokens, 1 + len(self.tokenizer.prefix) + len(self.tokenizer.suffix))
+        if self.template is not None:
+            Template(self.template)
         if not self.tokenizer.prefix + self.tokenizer.suffix:
             raise ValueError("tokenizer has no prefix and no suffix: an empty text would have no token to pool")
         for names in ([readout.name for readout in self.readouts], self.outputs):
@@ -205,6 +223,23 @@ class Bundle:
         for name, expected in self.manifest.files.items():
             _check_size(self.path, name, expected)
 
+    def with_windows(self, take: Take | None, aggregate: Aggregate | None) -> Bundle:
+        """The same bundle with other windows than its default; None leaves the one or the other as it is.
+
+        Raises InputError for an `aggregate` where there is nothing to put together.
+        """
+        windows = self.manifest.windows
+        windows = WindowsInfo(take or windows.take, aggregate or windows.aggregate)
+        if aggregate is not None and windows.take == "first":
+            raise InputError(f"{aggregate} of one window is its score: give windows first+last or all, or no aggregate")
+        return replace(self, manifest=replace(self.manifest, windows=windows))
+
+    @property
+    def template(self) -> Template | None:
+        """How documents are put together from several columns; None where they are the text alone."""
+        source = self.manifest.template
+        return None if source is None else Template(source)
+
     @property
     def heads(self) -> tuple[str, ...]:
         """Names of the scores, in the order of their columns score_<name>: the outputs of all readouts."""
@@ -214,7 +249,8 @@ class Bundle:
     def encoder_hash(self) -> str:
         """Of all that decides about an embedding: bundles that share it give the same vectors, whatever their heads."""
         m = self.manifest
-        parts = [m.encoder.files, m.pooling, m.max_tokens, m.files[TOKENIZER]["sha256"]]
+        parts: list[Any] = [m.encoder.files, m.pooling, m.max_tokens, m.files[TOKENIZER]["sha256"]]
+        parts += [] if m.template is None else [m.template]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def read(self, name: str) -> bytes:

@@ -198,6 +198,7 @@ class ScoreBatch:
     embeddings: Embeddings | None  # [n, D] where they are kept
     n_tokens: NDArray[np.int32]  # [n]
     truncated: NDArray[np.bool_]  # [n]
+    n_windows: NDArray[np.int32] | None = None  # [n] where documents may have several
 
     def __post_init__(self) -> None:
         assert np.all(np.diff(self.rows) > 0), "rows must ascend"
@@ -219,12 +220,14 @@ class ScoreBatch:
     def concat(cls, parts: Sequence[ScoreBatch]) -> ScoreBatch:
         """Join batches in their order, rows counted from 0."""
         kept: list[Any] = [part.embeddings for part in parts if part.embeddings is not None]
+        windows: list[Any] = [part.n_windows for part in parts if part.n_windows is not None]
         return cls(
             np.arange(sum(len(part.rows) for part in parts)),
             np.concatenate([part.values for part in parts]),
             np.concatenate(kept) if kept else None,
             np.concatenate([part.n_tokens for part in parts]),
             np.concatenate([part.truncated for part in parts]),
+            np.concatenate(windows) if windows else None,
         )
 
     def put(self, rows: NDArray[np.int64], output: BatchOutput) -> None:
@@ -245,6 +248,7 @@ class Scores:
     truncated: NDArray[np.bool_]  # [n]
     valid: NDArray[np.bool_]  # [n]; False where the text is null
     embeddings: Embeddings | None = None  # [n, D] where they are kept
+    n_windows: NDArray[np.int32] | None = None  # [n] where documents may have several; 0 where the text is null
 
     def __post_init__(self) -> None:
         assert self.values.shape == (len(self.valid), len(self.heads))
@@ -272,19 +276,25 @@ class Scores:
         if batch.embeddings is not None:
             embeddings = np.zeros((len(index), batch.embeddings.shape[1]), batch.embeddings.dtype)
             embeddings[valid] = batch.embeddings[index[valid]]
-        return cls(tuple(heads), values, n_tokens, truncated, valid, embeddings)
+        n_windows = None
+        if batch.n_windows is not None:
+            n_windows = np.zeros(len(index), np.int32)
+            n_windows[valid] = batch.n_windows[index[valid]]
+        return cls(tuple(heads), values, n_tokens, truncated, valid, embeddings, n_windows)
 
     def to_table(self) -> pa.Table:
         """The columns of `score_schema`; null where the text is null."""
         null = ~self.valid
         columns = [pa.array(np.ascontiguousarray(self.values[:, i]), mask=null) for i in range(len(self.heads))]
         columns += [pa.array(self.n_tokens, mask=null), pa.array(self.truncated, mask=null)]
+        if self.n_windows is not None:
+            columns.append(pa.array(self.n_windows, mask=null))
         kind = None
         if self.embeddings is not None:
             kind = embedding_type(self.embeddings.shape[1], self.embeddings.dtype)
             flat = pa.array(self.embeddings.reshape(-1))
             columns.append(pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=pa.array(null)))
-        return pa.table(columns, schema=score_schema(self.heads, kind))
+        return pa.table(columns, schema=score_schema(self.heads, kind, self.n_windows is not None))
 
 
 def score_column(head: str) -> str:
@@ -297,8 +307,12 @@ def embedding_type(width: int, dtype: np.dtype[Any]) -> pa.DataType:
     return pa.list_(pa.float16() if dtype == np.float16 else pa.float32(), width)
 
 
-def score_schema(heads: Sequence[str], embedding: pa.DataType | None = None) -> pa.Schema:
-    """The columns that scoring adds, in order: `score_<head>`, `n_tokens`, `truncated`, and `embedding` if kept."""
+def score_schema(heads: Sequence[str], embedding: pa.DataType | None = None, windows: bool = False) -> pa.Schema:
+    """The columns that scoring adds, in order.
+
+    `score_<head>`, `n_tokens`, `truncated`; `n_windows` where documents may have several; `embedding` if kept.
+    """
     fields = [pa.field(score_column(head), pa.float32()) for head in heads]
     fields += [pa.field("n_tokens", pa.int32()), pa.field("truncated", pa.bool_())]
+    fields += [pa.field("n_windows", pa.int32())] if windows else []
     return pa.schema(fields if embedding is None else [*fields, pa.field(EMBEDDING, embedding)])

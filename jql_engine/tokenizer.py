@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from jql_engine import probe_texts
-from jql_engine.bundle import Bundle, TokenizerInfo
+from jql_engine.bundle import FIRST_WINDOW, Bundle, TokenizerInfo, WindowsInfo
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import TokenizerError
 from jql_engine.rust import rust_errors
@@ -46,11 +46,15 @@ VAST = 1 << 22
 
 
 class Tokenizer:
-    """Turns texts into token ids, truncated to `max_tokens` with the special tokens included."""
+    """Turns texts into token ids, special tokens included.
 
-    def __init__(self, file: Path, info: TokenizerInfo, max_tokens: int) -> None:
+    Of a document longer than `max_tokens` it keeps what `windows` are cut from: the first window, the first and the
+    last, or all of it.
+    """
+
+    def __init__(self, file: Path, info: TokenizerInfo, max_tokens: int, windows: WindowsInfo = FIRST_WINDOW) -> None:
         """Read `file` (tokenizer.json) with the libraries that `info` names; raises TokenizerError where one cannot."""
-        self.info, self.max_tokens = info, max_tokens
+        self.info, self.max_tokens, self._windows = info, max_tokens, windows.take
         self.room = max_tokens - len(info.prefix) - len(info.suffix)
         self._tokenizer = read_oracle(file)
         self._oracle = oracle_encoder(self._tokenizer)
@@ -64,7 +68,7 @@ class Tokenizer:
     def of(cls, bundle: Bundle) -> Tokenizer:
         """The tokenizer of a bundle; never a fast one in a version that nothing was proven for."""
         info = with_proven_tokenizer(bundle).manifest.tokenizer
-        return cls(_file(bundle), info, bundle.manifest.max_tokens)
+        return cls(_file(bundle), info, bundle.manifest.max_tokens, bundle.manifest.windows)
 
     @property
     def library(self) -> str:
@@ -92,6 +96,8 @@ class Tokenizer:
 
     def _shorten(self, texts: pa.LargeStringArray) -> pa.LargeStringArray:
         """Put in the place of every huge text a shorter one whose ids are the same once they are cut."""
+        if self._windows != "first":
+            return texts
         offsets = _offsets(texts)
         huge = np.flatnonzero(np.diff(offsets) > self._huge)
         if not len(huge) or self._shortener is None:
@@ -138,24 +144,40 @@ class Tokenizer:
         return suspect
 
     def _close(self, rows: NDArray[np.int64], content: NDArray[np.int32], lengths: NDArray[np.int64]) -> TokenBatch:
-        """Truncate the content as the oracle does and put the special tokens around it."""
-        prefix, suffix = self.info.prefix, self.info.suffix
-        kept = np.minimum(lengths, self.room)
-        truncated = lengths > self.room
-        if truncated.any():
-            content = content[_inside(np.cumsum(lengths) - lengths, kept, len(content))]
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(kept + len(prefix) + len(suffix), out=offsets[1:])
-        is_content = np.ones(offsets[-1], np.bool_)
-        ids = np.empty(offsets[-1], np.int32)
-        for i, token in enumerate(prefix):
-            is_content[offsets[:-1] + i] = False
-            ids[offsets[:-1] + i] = token
-        for i, token in enumerate(reversed(suffix)):
-            is_content[offsets[1:] - 1 - i] = False
-            ids[offsets[1:] - 1 - i] = token
-        ids[is_content] = content
-        return TokenBatch(rows, ids, offsets, truncated)
+        """Truncate the content, to the first window as the oracle does, and put the special tokens around it."""
+        first, last = self.room, self.room if self._windows == "first+last" else 0
+        truncated = lengths > first + last
+        if self._windows == "all" or not truncated.any():
+            return enclosed(rows, content, lengths, np.zeros(len(rows), np.bool_), self.info)
+        kept, ends = np.where(truncated, first, lengths), np.cumsum(lengths)
+        inside = _inside(ends - lengths, kept, len(content))
+        if last:
+            inside |= _inside(ends - last, np.where(truncated, last, 0), len(content))
+            kept = np.minimum(lengths, first + last)
+        return enclosed(rows, content[inside], kept, truncated, self.info)
+
+
+def enclosed(
+    rows: NDArray[np.int64],
+    content: NDArray[np.int32],
+    lengths: NDArray[np.int64],
+    truncated: NDArray[np.bool_],
+    special: TokenizerInfo,
+) -> TokenBatch:
+    """Documents of `lengths` [N] in `content` [T], with the special tokens around each."""
+    prefix, suffix = special.prefix, special.suffix
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(lengths + len(prefix) + len(suffix), out=offsets[1:])
+    is_content = np.ones(offsets[-1], np.bool_)
+    ids = np.empty(offsets[-1], np.int32)
+    for i, token in enumerate(prefix):
+        is_content[offsets[:-1] + i] = False
+        ids[offsets[:-1] + i] = token
+    for i, token in enumerate(reversed(suffix)):
+        is_content[offsets[1:] - 1 - i] = False
+        ids[offsets[1:] - 1 - i] = token
+    ids[is_content] = content
+    return TokenBatch(rows, ids, offsets, truncated)
 
 
 def with_proven_tokenizer(bundle: Bundle, report: Callable[[str], None] = lambda _: None) -> Bundle:

@@ -24,6 +24,10 @@ def run(
     id_column: Annotated[
         str | None, typer.Option(help="Column to copy; by default `id` where there is one.", rich_help_panel=INPUT)
     ] = None,
+    group_column: Annotated[
+        str | None,
+        typer.Option(help="Column to copy as well, which decisions are made by (a language).", rich_help_panel=INPUT),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Score the first documents only.", rich_help_panel=INPUT)
     ] = None,
@@ -37,6 +41,19 @@ def run(
             rich_help_panel=OUTPUT,
         ),
     ] = "sidecar",
+    windows: Annotated[
+        Literal["first", "first+last", "all"] | None,
+        typer.Option(
+            help="Windows of a long document that are scored; by default those that the bundle names.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    aggregate: Annotated[
+        Literal["max", "mean"] | None,
+        typer.Option(
+            help="How the scores of several windows become one; by default as the bundle says.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     embeddings: Annotated[
         Literal["fp16", "fp32"] | None,
         typer.Option(help="Keep the vectors too, in a column `embedding`.", rich_help_panel=OUTPUT),
@@ -122,6 +139,7 @@ def run(
         out or "",
         text_column=text_column,
         id_column=id_column,
+        group_column=group_column,
         overwrite=overwrite,
         output=output,
         embeddings=embeddings,
@@ -133,7 +151,7 @@ def run(
     engines = EngineOptions(engine_cache, not no_build, library)
     machine = Machine(device, variant, workers, tolerance, SessionOptions(threads, engines))
     with interruptible() as stop:
-        opened = Bundle.open(bundle)
+        opened = Bundle.open(bundle).with_windows(windows, aggregate)
         if estimate:
             summary = predict(job, opened, machine, price_per_hour)
         else:

@@ -44,7 +44,7 @@ class Piece:
     segment: Segment
     first: int  # number of the first of the rows in the chunk
     texts: pa.DictionaryArray  # [N], distinct values of large_string; null where there is no text to score
-    ids: pa.ChunkedArray | None  # [N], the column that goes into the output as it is
+    copied: tuple[pa.ChunkedArray, ...]  # [N] each, the columns that go into the output as they are
     n_invalid: int  # texts that are not UTF-8; null in `texts`
 
 

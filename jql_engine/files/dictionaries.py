@@ -68,9 +68,9 @@ class Column:
             self._parts = [join(self._parts)]
             self._known, self._new = self._parts[0].nbytes, 0
 
-    def rows(self) -> pa.ChunkedArray | None:
-        """All rows so far, texts as `encode` gives them; None where there are no parts."""
-        return pa.chunked_array(self._parts) if self._parts else None
+    def rows(self) -> pa.ChunkedArray:
+        """All rows so far, of one part at least; texts as `encode` gives them."""
+        return pa.chunked_array(self._parts)
 
 
 def decode(table: pa.Table, schema: pa.Schema, n_bytes: int) -> Iterator[pa.Table]:
@@ -79,8 +79,8 @@ def decode(table: pa.Table, schema: pa.Schema, n_bytes: int) -> Iterator[pa.Tabl
     sizes = np.full(table.num_rows, max(1, table.nbytes // max(1, table.num_rows)), np.int64)
     for column, field in zip(columns, schema, strict=True):
         if pa.types.is_dictionary(column.type) and not pa.types.is_dictionary(field.type):
-            sizes += _lengths(column)
-    for start, stop in _cuts(sizes, n_bytes):
+            sizes += lengths_of(column)
+    for start, stop in cuts(sizes, n_bytes):
         arrays = [_decoded(c.slice(start, stop - start), f.type) for c, f in zip(columns, schema, strict=True)]
         yield pa.table(arrays, schema=schema)
 
@@ -98,13 +98,13 @@ def _retyped(array: pa.DictionaryArray, kind: pa.DictionaryType) -> pa.Dictionar
     return pa.DictionaryArray.from_arrays(array.indices.cast(kind.index_type), array.dictionary.cast(kind.value_type))
 
 
-def _lengths(array: pa.DictionaryArray) -> NDArray[np.int64]:
+def lengths_of(array: pa.DictionaryArray) -> NDArray[np.int64]:
     """Bytes of each row's value, int64 [N]."""
     lengths = pc.binary_length(array.dictionary).take(array.indices)
     return np.asarray(lengths.fill_null(0).to_numpy(zero_copy_only=False), np.int64)
 
 
-def _cuts(sizes: NDArray[np.int64], n_bytes: int) -> Iterator[tuple[int, int]]:
+def cuts(sizes: NDArray[np.int64], n_bytes: int) -> Iterator[tuple[int, int]]:
     """Rows [start, stop) of at most `n_bytes` together, one at least; an empty stretch where there are no rows."""
     ends, start = np.cumsum(sizes), 0
     while True:

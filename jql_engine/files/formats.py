@@ -8,20 +8,17 @@ from contextlib import contextmanager
 import pyarrow as pa
 
 from jql_engine.errors import EngineError, UnreadableError
-from jql_engine.files.inputs import SUFFIXES, InputFile, SourceFile
+from jql_engine.files.inputs import SUFFIXES, Columns, InputFile, SourceFile
 from jql_engine.files.json_lines import describe_lines, line_batches
 from jql_engine.files.parquet import describe_parquet, parquet_batches
 from jql_engine.files.retries import retry
 
 
-def open_file(source: SourceFile, text_column: str, id_column: str | None = None) -> InputFile:
-    """Look into an input file and check its columns; raises InputError.
-
-    `id_column` None takes the column `id` if there is one.
-    """
+def open_file(source: SourceFile, columns: Columns) -> InputFile:
+    """Look into an input file and check its columns; raises InputError."""
     describe = describe_parquet if source.format == "parquet" else describe_lines
     with unreadable(f"{source.location} cannot be read", f"{_found(source)} is not a complete {source.format} file"):
-        return retry(source.location, lambda: describe(source, text_column, id_column))
+        return retry(source.location, lambda: describe(source, columns))
 
 
 @contextmanager

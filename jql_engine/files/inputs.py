@@ -20,6 +20,7 @@ from jql_engine.files.retries import retry
 from jql_engine.files.versions import UNKNOWN, version_from, version_from_status
 from jql_engine.names import RelativeName
 from jql_engine.printing import redact
+from jql_engine.template import Template
 
 Format: TypeAlias = Literal["parquet", "jsonl"]
 READ_BYTES = 4 << 20  # of a file handed out at a time, by what it says of itself
@@ -82,15 +83,39 @@ class Listing:
 
 
 @dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns of an input that are read."""
+
+    text: str = "text"  # the documents
+    id: str | None = None  # copied into the output; where none is asked for, `id` if there is one
+    group: str | None = None  # copied as well: what decisions are made by, a language for example
+    template: Template | None = None  # of a document that is put together from several columns
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What documents are made of."""
+        return tuple(dict.fromkeys((self.text, *(self.template.columns if self.template else ()))))
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """What goes into the output as it is."""
+        return tuple(dict.fromkeys(name for name in (self.id, self.group) if name is not None))
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """All that scoring reads."""
+        return tuple(dict.fromkeys((*self.texts, *self.copied)))
+
+
+@dataclass(frozen=True, slots=True)
 class InputFile:
     """One file to score, as its footer (of JSON Lines: one pass over it) describes it."""
 
     source: SourceFile
-    text_column: str
-    id_column: str | None
+    columns: Columns
     schema: pa.Schema
     group_rows: tuple[int, ...]
-    group_bytes: tuple[int, ...]  # parquet: uncompressed bytes of the text column; JSON Lines: of whole lines
+    group_bytes: tuple[int, ...]  # parquet: uncompressed bytes of the texts; JSON Lines: of whole lines
     limit: int | None = None  # where only the first rows are to be scored
 
     @property
@@ -99,9 +124,9 @@ class InputFile:
         return sum(self.group_rows)
 
     @property
-    def id_field(self) -> pa.Field | None:
-        """The column that goes into the output as it is."""
-        return None if self.id_column is None else self.schema.field(self.id_column)
+    def copied(self) -> list[pa.Field]:
+        """The columns that go into the output as they are."""
+        return [self.schema.field(name) for name in self.columns.copied]
 
     def group_of(self, row: int) -> tuple[int, int]:
         """The row group that holds `row`, and the rows before that group."""
@@ -160,15 +185,23 @@ def _check_folders(files: Sequence[SourceFile]) -> None:
                 )
 
 
-def check_columns(location: Location, schema: pa.Schema, text_column: str, id_column: str | None) -> str | None:
-    """Make sure that the columns can be used; return the id column, `id` if there is one and None is asked for."""
-    _check_column(location, schema, text_column, "--text-column")
-    _check_text_type(location, text_column, schema.field(text_column).type)
-    if id_column is not None:
-        _check_column(location, schema, id_column, "--id-column")
+def check_columns(location: Location, schema: pa.Schema, columns: Columns) -> Columns:
+    """Make sure that the columns can be used; return them with the id column, `id` if there is one and none is asked.
+
+    Raises InputError where one is missing, there twice, or of a type that cannot be used.
+    """
+    for column in columns.texts:
+        advice = "name one with --text-column" if column == columns.text else "the bundle's template needs it"
+        _check_column(location, schema, column, advice)
+        _check_text_type(location, column, schema.field(column).type)
+    if columns.group is not None:
+        _check_column(location, schema, columns.group, "name one with --group-column")
+        _check_group_type(location, columns.group, schema.field(columns.group).type)
+    if columns.id is not None:
+        _check_column(location, schema, columns.id, "name one with --id-column")
     elif schema.names.count("id") == 1:
-        return "id"
-    return id_column
+        return replace(columns, id="id")
+    return columns
 
 
 def _expand(given: str) -> Iterator[SourceFile | Refused]:
@@ -287,10 +320,16 @@ def fixed_part_of_url(pattern: str) -> str:
     return pattern[:first].rpartition("/")[0]
 
 
-def _check_column(location: Location, schema: pa.Schema, column: str, option: str) -> None:
+def _check_column(location: Location, schema: pa.Schema, column: str, advice: str) -> None:
     if (count := schema.names.count(column)) != 1:
         found = f"{count} columns named" if count else "no column"
-        raise InputError(f"{location} has {found} {column!r}; it has {', '.join(schema.names)}: name one with {option}")
+        raise InputError(f"{location} has {found} {column!r}; it has {', '.join(schema.names)}: {advice}")
+
+
+def _check_group_type(location: Location, column: str, found: pa.DataType) -> None:
+    value = found.value_type if pa.types.is_dictionary(found) else found
+    if pa.types.is_nested(value) or pa.types.is_floating(value) or pa.types.is_binary(value):
+        raise InputError(f"{location}: column {column!r} is {found}, expected text or integers")
 
 
 def _check_text_type(location: Location, column: str, found: pa.DataType) -> None:

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.json as pj
 
 from jql_engine.errors import UnreadableError
-from jql_engine.files.inputs import READ_BYTES, InputFile, SourceFile, check_columns
+from jql_engine.files.inputs import READ_BYTES, Columns, InputFile, SourceFile, check_columns
 from jql_engine.files.location import Location
 from jql_engine.files.storage import open_read
 
 LINE_BYTES = 256 << 20  # of a line of JSON, which is held whole
 
 
-def describe_lines(source: SourceFile, text_column: str, id_column: str | None) -> InputFile:
+def describe_lines(source: SourceFile, columns: Columns) -> InputFile:
     """Cut the file into groups of about READ_BYTES of whole lines, counting the lines of each."""
     rows, sizes, first, is_first = [], [], b"", True
     for block in _blocks(source.location):
@@ -27,32 +27,32 @@ def describe_lines(source: SourceFile, text_column: str, id_column: str | None) 
         sizes.append(len(block))
         first = block if is_first else first
         is_first = is_first and not rows[-1]
-    schema = _schema_of_lines(source.location, first, text_column, id_column)
-    id_column = check_columns(source.location, schema, text_column, id_column)
-    needed = [schema.field(name) for name in dict.fromkeys((text_column, id_column)) if name is not None]
-    _parse(source.location, first, 0, pa.schema(needed))
-    return InputFile(source, text_column, id_column, schema, tuple(rows), tuple(sizes))
+    schema = _schema_of_lines(source.location, first, columns)
+    columns = check_columns(source.location, schema, columns)
+    _parse(source.location, first, 0, pa.schema([schema.field(name) for name in columns.needed]))
+    return InputFile(source, columns, schema, tuple(rows), tuple(sizes))
 
 
-def _schema_of_lines(location: Location, block: bytes, text_column: str, id_column: str | None) -> pa.Schema:
-    """The keys of a block; only the types of the text and the id are looked at, the others may be anything."""
+def _schema_of_lines(location: Location, block: bytes, columns: Columns) -> pa.Schema:
+    """The keys of a block; only the types of the columns that are read are looked at, the others may be anything."""
     if not _lines(block):
-        return pa.schema([(name, pa.string()) for name in dict.fromkeys((text_column, id_column or text_column))])
+        return pa.schema([(name, pa.string()) for name in columns.needed])
     keys: dict[str, None] = {}
-    ids = []
+    copied: dict[str, list[Any]] = {name: [] for name in (*columns.copied, "id")}
     for value in _objects(location, _lines(block), 0):
         keys |= dict.fromkeys(value)
-        ids.append(value.get(id_column or "id"))
-    types = {id_column or "id": _type_of(ids), text_column: pa.string()}
+        for name, values in copied.items():
+            values.append(value.get(name))
+    types = {name: _type_of(values) for name, values in copied.items()} | dict.fromkeys(columns.texts, pa.string())
     return pa.schema([(key.encode(errors="replace").decode(), types.get(key, pa.null())) for key in keys])
 
 
-def _type_of(ids: list[Any]) -> pa.DataType:
-    """Of the column of ids: of all, else of the first one, which the others will be measured by."""
-    ids = [value for value in ids if value is not None]
-    for values, kind in (ids, None), (ids, pa.uint64()), (ids[:1], None):
+def _type_of(values: list[Any]) -> pa.DataType:
+    """Of a column that is copied: of all values, else of the first, which the others will be measured by."""
+    values = [value for value in values if value is not None]
+    for some, kind in (values, None), (values, pa.uint64()), (values[:1], None):
         with suppress(ValueError, TypeError, OverflowError):
-            return pa.array(values, kind).type if values else pa.string()
+            return pa.array(some, kind).type if some else pa.string()
     return pa.int64()  # an integer beyond 64 bits
 
 

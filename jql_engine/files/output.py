@@ -13,7 +13,7 @@ import errno
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -47,7 +47,10 @@ GROUP_ROWS = 100_000
 GROUP_BYTES = 64 << 20
 Kind: TypeAlias = Literal["sidecar", "append", "rescored"]
 # Settings that are options of the commands; the others follow from the bundle, the source and what is installed.
-OPTIONS = ("chunk_rows", "embeddings", "id_column", "limit", "output", "text_column", "variant")
+OPTIONS = (
+    "aggregate", "chunk_rows", "embeddings", "group_column", "id_column", "limit", "output", "text_column", "variant",
+    "windows",
+)  # fmt: skip
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -91,9 +94,8 @@ class Target:
 
     @property
     def part_schema(self) -> pa.Schema:
-        """Schema of a part: the id column, where there is one, and the scores."""
-        id_field = self.file.id_field
-        fields = [id_field] if id_field is not None and self.kind == "sidecar" else []
+        """Schema of a part: the columns that are copied, where there are any, and the scores."""
+        fields = self.file.copied if self.kind == "sidecar" else []
         kept = (self.file.schema.metadata or {}) if self.kind == "rescored" else {}
         return pa.schema([*fields, *self.scores], metadata={**kept, METADATA_KEY: json.dumps(self.settings)})
 
@@ -101,16 +103,18 @@ class Target:
         """Whether the scores of `segment` are the finished file."""
         return self.kind != "append" and (segment.start, segment.stop) == (0, self.file.n_rows)
 
-    def commit(self, segment: Segment, scores: pa.Table, ids: pa.ChunkedArray | None) -> None:
-        """Write the scores of a segment, as the finished file where it is all of it.
+    def commit(self, segment: Segment, scores: pa.Table, copied: Sequence[pa.ChunkedArray] = ()) -> None:
+        """Write the scores of a segment and what is `copied` beside them, as the finished file where it is all of it.
 
         Raises OutputError, also where another job has finished the file meanwhile; InputError where the source was
         changed since the run began.
         """
         schema = self.part_schema
-        if len(schema) > scores.num_columns:
-            empty = pa.chunked_array([], schema.field(0).type)
-            scores = scores.add_column(0, schema.field(0).name, empty if ids is None else ids)
+        if n_copied := len(schema) - scores.num_columns:
+            fields = list(schema)[:n_copied]
+            columns = copied or [pa.chunked_array([], field.type) for field in fields]
+            names = [field.name for field in fields] + scores.column_names
+            scores = pa.table([*columns, *scores.columns], names=names)
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=with_dictionary(schema)) as out:
             for rows in decode(scores, schema, GROUP_BYTES):
@@ -194,7 +198,7 @@ class Target:
 
 
 def _read_part(part: Location, schema: pa.Schema) -> pa.Table:
-    """The rows of a part; texts, which only the ids are, as dictionaries."""
+    """The rows of a part; texts, which only copied columns are, as dictionaries."""
     texts = [field.name for field in schema if is_text(field.type)]
 
     def read() -> pa.Table:

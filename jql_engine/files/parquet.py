@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from jql_engine.errors import UnreadableError
 from jql_engine.files.dictionaries import check_indices, compact
-from jql_engine.files.inputs import READ_BYTES, InputFile, SourceFile, check_columns
+from jql_engine.files.inputs import READ_BYTES, Columns, InputFile, SourceFile, check_columns
 from jql_engine.files.storage import open_parquet, open_read
 
 READ_ROWS = 2_048  # rows handed out at a time, at most
@@ -26,22 +26,24 @@ DICTIONARY_HEADER = 8  # bytes
 BUFFER_BYTES = 1 << 20  # compressed bytes read at a time; without it a whole row group is held
 
 
-def describe_parquet(source: SourceFile, text_column: str, id_column: str | None) -> InputFile:
+def describe_parquet(source: SourceFile, columns: Columns) -> InputFile:
     """What the footer says; raises InputError where a column is missing or the footer is damaged."""
     with open_parquet(source.location) as file:
         schema, metadata = file.schema_arrow, file.metadata
-    id_column = check_columns(source.location, schema, text_column, id_column)
-    leaves = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path == text_column]
+    columns = check_columns(source.location, schema, columns)
+    leaves = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in columns.texts]
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    texts = [group.column(leaves[0]) for group in groups]
-    for number, (group, column) in enumerate(zip(groups, texts, strict=True)):
-        if not 0 <= group.num_rows == column.num_values or column.total_uncompressed_size < 0:
-            raise UnreadableError(
-                f"{source.location} is damaged: row group {number} has {group.num_rows} rows and {column.num_values} "
-                f"texts in {column.total_uncompressed_size} bytes"
-            )
-    sizes = tuple(column.total_uncompressed_size for column in texts)
-    return InputFile(source, text_column, id_column, schema, tuple(g.num_rows for g in groups), sizes)
+    sizes = []
+    for number, group in enumerate(groups):
+        texts = [group.column(leaf) for leaf in leaves]
+        for column in texts:
+            if not 0 <= group.num_rows == column.num_values or column.total_uncompressed_size < 0:
+                raise UnreadableError(
+                    f"{source.location} is damaged: row group {number} has {group.num_rows} rows and "
+                    f"{column.num_values} texts in {column.total_uncompressed_size} bytes"
+                )
+        sizes.append(sum(column.total_uncompressed_size for column in texts))
+    return InputFile(source, columns, schema, tuple(g.num_rows for g in groups), tuple(sizes))
 
 
 def parquet_batches(file: InputFile, first: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:

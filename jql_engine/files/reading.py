@@ -9,18 +9,21 @@ from functools import partial
 from itertools import chain
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jql_engine.errors import InputError
 from jql_engine.files.chunks import ChunkEnd, Failure, Piece, Segment, Task
-from jql_engine.files.dictionaries import compact, encode
+from jql_engine.files.dictionaries import compact, cuts, encode, lengths_of
 from jql_engine.files.formats import batches, unreadable
-from jql_engine.files.inputs import READ_BYTES, InputFile, SourceFile
+from jql_engine.files.inputs import READ_BYTES, Columns, InputFile, SourceFile
 from jql_engine.files.retries import retry
 from jql_engine.files.versions import check_version, exchanged, is_exchange, version_of
+from jql_engine.template import TEXT
 
 FILES_AHEAD = 8
+FILLED_BYTES = 32 << 20  # of documents that a template was filled for, at a time
 Begin: TypeAlias = Callable[[], Iterable[Piece]]
 
 
@@ -69,7 +72,7 @@ class _InOrder:
     def _pieces(self, segment: Segment) -> Iterator[Piece]:
         file, cursor = self._files[segment.file], self._cursor
         if cursor is None or cursor.file is not file or cursor.row > segment.start:
-            cursor = Cursor(file, segment.start, file_columns(file))
+            cursor = Cursor(file, segment.start, file.columns.needed)
         self._cursor = None
         cursor.skip(segment.start - cursor.row)
         yield from _pieces(cursor, segment, 0)
@@ -90,18 +93,13 @@ def _ahead(files: Files, segments: Sequence[Segment], pool: ThreadPoolExecutor) 
 
 def _begin(file: InputFile, segment: Segment, first: int) -> Iterator[Piece]:
     """The rows of `segment`; READ_BYTES of them are read at once, the others as they are asked for."""
-    pieces = _pieces(Cursor(file, segment.start, file_columns(file)), segment, first)
+    pieces = _pieces(Cursor(file, segment.start, file.columns.needed), segment, first)
     read: list[Piece] = []
     size = 0
     while size < READ_BYTES and (piece := next(pieces, None)) is not None:
         read.append(piece)
         size += piece.texts.nbytes
     return chain(read, pieces)
-
-
-def file_columns(file: InputFile) -> list[str]:
-    """The columns that scoring needs."""
-    return list(dict.fromkeys(name for name in (file.text_column, file.id_column) if name is not None))
 
 
 class Cursor:
@@ -164,14 +162,35 @@ def check_unchanged(source: SourceFile) -> None:
 
 def _pieces(cursor: Cursor, segment: Segment, first: int) -> Iterator[Piece]:
     """The rows of `segment`, numbered from `first`."""
-    id_column = cursor.file.id_column
+    columns, location = cursor.file.columns, cursor.file.source.location
     for batch in cursor.take(segment.stop - segment.start):
-        table = pa.Table.from_batches([batch])
-        with unreadable(failed := f"{cursor.file.source.location} cannot be read to its end", failed):
-            texts, n_invalid = as_text(table[cursor.file.text_column])
-        ids = None if id_column is None else table[id_column]
-        yield Piece(segment, first, texts, ids, n_invalid)
+        table, at = pa.Table.from_batches([batch]), 0
+        with unreadable(failed := f"{location} cannot be read to its end", failed):
+            for texts, n_invalid in documents(table, columns):
+                copied = tuple(table[name].slice(at, len(texts)) for name in columns.copied)
+                yield Piece(segment, first + at, texts, copied, n_invalid)
+                at += len(texts)
         first += batch.num_rows
+
+
+def documents(table: pa.Table, columns: Columns) -> Iterator[tuple[pa.DictionaryArray, int]]:
+    """The documents of consecutive rows as distinct texts (large_string), and how many of them are not UTF-8.
+
+    Those become null. All rows at once, but for a template, whose documents are held as they are: FILLED_BYTES of them.
+    """
+    if columns.template is None:
+        yield as_text(table[columns.text])
+        return
+    texts = {name: as_text(table[name])[0] for name in columns.texts}
+    invalid = np.zeros(table.num_rows, np.bool_)
+    for name, column in texts.items():
+        invalid |= (column.is_null().to_numpy(zero_copy_only=False)) & table[name].is_valid().to_numpy()
+    lengths = np.sum([lengths_of(column) for column in texts.values()], axis=0)
+    for start, stop in cuts(lengths, FILLED_BYTES):
+        parts = {name: column.slice(start, stop - start) for name, column in texts.items()}
+        parts = {name: part.dictionary.take(part.indices) for name, part in parts.items()}
+        filled = columns.template.fill(parts | {TEXT: parts[columns.text]})
+        yield filled.dictionary_encode(), int(invalid[start:stop].sum())
 
 
 def as_text(column: pa.ChunkedArray) -> tuple[pa.DictionaryArray, int]:

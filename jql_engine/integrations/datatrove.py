@@ -17,6 +17,7 @@ from datatrove.pipeline.writers.disk_base import DiskWriter
 from jql_engine.bundle import Bundle
 from jql_engine.data import Scores, score_column
 from jql_engine.engine import Engine
+from jql_engine.errors import InputError
 from jql_engine.integrations.export_cache import exported
 from jql_engine.sessions.select import choose
 
@@ -88,7 +89,8 @@ class JQLAnnotator(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
         """Buffers with their scores, the next buffer read while one is computed."""
         running: deque[tuple[list[Document], Future[Scores]]] = deque()
         for documents in self._buffers(data):
-            running.append((documents, pool.submit(engine.score, [_text(document) for document in documents])))
+            texts = [_text(document) for document in documents]
+            running.append((documents, pool.submit(engine.score, texts, _columns(engine.bundle, documents))))
             if len(running) > 1:
                 yield self._finished(*running.popleft())
         while running:
@@ -112,10 +114,24 @@ class JQLAnnotator(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
 
 
 def _text(document: Document) -> str | None:
-    text: str | None = document.text
+    return _unicode(document.text)
+
+
+def _columns(bundle: Bundle, documents: list[Document]) -> dict[str, list[str | None]]:
+    """What the bundle's template needs beside the texts, from the documents' metadata; InputError for a missing key."""
+    names = () if bundle.template is None else bundle.template.columns
+    for document in documents:
+        if missing := set(names) - document.metadata.keys():
+            found = ", ".join(document.metadata) or "nothing"
+            raise InputError(f"document {document.id!r}: the template needs metadata {min(missing)!r}, found {found}")
+    return {name: [_unicode(document.metadata[name]) for document in documents] for name in names}
+
+
+def _unicode(text: str | None) -> str | None:
+    """`text`, or None for a lone surrogate, which is no text."""
     try:
         (text or "").encode()
-    except UnicodeEncodeError:  # a lone surrogate
+    except UnicodeEncodeError:
         return None
     return text
 

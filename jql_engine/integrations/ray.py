@@ -26,7 +26,7 @@ def score_dataset(
     variant: str | None = None,
     tolerance: float | None = None,
 ) -> ray.data.Dataset:
-    """`ds` with the columns `score_<head>`, `n_tokens` and `truncated` behind its own.
+    """`ds` with the columns of `score_schema` behind its own; a template's columns are the dataset's.
 
     `concurrency` actors, a number or (least, most), each with `num_gpus` GPUs (0 or None: the CPU) and `num_cpus`
     cores, load `bundle`, a path that every node can read. Leave cores for the tasks that read, or nothing begins. An
@@ -54,12 +54,15 @@ class _Scorer:
     ) -> None:
         self._engine = Engine(bundle, device, variant, threads, tolerance)
         self._text_column = text_column
+        template = self._engine.bundle.template
+        self._template = () if template is None else template.columns
 
     def __call__(self, table: pa.Table) -> pa.Table:
         names = table.schema.names
         if self._text_column not in names:
             raise InputError(f"the dataset has no column {self._text_column!r}; it has {', '.join(names)}")
-        scores: Any = self._engine.score(table[self._text_column]).to_table()
+        columns = {name: table[name] for name in self._template if name in names}
+        scores: Any = self._engine.score(table[self._text_column], columns).to_table()
         if clash := set(names) & set(scores.schema.names):
             raise InputError(f"the dataset has a column {min(clash)!r} already; rename it, or the head")
         for name in scores.schema.names:

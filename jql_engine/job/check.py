@@ -54,12 +54,12 @@ def check_names(file: InputFile, scores: pa.Schema, kind: Kind) -> None:
     location = file.source.location
     if kind == "append" and file.source.format != "parquet":
         raise OutputError(f"{location}: --output append writes the columns of parquet files; use --output sidecar")
-    kept = file.schema.names if kind == "append" else [file.id_column]
+    kept = file.schema.names if kind == "append" else list(file.columns.copied)
     for name in kept:
         if kept.count(name) > 1:
             raise OutputError(f"{location} has {kept.count(name)} columns named {name!r}; use --output sidecar")
         if name in scores.names:
-            what = "the id column" if kind == "sidecar" else "a column"
+            what = "the copied column" if kind == "sidecar" else "a column"
             raise OutputError(f"{location}: {what} {name!r} has the name of a score column; choose other head names")
 
 

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.files.inputs import InputFile
-from jql_engine.files.reading import Cursor, as_text, file_columns
+from jql_engine.files.reading import Cursor, documents
 from jql_engine.job.plan import Job, open_inputs
 from jql_engine.sessions.base import Session, execute
 from jql_engine.tokenizer import Tokenizer
+from jql_engine.windows import Windows
 
 PLACES = 24  # from which documents are read
 DOCUMENTS = 256  # read from each
@@ -34,12 +35,12 @@ def estimate_work(
 
     Speed is that of `session` on documents drawn at random from the sample, times `n_workers`.
     """
-    files, unreadable = open_inputs(job)
+    files, unreadable = open_inputs(job, bundle)
     n_docs = sum(file.n_rows for file in files)
     tokens, n_sampled = _sample(files, Tokenizer.of(bundle))
-    lengths = tokens.lengths
-    mean = float(lengths.sum()) / max(1, n_sampled)  # a null text has no tokens
-    speed = _probe(session, tokens) * n_workers
+    lengths, windows = tokens.lengths, Windows.of(bundle).cut(tokens).tokens
+    mean = float(windows.lengths.sum()) / max(1, n_sampled)  # a null text has no tokens
+    speed = _probe(session, windows) * n_workers
     hours = n_docs * mean / speed / 3600 if speed else 0.0
     return {
         "files": len(files),
@@ -66,12 +67,12 @@ def _sample(files: Sequence[InputFile], tokenizer: Tokenizer) -> tuple[TokenBatc
     cursor: Cursor | None = None
     for file, start, n_rows in _places(files):
         if cursor is None or cursor.file is not file:
-            cursor = Cursor(file, start, file_columns(file))
+            cursor = Cursor(file, start, file.columns.needed)
         cursor.skip(start - cursor.row)
         for batch in cursor.take(n_rows):
-            texts = as_text(pa.Table.from_batches([batch])[file.text_column])[0]
-            documents = texts.indices.drop_null().to_numpy().astype(np.int64)
-            batches.append(tokenizer.encode(DocumentBatch.of(texts.dictionary)).take(documents))
+            for texts, _ in documents(pa.Table.from_batches([batch]), file.columns):
+                rows = texts.indices.drop_null().to_numpy().astype(np.int64)
+                batches.append(tokenizer.encode(DocumentBatch.of(texts.dictionary)).take(rows))
         n_sampled += n_rows
     tokens = TokenBatch.concat(batches)
     return replace(tokens, rows=np.arange(len(tokens.rows))), n_sampled

@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import embedding_type, score_schema
-from jql_engine.errors import BundleError, EngineError, OutputError, UnreadableError
+from jql_engine.errors import BundleError, EngineError, InputError, OutputError, UnreadableError
 from jql_engine.files.chunks import Chunk, Task, split
 from jql_engine.files.formats import open_file
-from jql_engine.files.inputs import InputFile, SourceFile, find_files
+from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files
 from jql_engine.files.location import Location, locate
 from jql_engine.files.output import Kind, Target, check_settings, explained, is_finished, is_written_by_us, settings_of
 from jql_engine.files.parts import JOB, PARTS, Leftovers, Part, Settings, find_leftovers, key_of, parts_folder
@@ -51,6 +51,7 @@ class Job:
     out: Location | str
     text_column: str = "text"
     id_column: str | None = None
+    group_column: str | None = None
     overwrite: bool = False
     output: Kind = "sidecar"
     embeddings: Literal["fp16", "fp32"] | None = None
@@ -58,6 +59,10 @@ class Job:
     chunk_rows: int = CHUNK_ROWS
     rank: Rank = field(default_factory=Rank)
     assume_unchanged: bool = False  # go on with sources of which nothing tells whether they have changed
+
+    def columns(self, bundle: Bundle) -> Columns:
+        """The columns of an input that scoring with `bundle` reads."""
+        return Columns(self.text_column, self.id_column, self.group_column, bundle.template)
 
     @property
     def embedding_dtype(self) -> np.dtype[Any] | None:
@@ -133,6 +138,10 @@ def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
     """
     if not bundle.heads and job.embeddings is None:
         raise BundleError(f"{bundle.path} has no heads, only embeddings; give --embeddings fp16 or fp32 to keep those")
+    if job.embeddings is not None and (take := bundle.manifest.windows.take) != "first":
+        raise InputError(
+            f"--embeddings keeps one vector a document, not those of --windows {take}: give --windows first"
+        )
     settings, scores = _settings(job, bundle, variant, chunk_bytes), _score_schema(job, bundle)
     out = locate(job.out)
 
@@ -140,9 +149,7 @@ def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
         check_names(file, scores, job.output)
         return Target(out, file, scores, job.output, settings)
 
-    look = partial(
-        _describe_unfinished, job.text_column, job.id_column, None if job.overwrite or job.limit else settings, out
-    )
+    look = partial(_describe_unfinished, job.columns(bundle), None if job.overwrite or job.limit else settings, out)
     return plan(job, Claim(out, {**settings, "limit": job.limit}), look, target_of, chunk_bytes)
 
 
@@ -283,10 +290,10 @@ class _Seen:
     unreadable: list[Unfinished]
 
 
-def open_inputs(job: Job) -> tuple[list[InputFile], list[Unfinished]]:
+def open_inputs(job: Job, bundle: Bundle) -> tuple[list[InputFile], list[Unfinished]]:
     """The files of `job` that can be read, and those that cannot; raises InputError."""
     listed = find_files(job.inputs)
-    look = partial(_describe_unfinished, job.text_column, job.id_column, None, None)
+    look = partial(_describe_unfinished, job.columns(bundle), None, None)
     with Child() as child:
         seen = _look_into(job, child, listed.files if job.limit else share(listed.files, job.rank), look)
     return seen.files, [*(Unfinished(one.file, one.reason) for one in listed.refused), *seen.unreadable]
@@ -323,13 +330,13 @@ def _look_into(job: Job, child: Child, sources: Sequence[SourceFile], look: Look
 
 
 def _describe_unfinished(
-    text_column: str, id_column: str | None, settings: Settings | None, out: Location | None, source: SourceFile
+    columns: Columns, settings: Settings | None, out: Location | None, source: SourceFile
 ) -> InputFile | UnreadableError | None:
     """What is in a file; None where its scores, with `settings`, are finished."""
     if settings and out and is_finished(source.relative.below(out), settings_of(settings, source)):
         return None
     try:
-        return open_file(source, text_column, id_column)
+        return open_file(source, columns)
     except UnreadableError as error:
         return error
 
@@ -394,7 +401,7 @@ def _is_usable(target: Target, part: Part) -> bool:
 def _score_schema(job: Job, bundle: Bundle) -> pa.Schema:
     dtype = job.embedding_dtype
     kept = None if dtype is None else embedding_type(bundle.manifest.encoder.hidden_size, dtype)
-    return score_schema(bundle.heads, kept)
+    return score_schema(bundle.heads, kept, bundle.manifest.windows.take != "first")
 
 
 def _settings(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> dict[str, Any]:
@@ -411,10 +418,17 @@ def _settings(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> dict[
         "embeddings": job.embeddings,
         "text_column": job.text_column,
         "id_column": job.id_column,
+        "group_column": job.group_column,
+        **_windows(bundle),
         "chunk_rows": job.chunk_rows,
         "chunk_bytes": chunk_bytes,
         **{name: found for name in (*LIBRARIES, *compute) if (found := _version(name))},
     }
+
+
+def _windows(bundle: Bundle) -> dict[str, str | None]:
+    windows = bundle.manifest.windows
+    return {"windows": windows.take, "aggregate": None if windows.take == "first" else windows.aggregate}
 
 
 def _version(package: str) -> str | None:

@@ -20,7 +20,7 @@ from jql_engine.errors import InputError, UnreadableError
 from jql_engine.files.chunks import ChunkDone, ChunkEnd, Failure, Segment, StageSeconds, Task
 from jql_engine.files.dictionaries import encode, is_text
 from jql_engine.files.formats import unreadable
-from jql_engine.files.inputs import InputFile, SourceFile
+from jql_engine.files.inputs import Columns, InputFile, SourceFile
 from jql_engine.files.location import Location, locate
 from jql_engine.files.output import METADATA_KEY, Target, is_finished
 from jql_engine.files.reading import Cursor
@@ -93,7 +93,7 @@ def _describe(bundle: Bundle, source: SourceFile) -> InputFile:
             f"{source.location} is damaged: a row group has {min(group.num_rows for group in groups)} rows"
         )
     sizes = tuple(sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)) for group in groups)
-    return InputFile(source, EMBEDDING, None, schema, tuple(group.num_rows for group in groups), sizes)
+    return InputFile(source, Columns(EMBEDDING), schema, tuple(group.num_rows for group in groups), sizes)
 
 
 def _holds_vectors(kind: pa.DataType, width: int) -> bool:
@@ -220,7 +220,7 @@ class Rescorer:
                 found = tables.get(segment) or [target.scores.empty_table()]
                 self.claim.check()
                 try:
-                    target.commit(segment, pa.concat_tables(found), None)
+                    target.commit(segment, pa.concat_tables(found))
                     n_docs += segment.stop - segment.start
                     n_null += sum(table["n_tokens"].null_count for table in found)
                 except InputError as error:

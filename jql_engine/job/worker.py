@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -29,6 +29,7 @@ from jql_engine.sessions.base import Session, SessionOptions, execute
 from jql_engine.sessions.open import open_session
 from jql_engine.sessions.select import Choice
 from jql_engine.tokenizer import Tokenizer
+from jql_engine.windows import Windows
 
 T = TypeVar("T")
 WRITERS = 16  # small files written at once: creating one waits for the disk, or for the network
@@ -74,6 +75,11 @@ class Worker:
     # Told of every batch: rows that have its documents, tokens of all of these rows, padding that was computed.
     executed: Callable[[int, int, int], None] = lambda *_: None
 
+    @property
+    def windows(self) -> Windows:
+        """How long documents are cut."""
+        return Windows.of(self.bundle)
+
     def run(self, tasks: Iterable[Task]) -> Generator[ChunkDone]:
         """Score the chunks of `tasks` and commit them; yield each once it is done.
 
@@ -118,13 +124,15 @@ class Worker:
     def _score(self, documents: DistinctDocuments) -> tuple[ScoreBatch, int]:
         """Scores of `documents`, and the padding that was computed."""
         keep = None if self.embeddings is None else (self.bundle.manifest.encoder.hidden_size, self.embeddings)
-        scores, padding = ScoreBatch.empty(documents.tokens, len(self.bundle.heads), keep), 0
-        for batch, output in execute(self.session, documents.tokens):
+        windows = self.windows.cut(documents.tokens)
+        scores, padding = ScoreBatch.empty(windows.tokens, len(self.bundle.heads), keep), 0
+        for batch, output in execute(self.session, windows.tokens):
             scores.put(batch.rows, output)
             padding += batch.n_padding
-            n_rows = documents.n_rows[batch.rows]
-            self.executed(int(n_rows.sum()), int(n_rows @ np.diff(batch.offsets)), batch.n_padding)
-        return scores, padding
+            n_rows = documents.n_rows[windows.document[batch.rows]]
+            n_docs = int(n_rows[windows.is_first[batch.rows]].sum())
+            self.executed(n_docs, int(n_rows @ np.diff(batch.offsets)), batch.n_padding)
+        return self.windows.merge(documents.tokens, windows, scores), padding
 
     def _write(self, items: Iterator[tuple[_Chunk, ScoreBatch]]) -> Iterator[_Chunk]:
         with ThreadPoolExecutor(WRITERS, thread_name_prefix="write") as pool:
@@ -140,7 +148,7 @@ class Worker:
                     rows = table.slice(first, segment.stop - segment.start)
                     self.claim.check()
                     try:
-                        self.targets[segment.file].commit(segment, rows, chunk.ids.get(segment))
+                        self.targets[segment.file].commit(segment, rows, chunk.copied.get(segment, ()))
                         return None
                     except InputError as error:
                         return Failure(segment, str(error))
@@ -171,12 +179,13 @@ class _ChunkInHand:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._documents = ChunkDocuments(tokenizer)
-        self._ids: dict[Segment, Column] = defaultdict(Column)
+        self._copied: dict[Segment, tuple[Column, ...]] = {}
         self._n_invalid: Counter[Segment] = Counter()
 
     def add(self, piece: Piece) -> Iterator[DistinctDocuments]:
-        if piece.ids is not None:
-            self._ids[piece.segment].add(piece.ids)
+        kept = self._copied.setdefault(piece.segment, tuple(Column() for _ in piece.copied))
+        for column, part in zip(kept, piece.copied, strict=True):
+            column.add(part)
         self._n_invalid[piece.segment] += piece.n_invalid
         return self._documents.add(piece.first, piece.texts)
 
@@ -186,9 +195,9 @@ class _ChunkInHand:
         places = list(_places(end.task.chunk))
         dropped = [slice(first, first + s.stop - s.start) for s, first in places if s in failed]
         yield self._documents.finish(end.task.chunk.n_docs, dropped)
-        ids = {segment: rows for segment, column in self._ids.items() if (rows := column.rows()) is not None}
+        copied = {segment: [column.rows() for column in columns] for segment, columns in self._copied.items()}
         n_invalid = sum(n for segment, n in self._n_invalid.items() if segment not in failed)
-        yield _Chunk(end, self._documents.index, self._documents.truncated, ids, n_invalid)
+        yield _Chunk(end, self._documents.index, self._documents.truncated, copied, n_invalid)
 
 
 @dataclass(slots=True)
@@ -198,7 +207,7 @@ class _Chunk:
     end: ChunkEnd
     index: NDArray[np.int64]  # [n]: which of the chunk's distinct documents each row has, -1 for none
     truncated: NDArray[np.bool_]  # [n]
-    ids: dict[Segment, pa.ChunkedArray]
+    copied: dict[Segment, list[pa.ChunkedArray]]
     n_invalid: int
     padding: int = 0
     overflowed: int = 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jql_engine import Engine
-from jql_engine.bundle import MANIFEST, Bundle, describe_files
+from jql_engine.bundle import MANIFEST, Bundle, WindowsInfo, describe_files
 from jql_export import cli
 from jql_export.families.read import read_encoder
 from tests.conftest import MAX_TOKENS
@@ -59,6 +59,32 @@ def test_the_script_writes_a_bundle_with_what_the_checkpoint_says(checkpoint, he
     for line in ("tokenizer: ", "writing graph cpu-fp32", "standard-fp32 is certified: scores of ", "heads prose, edu"):
         assert line in done.stderr
     assert Engine(tmp_path / "out", device="cpu").score(["text"]).valid.all()
+
+
+def test_template_and_windows_are_recorded_and_required_of_readers(call, checkpoint, head_files, tmp_path):
+    options = ["--encoder", checkpoint, f"--head=edu={head_files['edu']}", "--out", tmp_path / "out"]
+    code, error = call(*options, r"--template={url}\n\n{text}", "--windows=first+last", "--aggregate=mean")
+    assert code == 0, error
+    bundle = Bundle.open(tmp_path / "out")
+    assert bundle.manifest.template == "{url}\n\n{text}" and bundle.manifest.requires == ["template", "windows"]
+    assert bundle.manifest.windows == WindowsInfo("first+last", "mean")
+    code, _ = call(*options, "--overwrite")
+    plain = Bundle.open(tmp_path / "out")
+    assert code == 0 and plain.manifest.requires == [] and plain.encoder_hash != bundle.encoder_hash
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--template={url}"], "has no {text}"),
+        (["--template={text"], "is malformed"),
+        (["--aggregate=max"], "is for --windows first+last or all"),
+        (["--windows=some"], "is not one of 'first', 'first+last', 'all'"),
+    ],
+)
+def test_a_template_without_text_and_an_aggregate_of_one_window_are_misuse(call, option, message):
+    code, error = call("--encoder", "e", "--head=a=b", "--out", "out", *option)
+    assert code == 2 and message in " ".join(error.split()), error
 
 
 def test_engines_are_built_ahead_for_gpus_that_are_not_here(checkpoint, head_files, tmp_path):

@@ -64,7 +64,6 @@ def test_a_column_holds_equal_texts_of_all_its_parts_once(monkeypatch):
 
 def test_numbers_are_kept_as_they_are():
     column = Column()
-    assert column.rows() is None
     column.add(pa.chunked_array([[1, None], [2]]))
     assert column.rows().equals(pa.chunked_array([[1, None], [2]]))
 

@@ -23,7 +23,7 @@ from jql_engine.errors import InputError, UnreadableError
 from jql_engine.files import json_lines, parquet
 from jql_engine.files.dictionaries import compact
 from jql_engine.files.formats import batches, open_file
-from jql_engine.files.inputs import InputFile
+from jql_engine.files.inputs import Columns, InputFile
 from jql_engine.files.reading import as_text
 from tests.files.test_inputs import opened, source, write
 from tests.fuzzing.mutate import read_struct, write_struct
@@ -58,7 +58,7 @@ def test_the_footer_tells_rows_columns_and_sizes(tmp_path):
     file = opened(write(tmp_path / "a.parquet", ["abc"] * 5, row_group_size=2, id=range(5)))
     assert (file.n_rows, file.group_rows) == (5, (2, 2, 1))
     assert len(file.group_bytes) == 3 and min(file.group_bytes) > 0
-    assert file.id_field == pa.field("id", pa.int64())
+    assert file.copied[0] == pa.field("id", pa.int64())
 
 
 def test_the_size_is_that_of_the_text_column(tmp_path):
@@ -128,7 +128,7 @@ def test_a_stream_that_raises_loses_no_memory(tmp_path):
     def held() -> int:
         for _ in range(100):
             with pytest.raises(UnreadableError):
-                open_file(found, "text")
+                open_file(found, Columns())
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
     held()
@@ -175,7 +175,7 @@ DOCUMENTS = [{"text": f"text {i}" * (i % 5), "id": i} for i in range(50)]
 def test_json_lines_are_read_whatever_they_are_packed_in(tmp_path, monkeypatch, suffix, end, size):
     monkeypatch.setattr(json_lines, "READ_BYTES", size)
     file = opened(lines(tmp_path / f"a{suffix}", *DOCUMENTS, end=end))
-    assert file.n_rows == 50 and file.id_field == pa.field("id", pa.int64())
+    assert file.n_rows == 50 and file.copied[0] == pa.field("id", pa.int64())
     assert (len(file.group_rows) == 1) == (size == 1 << 20)
     assert rows_of(file, ["text", "id"]) == DOCUMENTS
 
@@ -193,8 +193,8 @@ def test_members_of_a_compressed_file_are_read_as_one(tmp_path, suffix, pack):
 def test_a_file_without_lines_has_no_rows(tmp_path, suffix, content):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(PACK[suffix](content))
-    file = open_file(source(path), "content")
-    assert (file.n_rows, file.id_column) == (0, None)
+    file = open_file(source(path), Columns("content"))
+    assert (file.n_rows, file.columns.id) == (0, None)
     assert file.schema.names == ["content"]
     assert rows_of(file, ["content"]) == []
 
@@ -227,7 +227,7 @@ def test_blank_lines_at_the_beginning_hide_nothing(tmp_path, small_blocks):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n" * 200 + b'{"text": "a", "id": 7}\n' + b"\n" * 200 + b'{"text": "b", "id": 8}\n')
     file = opened(path)
-    assert file.id_field == pa.field("id", pa.int64())
+    assert file.copied[0] == pa.field("id", pa.int64())
     assert rows_of(file, ["text", "id"]) == [{"text": "a", "id": 7}, {"text": "b", "id": 8}]
 
 
@@ -329,17 +329,17 @@ def test_ids_keep_their_type(tmp_path, ids, kind, slowly):
     if slowly:
         documents.append(rb'{"text": "\ud800"}')
     file = opened(lines(tmp_path / "a.jsonl", *documents))
-    assert file.id_field == pa.field("id", kind)
+    assert file.copied[0] == pa.field("id", kind)
     assert [row["id"] for row in rows_of(file, ["id"])][: len(ids)] == ids
 
 
 def test_a_file_without_ids_has_none(tmp_path):
-    assert opened(lines(tmp_path / "a.jsonl", {"text": "x"})).id_column is None
+    assert opened(lines(tmp_path / "a.jsonl", {"text": "x"})).columns.id is None
 
 
 def test_another_id_can_be_asked_for_and_the_text_can_be_it(tmp_path):
     path = lines(tmp_path / "a.jsonl", {"text": "x", "id": 1, "url": "u"})
-    assert (opened(path, "url").id_field, opened(path, "text").id_field) == (
+    assert (opened(path, "url").copied[0], opened(path, "text").copied[0]) == (
         pa.field("url", pa.string()),
         pa.field("text", pa.string()),
     )
@@ -352,7 +352,7 @@ def test_a_key_that_no_document_of_the_first_block_has_is_an_error_that_lists_th
         opened(path)
     assert not isinstance(caught.value, UnreadableError)  # the same for all files: the job is wrong
     with pytest.raises(InputError, match=r"no column 'key'; it has content, url: .* --id-column"):
-        open_file(source(path), "content", "key")
+        open_file(source(path), Columns("content", "key"))
 
 
 @pytest.mark.parametrize("place", [0, 1, 25, 49])
@@ -386,7 +386,7 @@ def test_a_broken_line_is_named_with_its_file_and_number(tmp_path, small_blocks,
     if place == 0 and b'"1"' in broken:  # then the ids after it are what does not fit
         expected = "document 2: 'id' is a int, expected text"
     if place < 2 and b"1.5" in broken:  # within the first block, which decides about the type
-        assert opened(path).id_field == pa.field("id", pa.float64())
+        assert opened(path).copied[0] == pa.field("id", pa.float64())
         return
     with pytest.raises(UnreadableError, match=f"{re.escape(str(path))}: {expected}"):
         list(batches(opened(path), 0, ["text", "id"]))
@@ -416,7 +416,7 @@ def test_a_remote_file_that_is_gone_is_named(name):
     gone = source(location)
     location.unlink()
     with pytest.raises(UnreadableError, match=name):
-        open_file(gone, "text")
+        open_file(gone, Columns())
 
 
 def write_groups(path: Path, sizes: list[int]) -> list[dict[str, object]]:

@@ -26,7 +26,7 @@ from jql_engine.files import inputs as dataset
 from jql_engine.files import retries
 from jql_engine.files.chunks import Chunk, Segment, split
 from jql_engine.files.formats import open_file
-from jql_engine.files.inputs import InputFile, Listing, SourceFile, find_files
+from jql_engine.files.inputs import Columns, InputFile, Listing, SourceFile, find_files
 from jql_engine.files.versions import version_from, version_of
 from jql_engine.names import RelativeName
 from tests.inputs import damage, not_utf8
@@ -48,7 +48,7 @@ def source(path: Path | UPath) -> SourceFile:
 
 
 def opened(path: Path | UPath, id_column: str | None = None) -> InputFile:
-    return open_file(source(path), "text", id_column)
+    return open_file(source(path), Columns("text", id_column))
 
 
 def footer(*groups: tuple[int, int]) -> InputFile:
@@ -56,7 +56,7 @@ def footer(*groups: tuple[int, int]) -> InputFile:
     schema = pa.schema([("text", pa.string())])
     rows, sizes = zip(*groups, strict=True) if groups else ((), ())
     path = Path("x.parquet")
-    return InputFile(SourceFile(path, RelativeName(path.name), 0, ""), "text", None, schema, rows, sizes)
+    return InputFile(SourceFile(path, RelativeName(path.name), 0, ""), Columns(), schema, rows, sizes)
 
 
 def chunks_of(*files: InputFile) -> list[Chunk]:
@@ -477,7 +477,7 @@ def test_a_source_that_tells_neither_tag_nor_time_is_not_traceable(tmp_path, tol
 )
 def test_the_id_column_is_the_one_named_or_id_where_there_is_one(tmp_path, columns, asked, expected):
     file = opened(write(tmp_path / "a.parquet", ["x"], **columns), asked)
-    assert file.id_column == expected
+    assert file.columns.id == expected
 
 
 def test_a_missing_text_column_lists_those_that_are_there(tmp_path):

@@ -17,7 +17,7 @@ from jql_engine.data import embedding_type, score_schema
 from jql_engine.errors import InputError, OutputError, PartsError
 from jql_engine.files.chunks import Segment
 from jql_engine.files.formats import open_file
-from jql_engine.files.inputs import InputFile, SourceFile
+from jql_engine.files.inputs import Columns, InputFile, SourceFile
 from jql_engine.files.output import METADATA_KEY, Target, check_settings, is_finished
 from jql_engine.files.parts import Part, find_leftovers
 from jql_engine.files.versions import version_of
@@ -32,7 +32,7 @@ SETTINGS = {"bundle": "abc", "variant": "cpu-fp32", "id_column": None}
 
 def described(path: Path, relative: str | None = None, id_column: str | None = None) -> InputFile:
     found = SourceFile(path, RelativeName(relative or path.name), *version_of(path))
-    return open_file(found, "text", id_column)
+    return open_file(found, Columns("text", id_column))
 
 
 def source(
@@ -59,7 +59,7 @@ def visible(folder: Path) -> list[str]:
 
 
 def write_all(out: Path, file: InputFile, ids: pa.ChunkedArray | None = None) -> pa.Table:
-    target_of(out, file).commit(Segment(0, 0, file.n_rows), scores(0, file.n_rows), ids)
+    target_of(out, file).commit(Segment(0, 0, file.n_rows), scores(0, file.n_rows), () if ids is None else [ids])
     return pq.read_table(file.source.relative.below(out))
 
 
@@ -69,7 +69,7 @@ def rows(out: Path) -> dict[str, set[tuple[int, int]]]:
 
 def commit_parts(target: Target, *borders: int) -> None:
     for start, stop in pairwise(borders):
-        target.commit(Segment(0, start, stop), scores(start, stop), None)
+        target.commit(Segment(0, start, stop), scores(start, stop))
 
 
 def test_a_file_in_one_chunk_is_finished_at_once(tmp_path):
@@ -215,7 +215,7 @@ def test_a_finished_file_of_another_job_is_never_replaced(tmp_path):
     before = (tmp_path / "out/a.parquet").read_bytes()
     for start in (0, 2):  # as the whole file, and as a part of it
         with pytest.raises(OutputError, match="was computed with other settings: --variant cpu-fp32 then"):
-            other_job(target).commit(Segment(0, start, 4), scores(start, 4), None)
+            other_job(target).commit(Segment(0, start, 4), scores(start, 4))
     assert visible(tmp_path / "out") == [".parts", "a.parquet"]
     assert (tmp_path / "out/a.parquet").read_bytes() == before
 
@@ -233,10 +233,10 @@ def test_a_file_in_one_chunk_whose_source_was_changed_does_not_appear(tmp_path):
     target = target_of(tmp_path / "out", source(tmp_path / "a.parquet"))
     source(tmp_path / "a.parquet", 5)
     with pytest.raises(InputError, match=r"a\.parquet was changed during the run"):
-        target.commit(Segment(0, 0, 4), scores(0, 4), None)
+        target.commit(Segment(0, 0, 4), scores(0, 4))
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(InputError, match=r"a\.parquet cannot be looked at again"):
-        target.commit(Segment(0, 0, 4), scores(0, 4), None)
+        target.commit(Segment(0, 0, 4), scores(0, 4))
     assert not (tmp_path / "out").exists()
 
 
@@ -253,7 +253,7 @@ def test_vectors_are_kept_beside_the_scores(tmp_path):
     vectors = pa.array([[1, 2, 3], None], pa.list_(pa.float16(), 3))
     table = scores(0, 2).append_column("embedding", vectors)
     for segment in (Segment(0, 0, 1), Segment(0, 1, 2)):
-        target.commit(segment, table.slice(segment.start, 1), None)
+        target.commit(segment, table.slice(segment.start, 1))
     target.assemble()
     assert pq.read_table(tmp_path / "out/a.parquet")["embedding"].combine_chunks().equals(vectors)
 
@@ -293,7 +293,7 @@ def test_an_id_that_may_not_be_null_stays_so(tmp_path):
     schema = pa.schema([pa.field("text", pa.string()), pa.field("id", pa.int64(), nullable=False)])
     pq.write_table(pa.table([["x"], [7]], schema=schema), path)
     target = target_of(tmp_path / "out", described(path))
-    target.commit(Segment(0, 0, 1), scores(0, 1), pa.chunked_array([[7]]))
+    target.commit(Segment(0, 0, 1), scores(0, 1), [pa.chunked_array([[7]])])
     found = pq.read_table(tmp_path / "out/a.parquet")
     assert found["id"].to_pylist() == [7] and not found.schema.field("id").nullable
 

@@ -23,7 +23,7 @@ from jql_engine.errors import InputError
 from jql_engine.files import json_lines, parquet, retries
 from jql_engine.files.chunks import Chunk, ChunkEnd, Piece, Segment, Task
 from jql_engine.files.inputs import InputFile
-from jql_engine.files.reading import Cursor, as_text, file_columns, read
+from jql_engine.files.reading import Cursor, as_text, read
 from jql_engine.files.versions import version_of
 from tests.files.test_formats import PACK, lines, write_groups
 from tests.files.test_inputs import chunks_of, opened, write
@@ -62,7 +62,7 @@ def one(file: InputFile) -> tuple[list[str | None], list[object], int]:
     [(pieces, end)] = read_all([file], [Chunk((Segment(0, 0, file.n_rows),))])
     assert end.failures == ()
     texts = [text for piece in pieces for text in piece.texts.to_pylist()]
-    ids = [value for piece in pieces if piece.ids is not None for value in piece.ids.to_pylist()]
+    ids = [value for piece in pieces for column in piece.copied for value in column.to_pylist()]
     return texts, ids, sum(piece.n_invalid for piece in pieces)
 
 
@@ -94,7 +94,7 @@ def test_pieces_hold_the_rows_of_their_chunks_wherever_reading_starts(tmp_path_f
     for pieces, end in found:
         expected = [row for s in end.task.chunk.segments for row in rows[s.file][s.start : s.stop]]
         assert [t for piece in pieces for t in piece.texts.to_pylist()] == [row["text"] for row in expected]
-        assert [i for piece in pieces for i in piece.ids.to_pylist()] == [row["id"] for row in expected]
+        assert [i for piece in pieces for i in piece.copied[0].to_pylist()] == [row["id"] for row in expected]
         assert rows_of(pieces) == list(range(end.task.chunk.n_docs))
         assert {piece.segment for piece in pieces} <= set(end.task.chunk.segments) and end.failures == ()
 
@@ -150,7 +150,7 @@ def test_what_is_not_utf8_is_null_and_counted(tmp_path, kind, dictionary):
 
 def test_the_text_can_be_the_id(tmp_path):
     file = opened(write(tmp_path / "a.parquet", ["x", "y"]), "text")
-    assert file_columns(file) == ["text"] and one(file) == (["x", "y"], ["x", "y"], 0)
+    assert file.columns.needed == ("text",) and one(file) == (["x", "y"], ["x", "y"], 0)
 
 
 def test_text_of_many_chunks_and_none_is_joined():

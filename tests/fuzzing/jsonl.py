@@ -89,7 +89,7 @@ class JsonlKind:
             return
         assert in_a_row[0] == [_text(document.get("text")) for document in documents], "other texts than Python's"
         assert alone[0] == in_a_row[0][: len(alone[0])], "other texts where a chunk is read alone"
-        if found.id_column:
+        if found.columns.id:
             ids = [_value(document.get("id")) for document in documents]
             assert [_value(value) for value in in_a_row[1]] == ids, "other ids than Python's"
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from jql_engine.errors import InputError
 from jql_engine.files.chunks import Chunk, Piece, Task, split
 from jql_engine.files.formats import open_file
-from jql_engine.files.inputs import InputFile, find_files
+from jql_engine.files.inputs import Columns, InputFile, find_files
 from jql_engine.files.reading import as_text, read
 from tests.fuzzing.mutate import cut, damage, damage_thrift
 
@@ -59,21 +59,21 @@ class ParquetKind:
         assert len(chunks) <= MOST_CHUNKS, f"{found.n_rows} rows would be {len(chunks)} chunks or more"
         in_a_row = rows_of(found, [chunks])
         alone = rows_of(found, [[chunk] for chunk in chunks])
-        columns = [name for name in (found.text_column, found.id_column) if name]
+        columns = list(found.columns.needed)
         # One by one: where a page has a value too many, pyarrow gives it to the row group after it.
         groups = [pq.ParquetFile(file).read_row_group(i, columns) for i in range(len(found.group_rows))]
         table = pa.concat_tables(groups) if groups else found.schema.empty_table()
         expected = as_text(table["text"])[0].to_pylist()
         assert in_a_row[0] == alone[0] == expected, "other texts than pyarrow's"
-        if found.id_column:
-            ids = repr(as_values(table[found.id_column]))  # NaN equals nothing
+        if found.columns.id:
+            ids = repr(as_values(table[found.columns.id]))  # NaN equals nothing
             assert repr(in_a_row[1]) == repr(alone[1]) == ids, "other ids than pyarrow's"
 
 
 def opened(file: Path) -> InputFile:
     """As a job hands it to a worker process."""
     [source] = find_files([str(file)]).files
-    found = open_file(source, "text")
+    found = open_file(source, Columns())
     found.schema.serialize()
     return pickle.loads(pickle.dumps(found))
 
@@ -86,7 +86,7 @@ def rows_of(file: InputFile, runs: list[list[Chunk]]) -> tuple[list[str | None],
         for item in read([file], [Task(number, chunk) for number, chunk in enumerate(chunks)]):
             if isinstance(item, Piece):
                 texts += item.texts.to_pylist()
-                ids += [] if item.ids is None else as_values(item.ids)
+                ids += [value for column in item.copied for value in as_values(column)]
                 n_read += len(item.texts)
             elif item.failures:
                 raise InputError(item.failures[0].message)

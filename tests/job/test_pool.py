@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,15 +69,15 @@ def test_nothing_more_is_handed_out_of_a_file_that_failed():
 class DeadlyTarget(Target):
     """Kills its worker where it commits row 300; as a chunk that runs out of memory does."""
 
-    def commit(self, segment: Segment, scores: pa.Table, ids: pa.ChunkedArray | None) -> None:
+    def commit(self, segment: Segment, scores: pa.Table, copied: Sequence[pa.ChunkedArray] = ()) -> None:
         if segment.start == 3 * ROWS:
             os.kill(os.getpid(), signal.SIGKILL)
-        Target.commit(self, segment, scores, ids)
+        Target.commit(self, segment, scores, copied)
 
 
 @dataclass(frozen=True, slots=True)
 class FullTarget(Target):
-    def commit(self, segment: Segment, scores: pa.Table, ids: pa.ChunkedArray | None) -> None:
+    def commit(self, segment: Segment, scores: pa.Table, copied: Sequence[pa.ChunkedArray] = ()) -> None:
         raise OutputError(f"{self.final} cannot be written")
 
 
@@ -149,7 +149,7 @@ def test_a_job_without_tasks_starts_no_worker(bundle, tmp_path):
 class DeadliestTarget(Target):
     """Kills its worker wherever a chunk of it is committed."""
 
-    def commit(self, segment: Segment, scores: pa.Table, ids: pa.ChunkedArray | None) -> None:
+    def commit(self, segment: Segment, scores: pa.Table, copied: Sequence[pa.ChunkedArray] = ()) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
