@@ -17,12 +17,20 @@ from jql_export.families.base import (
 )
 from jql_export.tensors import TensorFile
 
+# What transformers takes where config.json says nothing, as some do.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "bert": {"hidden_act": "gelu", "pad_token_id": 0, "type_vocab_size": 2},
+    "xlm-roberta": {"hidden_act": "gelu", "pad_token_id": 1, "type_vocab_size": 2},
+}
+
 
 def read_bert(directory: Path, config: Mapping[str, Any]) -> EncoderWeights:
     """BERT and XLM-R: absolute positions, plain GELU."""
+    config = {**DEFAULTS[config["model_type"]], **config}
     expect(directory, config, "hidden_act", "gelu")
     expect(directory, config, "position_embedding_type", "absolute", None)
     expect(directory, config, "is_decoder", False, None)
+    expect(directory, config, "rope_theta", None)  # of repositories whose own code rotates
     tensors = TensorFile(directory)
     rows = number(directory, config, "max_position_embeddings")
     # XLM-R numbers positions from pad + 1: 514 rows are 512 tokens. The row of pad itself serves pad ids.
@@ -46,4 +54,4 @@ def read_bert(directory: Path, config: Mapping[str, Any]) -> EncoderWeights:
             mlp_norm=tensors.norm(f"{name}.output.LayerNorm", d),
         )
 
-    return weights_of(tensors, spec, layer, config.get("type_vocab_size", 0), first_position=first)
+    return weights_of(tensors, spec, layer, config["type_vocab_size"], first_position=first)

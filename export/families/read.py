@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jql_engine.errors import CheckpointError
-from jql_export.families.base import EncoderWeights, read_config
+from jql_export.families.base import EncoderWeights, expect, read_config
 from jql_export.families.bert import read_bert
 from jql_export.families.gte import read_gte
 from jql_export.families.jina_v3 import is_jina_v3, read_jina_v3
@@ -25,6 +25,7 @@ FAMILIES: dict[str, Callable[[Path, Mapping[str, Any]], EncoderWeights]] = {
 def read_encoder(directory: Path) -> EncoderWeights:
     """Read the encoder in `directory`; raises CheckpointError naming the field or tensor that is wrong."""
     config = read_config(directory)
+    expect(directory, config, "quantization_config", None)  # its integers are no weights without their scales
     family = config.get("model_type")
     if is_jina_v3(config):
         return read_jina_v3(directory, config)
