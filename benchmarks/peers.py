@@ -20,7 +20,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +36,7 @@ from jql_engine.sessions.select import runnable
 from jql_engine.tokenizer import Tokenizer
 
 BACKENDS = ("torch", "onnx", "openvino")
+PACKAGES = ("sentence-transformers", "transformers", "optimum-intel", "optimum-onnx", "openvino", "onnxruntime")
 WORKER = Path(__file__).with_name("peers_worker.py")
 Timed = Callable[[list[str]], tuple[float, np.ndarray]]  # seconds, and scores [N, H]
 
@@ -104,7 +105,7 @@ def main(
         row.finish()
     print_rows([row for row, _ in cases])
     settings = {"corpus": corpus.name, "documents": documents, "max_tokens": longest, "rounds": rounds}
-    print(write_result(name, [row for row, _ in cases], settings | {"peers": _versions(python)}))
+    print(write_result(name, [row for row, _ in cases], settings | {"peers": package_versions(python, PACKAGES)}))
 
 
 def _score(engine: Engine, texts: list[str]) -> tuple[float, np.ndarray]:
@@ -113,9 +114,9 @@ def _score(engine: Engine, texts: list[str]) -> tuple[float, np.ndarray]:
     return time.perf_counter() - start, values
 
 
-def _versions(python: Path) -> dict[str, str]:
-    packages = ("sentence-transformers", "transformers", "optimum-intel", "optimum-onnx", "openvino", "onnxruntime")
-    code = f"import json, importlib.metadata as m; print(json.dumps({{p: m.version(p) for p in {packages}}}))"
+def package_versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
+    """Versions of `packages` in the environment of `python`."""
+    code = f"import json, importlib.metadata as m; print(json.dumps({{p: m.version(p) for p in {tuple(packages)}}}))"
     return dict(json.loads(subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout))
 
 
