@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "sessions": {""},
     "files": {""},
     "job": {"", "sessions", "files"},
-    "cli": {"", "sessions", "files", "job"},
+    "decision": {"", "files", "job"},
+    "cli": {"", "sessions", "files", "job", "decision"},
     "integrations": {"", "sessions", "files", "job"},
 }
 # Of the top level only the engine opens sessions: all else there is what sessions are made of.

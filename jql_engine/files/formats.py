@@ -10,7 +10,7 @@ import pyarrow as pa
 from jql_engine.errors import EngineError, UnreadableError
 from jql_engine.files.inputs import SUFFIXES, Columns, InputFile, SourceFile
 from jql_engine.files.json_lines import describe_lines, line_batches
-from jql_engine.files.parquet import describe_parquet, parquet_batches
+from jql_engine.files.parquet import READ_ROWS, describe_parquet, parquet_batches
 from jql_engine.files.retries import retry
 
 
@@ -49,8 +49,12 @@ def _found(source: SourceFile) -> str:
     return f"{source.location} has a name that ends in none of {', '.join(SUFFIXES)}; it was taken for parquet, and"
 
 
-def batches(file: InputFile, start: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+def batches(
+    file: InputFile, start: int, columns: Sequence[str] | None, read_rows: int = READ_ROWS
+) -> Iterator[pa.RecordBatch]:
     """Rows of `file` from `start` to its end, a few at a time; `columns` None gives all of a parquet file.
+
+    `read_rows`: the most at a time, of parquet.
 
     Text may come as a dictionary where `columns` are given. Whatever the file system or pyarrow raises comes out as it
     is; InputError where the file was changed since it was found.
@@ -58,9 +62,9 @@ def batches(file: InputFile, start: int, columns: Sequence[str] | None) -> Itera
     if start >= file.n_rows:
         return
     group, before = file.group_of(start)
-    read = parquet_batches if file.source.format == "parquet" else line_batches
     skip, left = start - before, file.n_rows - start
-    for batch in read(file, group, columns):
+    is_parquet = file.source.format == "parquet"
+    for batch in parquet_batches(file, group, columns, read_rows) if is_parquet else line_batches(file, group, columns):
         passed = min(skip, batch.num_rows)
         batch = batch.slice(passed, left)
         skip, left = skip - passed, left - batch.num_rows

@@ -15,7 +15,7 @@ from jql_engine.files.dictionaries import check_indices, compact
 from jql_engine.files.inputs import READ_BYTES, Columns, InputFile, SourceFile, check_columns
 from jql_engine.files.storage import open_parquet, open_read
 
-READ_ROWS = 2_048  # rows handed out at a time, at most
+READ_ROWS = 2_048  # of text handed out at a time, at most
 DECODED_BYTES = 32 << 20  # decoded at a time, at most, if each row has the largest of all values
 UNKNOWN_BYTES = 1 << 19  # that a text is taken to have, at most, where only the mean is known
 TEXT = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
@@ -46,21 +46,23 @@ def describe_parquet(source: SourceFile, columns: Columns) -> InputFile:
     return InputFile(source, columns, schema, tuple(g.num_rows for g in groups), tuple(sizes))
 
 
-def parquet_batches(file: InputFile, first: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-    """Rows from row group `first` on; `columns` None gives all, as they are in the file."""
+def parquet_batches(
+    file: InputFile, first: int, columns: Sequence[str] | None, read_rows: int = READ_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """Rows from row group `first` on, at most `read_rows` at a time; `columns` None gives all, as in the file."""
     with open_read(file.source.location, file.source.found) as stream:
         footer = pq.read_metadata(stream)
         for number in range(first, len(file.group_rows)):
             group = _Group(stream, footer, number)
             if columns is None:
-                for batch in group.batches():
+                for batch in group.batches(None, read_rows):
                     for array in batch.columns:
                         if pa.types.is_dictionary(array.type):
                             check_indices(array.indices, len(array.dictionary))
                     # All of them by position: two may have one name.
                     yield pa.RecordBatch.from_arrays(batch.columns, schema=file.schema)
             else:
-                yield from _joined(group.batches(columns), columns)
+                yield from _joined(group.batches(columns, read_rows), columns, read_rows)
 
 
 class _Group:
@@ -75,7 +77,7 @@ class _Group:
         self._group = footer.row_group(number)
         self._leaves = [self._group.column(i) for i in range(self._group.num_columns)]
 
-    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: Sequence[str] | None, read_rows: int) -> Iterator[pa.RecordBatch]:
         """All rows, a few at a time; with `columns` those, of which text may come as dictionaries."""
         leaves = [leaf for leaf in self._leaves if columns is None or _is_part(leaf, columns)]
         dictionaries = [leaf.path_in_schema for leaf in leaves if columns is not None and self._is_dictionary(leaf)]
@@ -84,7 +86,7 @@ class _Group:
         widest = sum(self._widest(leaf) * leaf.num_values for leaf in decoded) // max(1, self._group.num_rows)
         if sum(leaf.total_uncompressed_size for leaf in decoded) > UNKNOWN_BYTES:
             widest = max(widest, UNKNOWN_BYTES)
-        n_rows = min(READ_ROWS, READ_BYTES * self._group.num_rows // max(1, size), DECODED_BYTES // max(1, widest))
+        n_rows = min(read_rows, READ_BYTES * self._group.num_rows // max(1, size), DECODED_BYTES // max(1, widest))
         return self._read(max(1, n_rows), columns, dictionaries)
 
     def _read(
@@ -152,13 +154,13 @@ def _zigzag(encoded: bytes) -> int:
     return value >> 1
 
 
-def _joined(batches: Iterable[pa.RecordBatch], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Consecutive batches together, up to READ_ROWS or READ_BYTES; of dictionaries only the values that are used."""
+def _joined(batches: Iterable[pa.RecordBatch], columns: Sequence[str], read_rows: int) -> Iterator[pa.RecordBatch]:
+    """Consecutive batches together, up to `read_rows` or READ_BYTES; of dictionaries only the values that are used."""
     together: list[pa.RecordBatch] = []
     n_rows = n_bytes = 0
     for batch in map(_compacted, batches):
         size = batch.nbytes
-        if together and (n_rows + batch.num_rows > READ_ROWS or n_bytes + size > READ_BYTES):
+        if together and (n_rows + batch.num_rows > read_rows or n_bytes + size > READ_BYTES):
             yield _one(together, columns)
             together, n_rows, n_bytes = [], 0, 0
         together.append(batch)

@@ -18,6 +18,7 @@ from jql_engine.files.chunks import ChunkEnd, Failure, Piece, Segment, Task
 from jql_engine.files.dictionaries import compact, cuts, encode, lengths_of
 from jql_engine.files.formats import batches, unreadable
 from jql_engine.files.inputs import READ_BYTES, Columns, InputFile, SourceFile
+from jql_engine.files.parquet import READ_ROWS
 from jql_engine.files.retries import retry
 from jql_engine.files.versions import check_version, exchanged, is_exchange, version_of
 from jql_engine.template import TEXT
@@ -105,10 +106,10 @@ def _begin(file: InputFile, segment: Segment, first: int) -> Iterator[Piece]:
 class Cursor:
     """A place in a file, which moves forward."""
 
-    def __init__(self, file: InputFile, row: int, columns: Sequence[str] | None) -> None:
-        """At `row` of `file`; `columns` None reads all of them."""
+    def __init__(self, file: InputFile, row: int, columns: Sequence[str] | None, read_rows: int = READ_ROWS) -> None:
+        """At `row` of `file`; `columns` None reads all of them, `read_rows` of parquet at a time at most."""
         self.file, self.row = file, row
-        self._columns = columns
+        self._columns, self._read_rows = columns, read_rows
         self._batches: Iterator[pa.RecordBatch] | None = None
         self._pending: pa.RecordBatch | None = None
 
@@ -143,7 +144,7 @@ class Cursor:
 
     def _next(self) -> pa.RecordBatch | None:
         if self._batches is None:
-            self._batches = batches(self.file, self.row, self._columns)
+            self._batches = batches(self.file, self.row, self._columns, self._read_rows)
         try:
             return next(self._batches, None)
         except BaseException as error:

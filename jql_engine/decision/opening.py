@@ -1,0 +1,139 @@
+"""Find score files, and make sure that they are finished, of one job, and have the columns that are asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from jql_engine.data import score_column
+from jql_engine.decision.finished import check_finished
+from jql_engine.decision.scores import TOKENS, ScoreFiles
+from jql_engine.errors import InputError
+from jql_engine.files.dictionaries import is_text
+from jql_engine.files.formats import unreadable
+from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files
+from jql_engine.files.output import METADATA_KEY, shown
+from jql_engine.files.retries import retry
+from jql_engine.files.storage import open_parquet
+from jql_engine.job.apart import in_threads
+
+# Settings that differ between the files of one job: the source's, and how many rows of the last file were scored.
+OF_ONE_FILE = {"source_bytes", "source_version", "limit", "rescored_from"}
+
+
+def open_scores(
+    inputs: Sequence[str], columns: Sequence[str] = (), group_column: str | None = None, more: Sequence[str] = ()
+) -> ScoreFiles:
+    """Find score files, and check that they are finished, of one job, and have the columns.
+
+    `columns` names the score columns; without it they are those that jql-run wrote. `more` columns are read besides.
+    Raises InputError.
+    """
+    for given in inputs:
+        check_finished(given)
+    listing = find_files(inputs)
+    if listing.refused:
+        raise InputError("; ".join(one.reason for one in listing.refused[:3]))
+    if other := next((source for source in listing.files if source.format != "parquet"), None):
+        raise InputError(f"{other.location} is no parquet file, as scores are; give the folder that jql-run wrote")
+    looked = in_threads(_look, listing.files)
+    first = looked[0]
+    for one in looked:
+        _check_one_job(first, one)
+    settings = json.loads(first.settings)
+    scores = tuple(columns) or tuple(score_column(head) for head in _heads(first, settings))
+    heads = tuple(name.removeprefix("score_") for name in scores)
+    if len(set(heads)) < len(heads):
+        raise InputError(f"the score columns {', '.join(scores)} name a head twice; give each once")
+    has_tokens = TOKENS in first.file.schema.names
+    for one in looked:
+        _check_columns(one.file, scores, group_column, [*more, *((TOKENS,) if has_tokens else ())])
+    files = _with_shared_schemas([one.file for one in looked])
+    return ScoreFiles(files, heads, scores, group_column, has_tokens, tuple(more), settings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What is in a score file, and the settings of its job, as JSON."""
+
+    file: InputFile
+    settings: str
+
+
+def _look(source: SourceFile) -> _Looked:
+    with unreadable(f"{source.location} cannot be read", f"{source.location} is not a complete parquet file"):
+        return retry(source.location, partial(_describe, source))
+
+
+def _describe(source: SourceFile) -> _Looked:
+    with open_parquet(source.location) as file:
+        schema, footer = file.schema_arrow, file.metadata
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    rows = tuple(group.num_rows for group in groups)
+    if min(rows, default=0) < 0:
+        raise InputError(f"{source.location} is damaged: a row group has {min(rows)} rows")
+    found = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    shared = json.dumps({key: found[key] for key in sorted(found) if key not in OF_ONE_FILE})
+    sizes = tuple(group.total_byte_size for group in groups)
+    return _Looked(InputFile(source, Columns(), schema.remove_metadata(), rows, sizes), sys.intern(shared))
+
+
+def _check_one_job(first: _Looked, other: _Looked) -> None:
+    if first.settings == other.settings:
+        return
+    one, two = json.loads(first.settings), json.loads(other.settings)
+    names = f"{first.file.source.location} and {other.file.source.location}"
+    if not (one and two):
+        raise InputError(f"of {names} one was written by jql-run and one was not; give the files of one job")
+    key = next(key for key in {**one, **two} if one.get(key) != two.get(key))
+    raise InputError(
+        f"{names} are of different jobs: {shown(key, one.get(key))} in the first, {shown(key, two.get(key))} in the "
+        "second; their scores cannot be compared: give the files of one job"
+    )
+
+
+def _heads(looked: _Looked, settings: Mapping[str, Any]) -> list[str]:
+    location = looked.file.source.location
+    if "heads" not in settings:
+        raise InputError(
+            f"{location} was not written by jql-run; name its score columns with --columns: it has "
+            f"{', '.join(looked.file.schema.names)}"
+        )
+    if not settings["heads"]:
+        raise InputError(f"{location} holds no scores: the bundle has no heads; apply some with jql-rescore")
+    return list(settings["heads"])
+
+
+def _check_columns(file: InputFile, scores: Sequence[str], group: str | None, more: Sequence[str]) -> None:
+    """Raise InputError where a column is missing, or of a type that cannot be used."""
+    location, schema = file.source.location, file.schema
+    copied = "; jql-run --group-column copies a column of the documents into the score files"
+    for name in (*scores, *more, *(() if group is None else (group,))):
+        if (count := schema.names.count(name)) != 1:
+            found = f"{count} columns named" if count else "no column"
+            raise InputError(
+                f"{location} has {found} {name!r}; it has {', '.join(schema.names)}{copied if name == group else ''}"
+            )
+    for name in (*scores, *((TOKENS,) if TOKENS in more else ())):
+        kind = schema.field(name).type
+        if not (pa.types.is_integer(kind) or (pa.types.is_floating(kind) and name != TOKENS)):
+            raise InputError(f"{location}: column {name!r} is {kind}, expected numbers")
+    if group is not None and not _may_group(kind := schema.field(group).type):
+        raise InputError(f"{location}: column {group!r} is {kind}, expected text, integers, booleans or dates")
+
+
+def _may_group(kind: pa.DataType) -> bool:
+    number = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_date(kind)
+    return is_text(kind) or number or pa.types.is_null(kind)
+
+
+def _with_shared_schemas(files: Sequence[InputFile]) -> tuple[InputFile, ...]:
+    """One object for equal schemas: there may be a hundred thousand files."""
+    known: dict[pa.Schema, pa.Schema] = {}
+    return tuple(replace(file, schema=known.setdefault(file.schema, file.schema)) for file in files)
