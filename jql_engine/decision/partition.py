@@ -83,6 +83,11 @@ class Partition:
         """Bins, those that were split among them."""
         return len(self._children)
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether so little room is left that a new partition needs fewer passes."""
+        return len(self._children) > MOST_BINS * 3 // 4
+
     def count(self, samples: Iterable[Sample]) -> None:
         """Count all documents into the bins that have come since the last time; one pass over the data."""
         first = len(self._upto)
@@ -156,9 +161,16 @@ class Partition:
         return Bins(numbers, self._series[nodes], lows, self._shifts[nodes], below, self._upto[numbers])
 
     def split(self, bins: Bins) -> None:
-        """Cut each of `bins`, which are different and wider than one key, into as many as there is room for."""
+        """Cut each of `bins`, which are different and wider than one key, into as many as there is room for.
+
+        Raises InputError where there is none: each time half of it is left, and a few times are enough.
+        """
         room = MOST_BINS - len(self._children)
-        assert room >> LEAST_BITS, "each split leaves half of the room; 32 bits are a few splits"
+        if not room >> LEAST_BITS:
+            raise InputError(
+                f"the scores of {self.n_series // self.n_heads:,} groups take more memory than {MOST_BINS:,} bins; "
+                "raise --min-group, or name a column that sorts the documents into fewer groups"
+            )
         if len(bins.numbers) > (most := room >> LEAST_BITS):
             bins = bins.where(np.argpartition(bins.below - bins.upto, most)[:most])
         shifts = np.maximum(0, bins.shifts - max(LEAST_BITS, (room // 2 // len(bins.numbers)).bit_length() - 1))

@@ -48,7 +48,7 @@ def columns_of(
     if n_tokens is not None:
         columns["n_tokens"] = _array(n_tokens.astype(np.int32))
     if lang is not None:
-        columns["lang"] = pa.array(lang)
+        columns["lang"] = pa.array(lang, pa.string(), from_pandas=True)
     return columns
 
 
