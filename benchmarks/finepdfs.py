@@ -25,6 +25,7 @@ from jql_engine.engine import Engine
 
 CHARACTERS = 10_000
 LONG = 20_000
+LETTERS = 4  # of a token, about: shorter texts are not looked at
 SPARE = 2  # tokens that FinePDFs leaves beside the special ones
 
 
@@ -53,9 +54,10 @@ def main(
     first = Engine(ours.bundle, device="cpu", variant="cpu-fp32", windows="first")
     oracle = Oracle.from_file(str(ours.bundle.path / TOKENIZER))
     texts = pq.read_table(corpus, columns=["text"])["text"].to_pylist()
-    long = [text for text in texts if len(text) > ours.windows.room * 2]
+    long = [text for text in texts if len(text) > LETTERS * ours.windows.room][: 2 * documents]
     found = ours.score(pa.array(long, pa.large_string()))
-    chosen = np.flatnonzero(found.n_windows > 1)[:documents] if found.n_windows is not None else []
+    assert found.n_windows is not None
+    chosen = np.flatnonzero(found.n_windows > 1)[:documents]
     windows = [published_windows(long[i], oracle, ours.windows.room - SPARE) for i in chosen]
     scores = first.score([window for one in windows for window in one]).values
     starts = np.cumsum([0, *(len(one) for one in windows[:-1])])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
-    "jql-engine", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf", "torch", "transformers", "tokie", "tokenizers",
+    "jql-engine", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "transformers", "tokie", "tokenizers",
     "pyarrow",
 )  # fmt: skip
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")

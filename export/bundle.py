@@ -10,8 +10,6 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import pyarrow as pa
-
 from jql_engine import probe_texts
 from jql_engine.bundle import (
     FIRST_WINDOW,
@@ -32,7 +30,6 @@ from jql_engine.bundle import (
     describe_files,
     sha256_of,
 )
-from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import BundleError, CheckpointError
 from jql_engine.sessions.base import ON_GPU
 from jql_engine.sessions.certify import Tolerance, certify, write_probes
@@ -64,7 +61,6 @@ def export_bundle(
     overwrite: bool = False,
     report: Callable[[str], None] = lambda _: None,
     encoder_onnx: Path | None = None,
-    calibration: Sequence[str] | None = None,
     build: Callable[[Bundle], Mapping[str, EngineKey]] = lambda _: {},
     template: Template | None = None,
     windows: WindowsInfo = FIRST_WINDOW,
@@ -72,7 +68,7 @@ def export_bundle(
     """Fuse encoder and heads into one graph per variant, prove each against PyTorch, and write the bundle `out`.
 
     No `readouts`: a bundle that only embeds. `encoder_onnx`: an ONNX file of the same encoder, for the further variant
-    foreign-fp32. `calibration`: documents for int8, by default the probe texts. `build` writes engines into the
+    foreign-fp32. `build` writes engines into the
     bundle and returns what they are, for the manifest. `template`: how documents are put together from several columns;
     `windows`: those of long documents that are scored by default. `report` is told what happens, one sentence a step.
     Raises an EngineError and leaves no bundle where anything is wrong: CheckpointError, HeadError, TokenizerError,
@@ -94,9 +90,7 @@ def export_bundle(
         tokenizer = _write_tokenizer(folder, checkpoint, encoder.shape.pad_id, report)
         draft = _manifest(checkpoint, encoder, readouts, pooling=chosen_pooling, max_tokens=limit, tokenizer=tokenizer)
         draft = _with_documents(draft, template, windows)
-        texts = probe_texts.texts() if calibration is None else calibration
-        calibrate = lambda: _encode(Bundle(folder, draft, ""), texts)  # noqa: E731
-        write_graphs(folder, draft, encoder, readouts, calibration=calibrate, report=report)
+        write_graphs(folder, draft, encoder, readouts, report)
         certified = _certify(Bundle(folder, draft, ""), checkpoint, readouts, encoder_onnx=encoder_onnx, report=report)
         files = describe_files(folder)
         engines = dict(build(Bundle(folder, replace(draft, variants=certified, files=files), "")))
@@ -132,10 +126,6 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint, pad_id: int, report: 
     else:
         report("tokenizer: `tokenizers`; for this vocabulary tokie, which is faster, is not proven to be identical")
     return info
-
-
-def _encode(draft: Bundle, texts: Sequence[str]) -> TokenBatch:
-    return Tokenizer.of(draft).encode(DocumentBatch.of(pa.array(texts, pa.large_string())))
 
 
 def _certify(

@@ -20,7 +20,7 @@ TENSORRT = "tensorrt-fp16"
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Option(help="The bundle to write.")],
+    out: Annotated[Path | None, typer.Option(help="The bundle to write.", show_default=False)] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
@@ -69,14 +69,11 @@ def export(
     variant: Annotated[
         list[str],
         typer.Option(
-            help="Graph to write: cpu-fp32 (the default), openvino-fp32, openvino-bf16, openvino-int8, cuda-fp16, "
+            help="Graph to write: cpu-fp32 (the default), openvino-fp32, openvino-bf16, cuda-fp16, "
             "cuda-bf16, cuda-fp32, tensorrt-fp16, standard-fp32; repeat.",
             show_default=False,
         ),
     ] = [],  # noqa: B006
-    calibration: Annotated[
-        Path | None, typer.Option(help="Parquet whose first 128 texts calibrate int8; by default built-in sentences.")
-    ] = None,
     compute_capability: Annotated[
         list[str],
         typer.Option(
@@ -98,16 +95,27 @@ def export(
         str | None, typer.Option(help="Commit, tag or branch of the default heads' repository.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
+    certify: Annotated[
+        str | None,
+        typer.Option(
+            help="Write no bundle, but a certificate into --bundle: how many documents of this corpus (parquet, JSON "
+            "Lines) each graph decides otherwise than PyTorch. Needs the encoder and heads that it was made of.",
+            show_default=False,
+        ),
+    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="For --certify.", show_default=False)] = None,
+    documents: Annotated[int, typer.Option(min=2, help="For --certify: documents to draw.")] = 2_000,
+    text_column: Annotated[str, typer.Option(help="For --certify: column with the documents.")] = "text",
 ) -> None:
     """Fuse an encoder and all regression heads into one graph and certify it against PyTorch."""
+    _check_certify(certify, bundle, out)
+    filled = _template(template)
     pairs = [_named(value, "--head", "NAME=FILE") for value in head]
     classifiers = [_named(value, "--classifier", "NAME=DIRECTORY or hub id") for value in classifier]
     if activation is not None and not classifiers:
         raise typer.BadParameter("is for --classifier, which is not asked for", param_hint="--activation")
     if aggregate is not None and windows == "first":
         raise typer.BadParameter("is for --windows first+last or all", param_hint="--aggregate")
-    if calibration is not None and "openvino-int8" not in variant:
-        raise typer.BadParameter("is for --variant openvino-int8, which is not asked for", param_hint="--calibration")
     _check_heads(encoder or SNOWFLAKE, bool(pairs or classifiers), no_heads, heads_revision)
     if library and not compute_capability:
         raise typer.BadParameter("say for which GPU engines are to be built", param_hint="--compute-capability")
@@ -117,11 +125,12 @@ def export(
     from transformers.utils import logging as transformers_logging
 
     from jql_engine.bundle import Bundle, EngineKey, WindowsInfo
+    from jql_engine.certificate import CERTIFICATE
     from jql_engine.sessions.tensorrt.build import RTX
     from jql_engine.sessions.tensorrt.cache import build_ahead
     from jql_export.bundle import export_bundle
+    from jql_export.certificate import certify_bundle, summary
     from jql_export.hub import edu_heads, find_checkpoint
-    from jql_export.quantize import read_texts
     from jql_export.readouts.classifier import read_classifier
     from jql_export.readouts.head_file import read_head
 
@@ -143,8 +152,16 @@ def export(
     if not heads and not no_heads:
         heads = edu_heads(heads_revision)
     own = found[0] if found and encoder is None else None
-    bundle = export_bundle(
-        own or find_checkpoint(encoder or SNOWFLAKE, revision),
+    checkpoint = own or find_checkpoint(encoder or SNOWFLAKE, revision)
+    if certify is not None and bundle is not None:
+        certificate = certify_bundle(
+            bundle, checkpoint, heads, certify, text_column=text_column, n_docs=documents, report=report
+        )
+        report(f"{bundle / CERTIFICATE}: {summary(certificate)}")
+        return
+    assert out is not None, "checked above"
+    written = export_bundle(
+        checkpoint,
         heads,
         out,
         pooling=pooling,
@@ -153,13 +170,23 @@ def export(
         overwrite=overwrite,
         report=report,
         encoder_onnx=encoder_onnx,
-        calibration=None if calibration is None else read_texts(calibration),
         build=build,
-        template=_template(template),
+        template=filled,
         windows=WindowsInfo(windows, aggregate or "max"),
     )
-    names = f"heads {', '.join(bundle.heads)}" if bundle.heads else "no heads"
-    print(f"{bundle.path}: bundle {bundle.hash[:12]}, {names}", file=sys.stderr)  # noqa: T201
+    names = f"heads {', '.join(written.heads)}" if written.heads else "no heads"
+    report(f"{written.path}: bundle {written.hash[:12]}, {names}")
+
+
+def _check_certify(certify: str | None, bundle: Path | None, out: Path | None) -> None:
+    if certify is None and out is None:
+        raise typer.BadParameter("give the bundle to write", param_hint="--out")
+    if certify is not None and out is not None:
+        raise typer.BadParameter(
+            "--certify writes no bundle; name the one to certify with --bundle", param_hint="--out"
+        )
+    if (certify is None) != (bundle is None):
+        raise typer.BadParameter("give --certify CORPUS and --bundle BUNDLE together", param_hint="--certify")
 
 
 def _check_heads(encoder: str, given: bool, no_heads: bool, heads_revision: str | None) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jql_engine.bundle import Manifest
-from jql_engine.data import TokenBatch
 from jql_engine.errors import BundleError, CheckpointError, DeviceError
 from jql_engine.sessions.base import ON_GPU
 from jql_engine.sessions.openvino import unavailable_reason
@@ -17,7 +15,6 @@ from jql_export.families.read import FAMILIES, read_encoder
 from jql_export.graph.encoder import write_graph
 from jql_export.onnx_encoder import VARIANT as FOREIGN
 from jql_export.onnx_encoder import ForeignEncoder, Shape, read_foreign, read_shape, write_foreign
-from jql_export.quantize import check_installed, quantize_int8
 from jql_export.readouts.base import Readout
 from jql_export.variants import VARIANTS
 
@@ -67,8 +64,6 @@ def read_sources(
 
 def _check_variants(variants: Sequence[str]) -> None:
     """Raise an EngineError for a variant that cannot be made or certified here."""
-    if "openvino-int8" in variants:
-        check_installed()
     if "cuda-fp16" in variants and "cuda-fp32" not in variants:
         raise BundleError(
             "variant cuda-fp16 needs cuda-fp32 beside it, for what leaves the range of fp16; add --variant cuda-fp32"
@@ -78,16 +73,8 @@ def _check_variants(variants: Sequence[str]) -> None:
             raise DeviceError(f"variant {name} cannot be certified here: {reason}")
 
 
-def write_graphs(
-    folder: Path,
-    draft: Manifest,
-    encoder: Encoder,
-    readouts: Sequence[Readout],
-    *,
-    calibration: Callable[[], TokenBatch],
-    report: Report,
-) -> None:
-    """Write every graph that the variants of `draft` name into `folder`; `calibration` is asked for int8 only."""
+def write_graphs(folder: Path, draft: Manifest, encoder: Encoder, readouts: Sequence[Readout], report: Report) -> None:
+    """Write every graph that the variants of `draft` name into `folder`."""
     pooling = draft.pooling
     for name, variant in draft.variants.items():
         file = folder / variant.graph
@@ -99,12 +86,4 @@ def write_graphs(
             write_foreign(file, encoder.foreign, readouts, pooling, encoder.shape.hidden_size)
             continue
         assert encoder.weights is not None
-        if variant.precision != "int8":
-            write_graph(file, encoder.weights, readouts, pooling, VARIANTS[name].dialect())
-            continue
-        tokens = calibration()
-        report(f"quantizing {name} on {len(tokens.rows)} documents, {len(tokens.ids):,} tokens")
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            whole = Path(aside, "whole.onnx")
-            write_graph(whole, encoder.weights, readouts, pooling, VARIANTS[name].dialect())
-            quantize_int8(whole, file, tokens)
+        write_graph(file, encoder.weights, readouts, pooling, VARIANTS[name].dialect())

@@ -49,11 +49,15 @@ ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
 class Reference:
     """Encoder, pooling and readouts in eager PyTorch; of a classifier the class that transformers has for all of it."""
 
-    def __init__(self, directory: Path, readouts: Sequence[Readout], pooling: Pooling) -> None:
-        """Load the checkpoints; raises CheckpointError where transformers would leave a layer random."""
-        self.encoder, self.pooling = load_encoder(directory), pooling
+    def __init__(
+        self, directory: Path, readouts: Sequence[Readout], pooling: Pooling, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Load the checkpoints in `dtype`; raises CheckpointError where transformers would leave a layer random."""
+        self.encoder, self.pooling = load_encoder(directory, dtype), pooling
         self.scorers = [
-            _Head(readout, pooling) if readout.checkpoint is None else _Classifier(readout, readout.checkpoint)
+            _Head(readout, pooling, dtype)
+            if readout.checkpoint is None
+            else _Classifier(readout, readout.checkpoint, dtype)
             for readout in readouts
         ]
 
@@ -64,7 +68,7 @@ class Reference:
             self._run(torch.from_numpy(ids.astype(np.int64))[None])
             for ids in np.split(tokens.ids, tokens.offsets[1:-1])
         ]
-        embeddings, scores = (torch.cat(parts).numpy() for parts in zip(*rows, strict=True))
+        embeddings, scores = (torch.cat(parts).float().numpy() for parts in zip(*rows, strict=True))
         return Expected(embeddings, scores)
 
     def _run(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,12 +81,9 @@ class Reference:
 class _Head:
     """A readout on the encoder's states."""
 
-    def __init__(self, readout: Readout, pooling: Pooling) -> None:
-        self._pooling, self._normalize, self._module = (
-            readout.pooling or pooling,
-            readout.normalize,
-            head_module(readout),
-        )
+    def __init__(self, readout: Readout, pooling: Pooling, dtype: torch.dtype) -> None:
+        self._pooling, self._normalize = readout.pooling or pooling, readout.normalize
+        self._module = head_module(readout).to(dtype)
 
     def __call__(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         pooled = _pool(hidden, self._pooling)
@@ -93,8 +94,8 @@ class _Head:
 class _Classifier:
     """A whole classifier of its own; only the activation that was asked for is added."""
 
-    def __init__(self, readout: Readout, directory: Path) -> None:
-        self._model, self._activation = load_classifier(directory), readout.layers[-1].activation
+    def __init__(self, readout: Readout, directory: Path, dtype: torch.dtype) -> None:
+        self._model, self._activation = load_classifier(directory, dtype), readout.layers[-1].activation
 
     def __call__(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         logits: torch.Tensor = self._model(input_ids=ids).logits
@@ -114,13 +115,13 @@ def load_encoder(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Modu
     return encoder.eval()
 
 
-def load_classifier(directory: Path) -> nn.Module:
-    """The sequence classifier's transformers class in fp32; raises CheckpointError for a random layer."""
+def load_classifier(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The sequence classifier's transformers class; raises CheckpointError for a random layer."""
     config = read_config(directory)
     if config.get("model_type") == "new":
-        model: nn.Module = _load_new(directory, config, torch.float32, GteForSequenceClassification)
+        model: nn.Module = _load_new(directory, config, dtype, GteForSequenceClassification)
     else:
-        model = _load_auto(AutoModelForSequenceClassification, directory, config, torch.float32)
+        model = _load_auto(AutoModelForSequenceClassification, directory, config, dtype)
     return model.eval()
 
 

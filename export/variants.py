@@ -35,7 +35,6 @@ VARIANTS = {
     "cpu-fp32": VariantKind(CpuDialect, "fp32", "cpu", "cpu-fp32.onnx"),
     "openvino-fp32": VariantKind(lambda: StandardDialect("exact"), "fp32", "openvino", "openvino.onnx"),
     "openvino-bf16": VariantKind(lambda: StandardDialect("exact"), "bf16", "openvino", "openvino.onnx"),
-    "openvino-int8": VariantKind(lambda: StandardDialect("exact"), "int8", "openvino", "openvino-int8.xml"),
     "standard-fp32": VariantKind(lambda: StandardDialect("padded"), "fp32", "any", "standard-fp32.onnx"),
     "tensorrt-fp16": VariantKind(
         lambda: StandardDialect("padded", np.float16), "fp16", "tensorrt", "tensorrt-fp16.onnx"

@@ -228,6 +228,8 @@ class Bundle:
 
         Raises InputError for an `aggregate` where there is nothing to put together.
         """
+        if take is None and aggregate is None:
+            return self
         windows = self.manifest.windows
         windows = WindowsInfo(take or windows.take, aggregate or windows.aggregate)
         if aggregate is not None and windows.take == "first":

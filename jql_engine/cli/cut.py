@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from jql_engine.cli import options
-from jql_engine.cli.options import INPUT, OUTPUT
+from jql_engine.cli.options import INPUT, OUTPUT, RULE
 
-RULE, AMOUNT = "Rule", "How much to keep (one of these)"
+AMOUNT = "How much to keep (one of these)"
 app = options.command()
 
 
@@ -20,8 +20,23 @@ def cut(
         list[str], typer.Argument(help="Score files that jql-run wrote, of one job: files, folders, globs, URLs.")
     ],
     thresholds: Annotated[
-        str, typer.Option(help="JSON file to write the thresholds to, or its URL.", rich_help_panel=OUTPUT)
-    ],
+        str | None,
+        typer.Option(
+            help="JSON file to write the thresholds to, or its URL; by default thresholds.json in --out.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    corpus: Annotated[
+        list[str],
+        typer.Option(help="The parquet that was scored, whose kept rows are copied; repeat.", rich_help_panel=INPUT),
+    ] = [],  # noqa: B006
+    out: Annotated[
+        str | None,
+        typer.Option(help="Folder or URL of the kept rows, with all columns, in order.", rich_help_panel=OUTPUT),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    assume_unchanged: options.AssumeUnchanged = False,
     quantile: Annotated[
         float | None, typer.Option(help="Quantile of each head in its group: 0.6 in the paper.", rich_help_panel=AMOUNT)
     ] = None,
@@ -42,38 +57,43 @@ def cut(
         Literal["documents", "tokens"],
         typer.Option(help="What quantiles and shares are counted in.", rich_help_panel=RULE),
     ] = "documents",
-    group_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column whose values have thresholds of their own, as languages; see jql-run --group-column.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    min_group: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Groups with fewer documents take the thresholds of all groups together.",
-            rich_help_panel=RULE,
-        ),
-    ] = 1_000,
+    group_column: options.GroupColumn = None,
+    min_group: options.MinGroup = 1_000,
     columns: Annotated[
         list[str] | None,
         typer.Option(help="Score column, to be repeated; by default those that jql-run wrote.", rich_help_panel=INPUT),
     ] = None,
+    workers: options.Workers = None,
+    metrics: options.Metrics = None,
     retry_minutes: options.RetryMinutes = 10.0,
     version: options.Version = False,  # noqa: ARG001
 ) -> None:
     """Turn scores into a decision: thresholds for each head and group, and what they keep."""
-    from jql_engine.decision.cut import Sources
+    from jql_engine.decision.cut import Copies, Sources
     from jql_engine.decision.cut import cut as compute
     from jql_engine.decision.result import Request
+    from jql_engine.files.location import locate
     from jql_engine.files.retries import RetryPolicy, set_retries
+    from jql_engine.job.interrupt import interruptible
+    from jql_engine.job.plan import Job
+    from jql_engine.job.progress import RunLog
 
     _check_amount(quantile, keep, keep_tokens)
+    if out is None and thresholds is None:
+        raise typer.BadParameter("give --thresholds, --out for the kept rows, or both", param_hint="--thresholds")
+    if corpus and out is None:
+        raise typer.BadParameter("give the folder that its kept rows go to", param_hint="--out")
     set_retries(RetryPolicy(retry_minutes))
     request = Request(rule, weight, quantile, keep, None if keep_tokens is None else int(keep_tokens), min_group)
-    options.finish(compute(Sources(tuple(scores), tuple(columns or ()), group_column), request, thresholds))
+    sources = Sources(tuple(scores), tuple(columns or ()), group_column)
+    copies = None
+    if out is not None:
+        job = Job(tuple(corpus), out, overwrite=overwrite, assume_unchanged=assume_unchanged)
+        copies = Copies(job, workers or 1, RunLog(metrics))
+    target = thresholds or str(locate(out or "") / "thresholds.json")
+    with interruptible() as stop:
+        summary = compute(sources, request, target, copies, stop)
+    options.finish(summary)
 
 
 def _check_amount(quantile: float | None, keep: float | None, keep_tokens: float | None) -> None:

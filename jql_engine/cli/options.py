@@ -24,7 +24,7 @@ def _print_version(wanted: bool) -> None:
 
 
 INPUT, OUTPUT, DEVICE = "Input", "Output", "Device"
-TENSORRT, MACHINES, JOB = "TensorRT", "Several machines", "Job"
+TENSORRT, MACHINES, JOB, RULE = "TensorRT", "Several machines", "Job", "Rule"
 
 Bundle = Annotated[Path, typer.Option(help="The bundle that jql-export wrote.", rich_help_panel=INPUT)]
 Out = Annotated[
@@ -59,6 +59,19 @@ WorldSize = Annotated[int | None, typer.Option(help="Number of machines on this 
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Worker processes on the CPU; a GPU has one each.", rich_help_panel=DEVICE),
+]
+GroupColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column whose values have thresholds of their own, a language for one; see jql-run --group-column.",
+        rich_help_panel=INPUT,
+    ),
+]
+MinGroup = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Groups with fewer documents take the thresholds of all groups together.", rich_help_panel=RULE
+    ),
 ]
 Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
 Metrics = Annotated[

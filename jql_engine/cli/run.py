@@ -77,6 +77,16 @@ def run(
             rich_help_panel=DEVICE,
         ),
     ] = None,
+    max_flips: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="In the place of --tolerance: the largest share of documents that a graph may decide differently at "
+            "the 0.6 quantile, as the bundle's certificate says.",
+            rich_help_panel=DEVICE,
+        ),
+    ] = None,
     workers: options.Workers = None,
     threads: Annotated[
         int | None,
@@ -132,6 +142,8 @@ def run(
         raise typer.BadParameter("give the folder of the score files", param_hint="--out")
     if price_per_hour is not None and not estimate:
         raise typer.BadParameter("it is for --estimate", param_hint="--price-per-hour")
+    if tolerance is not None and max_flips is not None:
+        raise typer.BadParameter("is another limit of what --tolerance limits: give one", param_hint="--max-flips")
     options.check_rank(rank, world_size)
     set_retries(RetryPolicy(retry_minutes))
     job = Job(
@@ -149,7 +161,7 @@ def run(
         assume_unchanged=assume_unchanged,
     )
     engines = EngineOptions(engine_cache, not no_build, library)
-    machine = Machine(device, variant, workers, tolerance, SessionOptions(threads, engines))
+    machine = Machine(device, variant, workers, tolerance, SessionOptions(threads, engines), max_flips)
     with interruptible() as stop:
         opened = Bundle.open(bundle).with_windows(windows, aggregate)
         if estimate:

@@ -1,22 +1,22 @@
-"""jql-cut: from score files to thresholds.json, and what is said aloud about them."""
+"""jql-cut: from score files to thresholds.json and the kept rows, and what is said aloud about them."""
 
 from __future__ import annotations
 
-import json
-import os
+import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
-from uuid import uuid4
 
-import pyarrow as pa
-
+from jql_engine.decision.keeping import Joined, keep_rows
 from jql_engine.decision.opening import open_scores
 from jql_engine.decision.result import Decision, Request
+from jql_engine.decision.scores import ScoreFiles
 from jql_engine.decision.threshold import decide
-from jql_engine.files.location import Location, locate
-from jql_engine.files.output import explained
-from jql_engine.files.writing import write
+from jql_engine.decision.written import write_json
+from jql_engine.errors import InputError
+from jql_engine.files.location import locate
+from jql_engine.job.plan import Job
+from jql_engine.job.progress import RunLog
 from jql_engine.printing import say
 
 NAMED = 5  # groups named in a message
@@ -31,31 +31,55 @@ class Sources:
     group_column: str | None = None
 
 
-def cut(sources: Sources, request: Request, target: str) -> dict[str, Any]:
-    """Compute thresholds, write them to the file or URL `target`, and return the summary; raises EngineError."""
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """The kept rows to write."""
+
+    job: Job  # its inputs are the corpus; none: the score files, which have all columns
+    workers: int
+    log: RunLog
+
+
+def cut(
+    sources: Sources, request: Request, target: str, copies: Copies | None, stop: threading.Event
+) -> dict[str, Any]:
+    """Compute thresholds, copy the kept rows where that is asked for, and return the summary; raises EngineError.
+
+    The thresholds go to the file or URL `target`, after the rows.
+    """
     began = time.monotonic()
     files = open_scores(sources.inputs, sources.columns, sources.group_column)
     decision = decide(files, request)
-    write_thresholds(decision, locate(target))
     announce(decision)
+    copied: dict[str, Any] = {}
+    if copies is not None:
+        copied = keep_rows(
+            _with_corpus(copies.job, sources, files), Joined.of(decision, files), copies.workers, copies.log, stop
+        )
+    write_json(locate(target), decision.to_json())
     return {
         **asdict(decision.counts),
         "quantile": decision.quantile,
         "target": None if decision.target is None else asdict(decision.target),
         "groups": len(decision.groups),
         "pooled_groups": sum(one.is_pooled for one in decision.groups),
-        "files": len(files.files),
+        "score_files": len(files.files),
         "thresholds": target,
+        **copied,
         "seconds": round(time.monotonic() - began, 3),
     }
 
 
-def write_thresholds(decision: Decision, target: Location) -> None:
-    """Let the file `target` appear complete, in the place of one that is there; raises OutputError."""
-    content = json.dumps(decision.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    aside = target.with_name(f".{target.name}.{os.getpid()}.{uuid4().hex}.writing")
-    with explained(target):
-        write(target, pa.py_buffer(content.encode("utf-8", "surrogatepass")), aside)
+def _with_corpus(job: Job, sources: Sources, files: ScoreFiles) -> Job:
+    """The job with its corpus, which may be the score files themselves; raises InputError."""
+    if job.inputs:
+        return job
+    if files.settings.get("output") != "append":
+        raise InputError(
+            f"{files.files[0].source.location} holds scores alone; give --corpus, the files that were scored, whose "
+            "kept rows are to be copied"
+        )
+    return replace(job, inputs=sources.inputs)
 
 
 def announce(decision: Decision) -> None:

@@ -1,11 +1,14 @@
-"""How far a quantile of a sample may lie from that of what it was drawn from: ranks of an order-statistic interval."""
+"""How far a quantile or a share of a sample may lie from that of what it was drawn from."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
+DEVIATES = 1.959964  # of a standard normal distribution, between which CONFIDENCE lies
 DEVIATIONS = 12  # around the mean; beyond lies less than 1e-30
 
 
@@ -36,6 +39,20 @@ def effective_size(totals: NDArray[np.int64], squares: NDArray[np.float64]) -> N
     L. Kish, Survey Sampling (1965), section 11.7: it holds where scores do not depend on the weight.
     """
     return np.rint(totals.astype(np.float64) ** 2 / squares).astype(np.int64)
+
+
+def share_interval(n_hits: int, n_docs: int) -> tuple[float, float]:
+    """Between which the share lies with CONFIDENCE, of which `n_hits` of `n_docs` documents are a sample.
+
+    Wilson's interval (doi:10.1080/01621459.1927.10502953), which has a length for no hits at all as well.
+    """
+    if not n_docs:
+        return 0.0, 1.0
+    z2 = DEVIATES**2 / n_docs
+    share = n_hits / n_docs
+    half = math.sqrt(z2 * (share * (1 - share) + z2 / 4))
+    low, high = ((share + z2 / 2 + side * half) / (1 + z2) for side in (-1, 1))
+    return (max(0.0, low) if n_hits else 0.0), (min(1.0, high) if n_hits < n_docs else 1.0)
 
 
 def _binomial(n: int, p: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 # all: every head's score reaches its threshold, as in the JQL paper; any: one does; mean: the mean of the scores does.
 Rule: TypeAlias = Literal["all", "any", "mean"]
+RULES: tuple[Rule, ...] = ("all", "any", "mean")
 T = TypeVar("T", bound=np.generic)
 
 

@@ -6,7 +6,7 @@ What jql-run and jql-rescore wrote, of one job; or any parquet whose score colum
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -65,6 +65,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.n_tokens)
 
+    def slice(self, start: int, stop: int) -> Rows:
+        """The rows [start, stop) of these."""
+        rows = slice(start, stop)
+        null, n_tokens, groups = self.null[:, rows], self.n_tokens[rows], self.groups[rows]
+        columns = self.columns.slice(start, stop - start)
+        return Rows(self.file, self.start + start, self.scores[:, rows], null, n_tokens, groups, columns)
+
     @property
     def is_scored(self) -> NDArray[np.bool_]:
         """Whether the scores of all heads are finite, [n]; no other document takes part in a decision."""
@@ -91,15 +98,24 @@ class ScoreFiles:
 
     def read(self) -> Iterator[Rows]:
         """All rows, file by file, in order; raises InputError, also where a file was changed since it was found."""
+        for number, batches in enumerate(_ahead(self.files, self._columns)):
+            yield from self._numbered(number, 0, batches)
+
+    def read_rows(self, number: int, start: int, stop: int) -> Iterator[Rows]:
+        """The rows [start, stop) of file `number`; raises InputError."""
+        return self._numbered(number, start, Cursor(self.files[number], start, self._columns, ROWS).take(stop - start))
+
+    @property
+    def _columns(self) -> list[str]:
         names = [*self.score_columns, *((TOKENS,) if self.has_tokens else ()), *self.more]
-        columns = list(dict.fromkeys([*names, *((self.group_column,) if self.group_column else ())]))
-        for number, batches in enumerate(_ahead(self.files, columns)):
-            start = 0
-            for batch in batches:
-                with unreadable(failed := f"{self.files[number].source.location} cannot be read", failed):
-                    rows = self._rows(number, start, batch)
-                yield rows
-                start += batch.num_rows
+        return list(dict.fromkeys([*names, *((self.group_column,) if self.group_column else ())]))
+
+    def _numbered(self, number: int, start: int, batches: Iterable[pa.RecordBatch]) -> Iterator[Rows]:
+        for batch in batches:
+            with unreadable(failed := f"{self.files[number].source.location} cannot be read", failed):
+                rows = self._rows(number, start, batch)
+            yield rows
+            start += batch.num_rows
 
     def _rows(self, number: int, start: int, batch: pa.RecordBatch) -> Rows:
         scores = np.empty((len(self.heads), batch.num_rows), np.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +14,8 @@ from jql_engine.decision.population import Population
 from jql_engine.decision.quantile import quantiles
 from jql_engine.decision.ranks import Weight
 from jql_engine.decision.result import MIN_GROUP
-from jql_engine.decision.rules import Rule
+from jql_engine.decision.rules import RULES, Rule
 from jql_engine.decision.scores import ScoreFiles
-
-RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 @dataclass(frozen=True, slots=True)

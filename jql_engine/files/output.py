@@ -45,7 +45,7 @@ METADATA_KEY = b"jql_engine"
 # A row group of the finished file closes past either of these.
 GROUP_ROWS = 100_000
 GROUP_BYTES = 64 << 20
-Kind: TypeAlias = Literal["sidecar", "append", "rescored"]
+Kind: TypeAlias = Literal["sidecar", "append", "derived"]
 # Settings that are options of the commands; the others follow from the bundle, the source and what is installed.
 OPTIONS = (
     "aggregate", "chunk_rows", "embeddings", "group_column", "id_column", "limit", "output", "text_column", "variant",
@@ -60,7 +60,7 @@ class Target:
 
     out: Location
     file: InputFile
-    scores: pa.Schema  # of the columns that scoring adds; rescored: all columns of the output
+    scores: pa.Schema  # of the columns that scoring adds; derived: all columns of the output
     kind: Kind
     shared: Settings  # of the whole job, one object for all files
     own: Settings | None = None  # of this file, over the shared ones; None: those of its source
@@ -96,7 +96,7 @@ class Target:
     def part_schema(self) -> pa.Schema:
         """Schema of a part: the columns that are copied, where there are any, and the scores."""
         fields = self.file.copied if self.kind == "sidecar" else []
-        kept = (self.file.schema.metadata or {}) if self.kind == "rescored" else {}
+        kept = (self.file.schema.metadata or {}) if self.kind == "derived" else {}
         return pa.schema([*fields, *self.scores], metadata={**kept, METADATA_KEY: json.dumps(self.settings)})
 
     def is_whole(self, segment: Segment) -> bool:
@@ -262,6 +262,11 @@ def check_settings(target: Location, settings: Settings) -> None:
 def is_written_by_us(file: Location) -> bool:
     """False for what is damaged, or another program's."""
     return METADATA_KEY in _metadata_of(file)
+
+
+def stored_settings(file: Location) -> dict[str, Any]:
+    """The settings that a score file was written with; empty where it is another program's."""
+    return dict(json.loads(_metadata_of(file).get(METADATA_KEY, b"{}")))
 
 
 def _metadata_of(target: Location) -> dict[bytes, bytes]:

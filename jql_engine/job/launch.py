@@ -35,10 +35,11 @@ class Machine:
     workers: int | None = None
     tolerance: float | None = None
     options: SessionOptions = DEFAULTS
+    max_flips: float | None = None
 
     def choose(self, bundle: Bundle) -> Choice:
         """Devices and variant; see jql_engine.sessions."""
-        choice = choose(bundle, self.device, self.variant, self.tolerance)
+        choice = choose(bundle, self.device, self.variant, self.tolerance, self.max_flips)
         check_options(bundle, choice.variant, self.options)
         return choice
 
@@ -70,9 +71,9 @@ def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threadi
     work = prepare(job, bundle, choice.variant, choice.chunk_bytes)
     options = machine.shared(devices)
     specs = [Scoring(bundle, device, choice, options, job.embedding_dtype, work.claim) for device in devices]
-    on = f"variant {choice.variant} on {','.join(choice.devices)}"
-    summary = _run(job, bundle, work, specs, on=on, notes=notes, began=began, log=log, stop=stop)
-    return summary | {"variant": choice.variant}
+    on = f"variant {choice.variant} on {','.join(choice.devices)}, heads {', '.join(bundle.heads)}"
+    summary = run_work(job, work, specs, on=on, notes=notes, began=began, log=log, stop=stop)
+    return summary | {"bundle": bundle.hash, "variant": choice.variant}
 
 
 def rescore(job: Job, bundle: Bundle, workers: int, log: RunLog, stop: threading.Event) -> dict[str, Any]:
@@ -81,7 +82,9 @@ def rescore(job: Job, bundle: Bundle, workers: int, log: RunLog, stop: threading
     log.check()
     work = prepare_rescoring(job, bundle)
     specs = [Rescoring(bundle, work.claim)] * workers
-    return _run(job, bundle, work, specs, on="stored vectors", notes=[], began=began, log=log, stop=stop)
+    on = f"stored vectors, heads {', '.join(bundle.heads)}"
+    summary = run_work(job, work, specs, on=on, notes=[], began=began, log=log, stop=stop)
+    return summary | {"bundle": bundle.hash}
 
 
 def estimate(job: Job, bundle: Bundle, machine: Machine, price_per_hour: float | None) -> dict[str, Any]:
@@ -93,20 +96,21 @@ def estimate(job: Job, bundle: Bundle, machine: Machine, price_per_hour: float |
     return estimate_work(job, bundle, session, len(devices), price_per_hour)
 
 
-def _run(
+def run_work(
     job: Job,
-    bundle: Bundle,
     work: Work,
     specs: Sequence[Spec],
     *,
     on: str,
+    done: str = "scored",
     notes: Sequence[str],
     began: float,
     log: RunLog,
     stop: threading.Event,
 ) -> dict[str, Any]:
+    """Do what is left of `job` with a worker for each of `specs`, and return the summary; `on` names what is done."""
     meter = Meter(work.n_docs, max(1, min(len(specs), len(work.tasks))), started=began)
-    meter.say(_beginning(job, bundle, on, work))
+    meter.say(_beginning(job, on, work))
     if n_untraceable := sum(not target.file.source.is_traceable for target in work.targets):
         meter.say(
             f"jql-run: of {n_untraceable:,} files the server tells neither an entity tag nor a time: a change of one "
@@ -125,14 +129,14 @@ def _run(
     finally:
         work.release()
     meter.close()
-    meter.say(_end(job, outcome, meter))
-    return _summary(job, outcome, work, meter, bundle)
+    meter.say(_end(job, outcome, meter, done))
+    return _summary(job, outcome, work, meter)
 
 
-def _beginning(job: Job, bundle: Bundle, on: str, work: Work) -> str:
+def _beginning(job: Job, on: str, work: Work) -> str:
     left = work.n_docs
     begun = sum(target.file.n_rows for target in work.targets) - left
-    kept = f"; {begun:,} of their documents are scored already" if begun and job.limit is None else ""
+    kept = f"; {begun:,} of their documents are done already" if begun and job.limit is None else ""
     finished = f"; {work.n_finished:,} files are finished already" if work.n_finished else ""
     rank = f"; rank {job.rank.rank} of {job.rank.world_size} ({job.rank.said_by})" if job.rank.world_size > 1 else ""
     new = ""
@@ -141,19 +145,16 @@ def _beginning(job: Job, bundle: Bundle, on: str, work: Work) -> str:
             f"; {work.listing.n_new:,} files have appeared since the ranks began: start all ranks again for those once "
             "they are through"
         )
-    return (
-        f"{left:,} documents in {len(work.targets):,} files{kept}{finished}; {on}, heads "
-        f"{', '.join(bundle.heads)}{rank}{new}"
-    )
+    return f"{left:,} documents in {len(work.targets):,} files{kept}{finished}; {on}{rank}{new}"
 
 
-def _end(job: Job, outcome: Outcome, meter: Meter) -> str:
+def _end(job: Job, outcome: Outcome, meter: Meter, done: str) -> str:
     took = timedelta(seconds=round(meter.seconds))
     unfinished = f"; {len(outcome.unfinished):,} files are unfinished, see the summary" if outcome.unfinished else ""
-    return f"{meter.documents:,} documents scored in {took}, {outcome.n_files:,} files written to {job.out}{unfinished}"
+    return f"{meter.documents:,} documents {done} in {took}, {outcome.n_files:,} files written to {job.out}{unfinished}"
 
 
-def _summary(job: Job, outcome: Outcome, work: Work, meter: Meter, bundle: Bundle) -> dict[str, Any]:
+def _summary(job: Job, outcome: Outcome, work: Work, meter: Meter) -> dict[str, Any]:
     return meter.figures() | {
         "files": outcome.n_files,
         "skipped_files": work.n_finished,
@@ -161,5 +162,4 @@ def _summary(job: Job, outcome: Outcome, work: Work, meter: Meter, bundle: Bundl
         "workers": meter.n_workers,
         "rank": job.rank.rank,
         "world_size": job.rank.world_size,
-        "bundle": bundle.hash,
     }

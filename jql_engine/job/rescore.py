@@ -121,7 +121,7 @@ def _target(out: Location, bundle: Bundle, file: InputFile) -> Target:
             f"{file.source.location}: a column {min(clash)!r} has the name of a score column; choose other head names"
         )
     columns = pa.schema([*kept[:at], *new, *kept[at:]])
-    return Target(out, file, columns, "rescored", {}, own=_settings(file, bundle))
+    return Target(out, file, columns, "derived", {}, own=_settings(file, bundle))
 
 
 @dataclass(frozen=True, slots=True)

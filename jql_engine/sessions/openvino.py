@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: bf16 where the CPU has it, int8, fp32; one exact length a batch and no mask."""
+"""OpenVINO on the CPU: bf16 where the CPU has it, fp32; one exact length a batch and no mask."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jql_engine.errors import DeviceError
 
 # From 512 to 4,096 the speed is the same within 2 %; see docs/benchmarks.md.
 BATCH_TOKENS = 1024
-# What a variant's precision means to OpenVINO: an int8 graph computes what is not quantized in bf16, where there is.
-HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}
+# What a variant's precision means to OpenVINO.
+HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
 def unavailable_reason(precision: str) -> str | None:

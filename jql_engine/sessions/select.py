@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jql_engine.bundle import Bundle, Variant
-from jql_engine.errors import BundleError, DeviceError
+from jql_engine.certificate import Certificate, read_certificate
+from jql_engine.errors import BundleError, DeviceError, InputError
 from jql_engine.sessions.base import CHUNK_BYTES, ON_GPU
 from jql_engine.sessions.devices import every_gpu, gpu_without_driver
 from jql_engine.sessions.gpu import check_runtime
@@ -19,7 +20,6 @@ DEVICE = re.compile(r"auto|cpu|cuda|cuda:\d+(,cuda:\d+)*")
 # ONNX Runtime are about equal.
 SPEED = {
     "cpu": (
-        ("openvino", "int8"),
         ("openvino", "bf16"),
         ("openvino", "fp32"),
         ("cpu", "fp32"),
@@ -28,12 +28,34 @@ SPEED = {
     # Expected: packing saves the padding, and bf16 has no fused GeGLU.
     "cuda": (("cuda", "fp16"), ("tensorrt", "fp16"), ("cuda", "bf16"), ("cuda", "fp32")),
 }
-# What a score may differ by from the fp32 reference where nobody asks for more or less: OpenVINO's bf16 passes, int8
-# does not. On multilingual e5's probe documents transformers itself is 0.024 away in bf16, OpenVINO 0.016.
+# What a score may differ by from the fp32 reference where nobody asks for more or less: OpenVINO's bf16 passes. On
+# multilingual e5's probe documents transformers itself is 0.024 away in bf16, OpenVINO 0.016.
 TOLERANCE = 2e-2
 # The same of an embedding, in a bundle without heads; as certified of bf16.
 EMBEDDING_TOLERANCE = 5e-3
 OR_CPU = "or take the CPU: --device cpu, in Python device='cpu'"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a graph may differ by from the fp32 reference: its scores, or the documents that it decides differently."""
+
+    tolerance: float | None = None  # of scores; None: TOLERANCE
+    max_flips: float | None = None  # share of documents that change sides, in the place of a tolerance
+    certificate: Certificate | None = None  # what is known of that
+
+    @classmethod
+    def of(cls, bundle: Bundle, tolerance: float | None, max_flips: float | None) -> Limit:
+        """Raises BundleError where flips are limited and the bundle has no certificate."""
+        if tolerance is not None and max_flips is not None:
+            raise InputError("a tolerance and --max-flips are two limits of one thing: give one of them")
+        return cls(tolerance, max_flips, None if max_flips is None else read_certificate(bundle))
+
+    def reason_against(self, name: str, variant: Variant) -> str | None:
+        """Why a graph is not as close to the fp32 reference as asked; None where it is, or opening it will tell."""
+        if self.certificate is not None and self.max_flips is not None:
+            return self.certificate.reason_against(name, self.max_flips)
+        return needs_opt_in(variant, self.tolerance) or exceeds_tolerance(variant, self.tolerance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +72,31 @@ class Choice:
         return CHUNK_BYTES[self.devices[0].partition(":")[0]]
 
 
-def choose(bundle: Bundle, device: str, variant: str | None = None, tolerance: float | None = None) -> Choice:
+def choose(
+    bundle: Bundle,
+    device: str,
+    variant: str | None = None,
+    tolerance: float | None = None,
+    max_flips: float | None = None,
+) -> Choice:
     """The devices and the graph that `device` stands for: cpu, cuda (every GPU), cuda:0,cuda:2, or auto.
 
     `auto` is the GPU where the machine has one and the bundle a graph for it, else the CPU. `variant` None takes the
     fastest graph that is installed and whose scores were found within `tolerance` (None: TOLERANCE) of the fp32
-    reference; int8, and bf16 on a GPU, only where a tolerance asks for it. Raises DeviceError where a device that was
-    asked for, or a GPU that `auto` found, cannot be used; BundleError where the bundle has no such graph.
+    reference; bf16 on a GPU only where a tolerance asks for it. With `max_flips` it is the fastest of which the
+    bundle's certificate says that no larger share of documents is decided differently.
+
+    Raises DeviceError where a device that was asked for, or a GPU that `auto` found, cannot be used; BundleError where
+    the bundle has no such graph.
     """
     if not DEVICE.fullmatch(device):
         raise DeviceError(f"device {device!r} is unknown; known are auto, cpu, cuda, cuda:N and cuda:N,cuda:M")
     if device == "auto":
         device = _best_kind(bundle, variant, tolerance)
+    limit = Limit.of(bundle, tolerance, max_flips)
     kind = device.partition(":")[0]
     gpus = every_gpu(device) if kind == "cuda" else ()  # before anything of the bundle: the GPU was asked for
-    name = _named(bundle, kind, variant, tolerance) if variant else _fastest(bundle, kind, tolerance)
+    name = _named(bundle, kind, variant, limit) if variant else _fastest(bundle, kind, limit)
     if device != "cuda":
         if len(set(named := device.split(","))) < len(named):
             raise DeviceError(f"device {device} names a GPU twice; a GPU has one worker")
@@ -81,13 +113,13 @@ def runnable(bundle: Bundle, kind: str) -> list[str]:
     return [name for name in found if unavailable_reason(bundle.manifest.variants[name]) is None]
 
 
-def _fastest(bundle: Bundle, kind: str, tolerance: float | None) -> str:
+def _fastest(bundle: Bundle, kind: str, limit: Limit) -> str:
     variants, reasons = bundle.manifest.variants, {}
     for how in SPEED[kind]:
         for name, variant in variants.items():
             if (variant.provider, variant.precision) == how:
-                reason = unavailable_reason(variant) or needs_opt_in(variant, tolerance)
-                if not (reason := reason or exceeds_tolerance(variant, tolerance)):
+                reason = unavailable_reason(variant) or limit.reason_against(name, variant)
+                if reason is None:
                     return name
                 reasons[name] = reason
     others = {name: f"written for {v.provider}, {v.precision}" for name, v in variants.items() if name not in reasons}
@@ -97,7 +129,7 @@ def _fastest(bundle: Bundle, kind: str, tolerance: float | None) -> str:
     )
 
 
-def _named(bundle: Bundle, kind: str, name: str, tolerance: float | None) -> str:
+def _named(bundle: Bundle, kind: str, name: str, limit: Limit) -> str:
     variants = bundle.manifest.variants
     if name not in variants or (variants[name].provider, variants[name].precision) not in SPEED[kind]:
         have = ", ".join(f"{have} ({v.provider})" for have, v in variants.items())
@@ -105,8 +137,10 @@ def _named(bundle: Bundle, kind: str, name: str, tolerance: float | None) -> str
             f"{bundle.path} has no variant {name!r} for {kind}; it has {have}: choose one of these, or export again "
             "with the --variant you need"
         )
-    if tolerance is not None and (reason := exceeds_tolerance(variants[name], tolerance)):
+    if limit.tolerance is not None and (reason := exceeds_tolerance(variants[name], limit.tolerance)):
         raise BundleError(f"variant {name}: {reason}; ask for another variant or allow more with --tolerance")
+    if limit.max_flips is not None and (reason := limit.reason_against(name, variants[name])):
+        raise BundleError(f"variant {name}: {reason}; ask for another variant or allow more with --max-flips")
     return name
 
 
@@ -171,8 +205,6 @@ def _has_gpu_for(graphs: Mapping[str, Variant]) -> bool:
 
 def needs_opt_in(variant: Variant, tolerance: float | None) -> str | None:
     """Why a graph is not taken without being asked for: it is far from the fp32 reference, or is on the whole."""
-    if variant.precision == "int8" and tolerance is None:
-        return "int8 is taken only where --tolerance or --variant asks for it"
     # How far it is is known only once it is open, and then it is too late for another.
     if variant.provider in ON_GPU and variant.precision == "bf16" and (tolerance is None or tolerance <= TOLERANCE):
         return f"bf16 is taken on a GPU only where --variant or a --tolerance over {TOLERANCE} asks for it"

@@ -102,9 +102,7 @@ def test_engines_are_built_ahead_for_gpus_that_are_not_here(checkpoint, head_fil
     assert manifest.engines.keys() == on_disk
 
 
-@pytest.mark.parametrize(
-    ("option", "variant"), [("--compute-capability=8.0", "tensorrt-fp16"), ("--calibration=file", "openvino-int8")]
-)
+@pytest.mark.parametrize(("option", "variant"), [("--compute-capability=8.0", "tensorrt-fp16")])
 def test_an_option_for_a_variant_that_is_not_asked_for_is_misuse(call, option, variant):
     status, err = call("--encoder=any", "--out=any", "--no-heads", option)
     assert status == 2 and f"is for --variant {variant}" in " ".join(err.split())

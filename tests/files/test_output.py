@@ -368,7 +368,7 @@ def test_scores_that_would_overwrite_another_source_are_an_error(tmp_path):
 @pytest.mark.parametrize("name", ["score_prose", "n_tokens", "truncated"])
 def test_an_id_called_like_a_score_column_is_an_error(tmp_path, name):
     file = source(tmp_path / "a.parquet", id_column=name, **{name: range(4)})
-    with pytest.raises(OutputError, match=rf"a\.parquet: the id column '{name}' has the name of a score column"):
+    with pytest.raises(OutputError, match=rf"a\.parquet: the copied column '{name}' has the name of a score column"):
         check_names(file, score_schema(HEADS), "sidecar")
 
 

@@ -13,11 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jql_engine import probe_texts
 from jql_engine.bundle import MANIFEST, PROBES, describe_files
 from jql_engine.data import Budget
 from jql_engine.engine import Engine
-from jql_engine.errors import BundleError, CheckpointError, DeviceError, InputError, ParityError
+from jql_engine.errors import BundleError, DeviceError, ParityError
 from jql_engine.sessions import certify as parity
 from jql_engine.sessions import openvino as session_file
 from jql_engine.sessions.base import SessionOptions, run_in_order
@@ -25,8 +24,6 @@ from jql_engine.sessions.open import open_variant
 from jql_engine.sessions.select import TOLERANCE, choose
 from jql_engine.sessions.tensorrt.cache import EngineOptions
 from jql_export import probes
-from jql_export.bundle import export_bundle
-from jql_export.quantize import N_DOCUMENTS, read_texts
 from jql_export.readouts.head_file import read_head
 from jql_export.reference import Reference
 from jql_export.tolerances import TOLERANCES
@@ -34,14 +31,14 @@ from tests.conftest import FAMILIES, POOLING, export
 
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 instructions")
-FP32, BF16, INT8 = "openvino-fp32", "openvino-bf16", "openvino-int8"
+FP32, BF16 = "openvino-fp32", "openvino-bf16"
 TEXTS = ["Water boils at a lower temperature on a mountain.", "", "Der Regen hat den Weg aufgeweicht. " * 5, None]
 
 
 @pytest.fixture(scope="module")
 def openvino_bundles(encoders, head_files, tmp_path_factory):
     root = tmp_path_factory.mktemp("openvino")
-    variants = ["cpu-fp32", FP32, INT8, *([BF16] if HAS_BF16 else [])]
+    variants = ["cpu-fp32", FP32, *([BF16] if HAS_BF16 else [])]
     return {family: export(encoders[family], head_files, root / family, variants) for family in FAMILIES}
 
 
@@ -71,18 +68,16 @@ def test_every_precision_is_certified_within_its_own_tolerance(openvino_bundles,
         assert variant.tolerance["score"] == TOLERANCES[variant.precision].score
         found[name] = figures["max_abs_score"]
         assert figures["max_abs_score"] == pytest.approx(variant.parity["max_abs_score"], rel=0.2, abs=1e-5)
-    assert found[FP32] < found[INT8], "int8 rounds"
     if HAS_BF16:
-        assert found[FP32] < found[BF16] < found[INT8]
+        assert found[FP32] < found[BF16], "bf16 rounds"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_reaches_openvino_as_its_fused_operator_in_every_layer(openvino_bundles, family):
     bundle = openvino_bundles[family]
-    for name in (FP32, INT8):
-        kinds = [op.get_type_name() for op in openvino.Core().read_model(bundle.graph(name)).get_ops()]
-        assert kinds.count("ScaledDotProductAttention") == bundle.manifest.encoder.layers
-        assert "Softmax" not in kinds
+    kinds = [op.get_type_name() for op in openvino.Core().read_model(bundle.graph(FP32)).get_ops()]
+    assert kinds.count("ScaledDotProductAttention") == bundle.manifest.encoder.layers
+    assert "Softmax" not in kinds
 
 
 def test_precisions_share_one_graph(bundle):
@@ -90,21 +85,6 @@ def test_precisions_share_one_graph(bundle):
     assert not any(name.startswith("graphs/openvino-fp32") for name in bundle.manifest.files)
     if HAS_BF16:
         assert bundle.graph(BF16) == bundle.graph(FP32)
-
-
-def test_int8_quantizes_the_encoder_and_leaves_the_heads_alone(bundle):
-    model = openvino.Core().read_model(bundle.graph(INT8))
-    products = [op for op in model.get_ordered_ops() if op.get_type_name() == "MatMul"]
-    readers = {op.get_friendly_name(): sources(op) for op in products}
-    heads = [name for name, found in readers.items() if any(source.startswith("heads.") for source in found)]
-    assert len(heads) == 2 and not any("fq" in source for name in heads for source in readers[name])
-    quantized = [name for name, found in readers.items() if any("fq_weights" in source for source in found)]
-    # Per layer query, key, value, output, up, gate and down.
-    assert len(quantized) == 7 * bundle.manifest.encoder.layers
-
-
-def sources(op):
-    return [value.get_source_output().get_node().get_friendly_name() for value in op.inputs()]
 
 
 def test_a_batch_holds_documents_of_one_length(bundle):
@@ -130,24 +110,23 @@ def test_a_session_may_be_shared_by_threads(bundle):
 class TestChoice:
     @pytest.mark.parametrize("device", ["auto", "cpu"])
     def test_the_fastest_within_the_default_tolerance(self, bundle, device):
-        close = with_parity(bundle, bf16=TOLERANCE, int8=TOLERANCE * 1.01)
-        assert choose(close, device).variant == (BF16 if HAS_BF16 else FP32)
+        assert choose(with_parity(bundle, bf16=TOLERANCE), device).variant == (BF16 if HAS_BF16 else FP32)
+        assert choose(with_parity(bundle, bf16=TOLERANCE * 1.01), device).variant == FP32
 
     def test_the_requested_tolerance_decides(self, bundle):
-        measured = with_parity(bundle, bf16=0.01, int8=0.1)
-        assert choose(measured, "cpu", tolerance=0.1).variant == INT8
+        measured = with_parity(bundle, bf16=0.01)
         assert choose(measured, "cpu", tolerance=0.01).variant == (BF16 if HAS_BF16 else FP32)
         assert choose(measured, "cpu", tolerance=0.001).variant == FP32
 
     def test_nothing_close_enough_is_an_error_with_each_reason(self, bundle):
-        with pytest.raises(BundleError, match=rf"{INT8}: its scores differ by up to 0\.1 .*allowed is 0"):
-            choose(with_parity(bundle, fp32=1e-6, bf16=0.01, int8=0.1), "cpu", tolerance=0.0)
+        with pytest.raises(BundleError, match=rf"{FP32}: its scores differ by up to 1e-06 .*allowed is 0"):
+            choose(with_parity(bundle, fp32=1e-6, bf16=0.01), "cpu", tolerance=0.0)
 
     def test_a_named_variant_is_taken_as_it_is_unless_a_tolerance_is_named_too(self, bundle):
-        measured = with_parity(bundle, int8=0.1)
-        assert choose(measured, "cpu", INT8).variant == INT8
-        with pytest.raises(BundleError, match=f"variant {INT8}: its scores differ.*--tolerance"):
-            choose(measured, "cpu", INT8, tolerance=0.01)
+        measured = with_parity(bundle, fp32=0.1)
+        assert choose(measured, "cpu", FP32).variant == FP32
+        with pytest.raises(BundleError, match=f"variant {FP32}: its scores differ.*--tolerance"):
+            choose(measured, "cpu", FP32, tolerance=0.01)
 
     def test_without_heads_the_embedding_decides(self, bundle):
         no_scores = {"max_abs_embedding": 0.003, "max_abs_embedding_long": 0.004}
@@ -156,14 +135,6 @@ class TestChoice:
         assert choose(embedding, "cpu", tolerance=0.004).variant == FP32
         with pytest.raises(BundleError, match=r"its embeddings differ by up to 0\.004 .*, allowed is 0\.0039"):
             choose(embedding, "cpu", tolerance=0.0039)
-
-    def test_int8_is_never_chosen_unasked(self, bundle):
-        for figures in ({"max_abs_score": 0.0}, {"max_abs_embedding": 0.0}):
-            variants = {INT8: replace(bundle.manifest.variants[INT8], parity=figures)}
-            int8 = replace(bundle, manifest=replace(bundle.manifest, variants=variants))
-            with pytest.raises(BundleError, match="int8 is taken only where --tolerance or --variant asks for it"):
-                choose(int8, "cpu")
-            assert choose(int8, "cpu", tolerance=0.0).variant == choose(int8, "cpu", INT8).variant == INT8
 
     def test_a_graph_without_figures_is_not_taken_for_exact(self, bundle):
         variants = {FP32: replace(bundle.manifest.variants[FP32], parity={})}
@@ -217,67 +188,16 @@ def test_jql_run_scores_with_the_chosen_variant_and_says_so(bundle, tmp_path):
     ]
     code = "import sys; from jql_engine.cli.run import main; sys.argv[0] = 'jql-run'; main()"
     command[1:3] = ["-c", code]
-    limit = str(bundle.manifest.variants[INT8].parity["max_abs_score"])
+    limit = str(bundle.manifest.variants[FP32].parity["max_abs_score"])
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "scores"), "--tolerance", limit, "--workers", "2"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert json.loads(done.stdout.splitlines()[-1])["variant"] == INT8
-    assert f"variant {INT8}" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["variant"] == FP32
+    assert f"variant {FP32}" in done.stderr
     table = pq.read_table(tmp_path / "scores" / "texts.parquet")
-    expected = Engine(bundle.path, variant=INT8).score(TEXTS).to_table()
+    expected = Engine(bundle.path, variant=FP32).score(TEXTS).to_table()
     np.testing.assert_allclose(table["score_edu"].to_pylist()[:3], expected["score_edu"].to_pylist()[:3], atol=1e-5)
-
-
-class TestCalibration:
-    def test_documents_come_from_a_parquet_file(self, tmp_path):
-        texts = [f"text {i}" for i in range(N_DOCUMENTS + 10)]
-        pq.write_table(pa.table({"text": [None, *texts]}), tmp_path / "a.parquet")
-        assert read_texts(tmp_path / "a.parquet") == texts[: N_DOCUMENTS - 1]
-
-    @pytest.mark.parametrize(
-        ("write", "said"),
-        [
-            (lambda _: None, "cannot be read"),
-            (lambda file: file.write_text("no parquet"), "cannot be read"),
-            (lambda file: pq.write_table(pa.table({"other": ["a"]}), file), "holds no text|cannot be read"),
-            (lambda file: pq.write_table(pa.table({"text": pa.array([], pa.string())}), file), "holds no text"),
-        ],
-    )
-    def test_what_is_no_such_file_is_an_error(self, tmp_path, write, said):
-        file = tmp_path / "documents.parquet"
-        write(file)
-        with pytest.raises(InputError, match=f"{said}"):
-            read_texts(file)
-
-    def test_other_documents_give_another_graph(self, bundle, encoders, head_files, tmp_path):
-        from jql_export.hub import Checkpoint
-
-        heads = [read_head(name, file) for name, file in head_files.items()]
-        other = export_bundle(
-            Checkpoint(encoders["gte"], "gte", None), heads, tmp_path / "other", "cls", 96, [INT8],
-            calibration=probe_texts.texts()[::2],
-        )  # fmt: skip
-        name = "graphs/openvino-int8.bin"
-        assert other.manifest.files[name]["sha256"] != bundle.manifest.files[name]["sha256"]
-        assert sorted(other.manifest.files) == sorted(
-            ["graphs/openvino-int8.bin", "graphs/openvino-int8.xml", "readouts.safetensors", PROBES, "tokenizer.json"]
-        ), "the graph that was quantized is not left behind"
-
-    def test_a_missing_package_is_an_error_before_anything_is_written(self, encoders, tmp_path, monkeypatch):
-        from jql_export import quantize
-        from jql_export.hub import Checkpoint
-
-        monkeypatch.setattr(quantize, "find_spec", lambda name: None if name == "nncf" else util.find_spec(name))
-        with pytest.raises(CheckpointError, match=r"nncf is not installed; pip install 'jql-engine\[openvino,int8\]'"):
-            export_bundle(Checkpoint(encoders["gte"], "gte", None), (), tmp_path / "out", "cls", 96, [INT8])
-        assert not list(tmp_path.iterdir())
-
-    def test_nobody_is_told_of_it(self, bundle):
-        assert bundle.manifest.variants[INT8].parity
-        from nncf.telemetry.wrapper import NNCFTelemetry, telemetry
-
-        assert not isinstance(telemetry, NNCFTelemetry)
 
 
 @needs_bf16
@@ -286,16 +206,6 @@ def test_a_score_in_bf16_hardly_depends_on_its_batch(bundle):
     tokens = probes.token_batch(Engine(bundle.path, device="cpu").tokenizer)
     together, alone = (run_in_order(session, tokens, Budget(n, "exact")).embeddings for n in (1024, 1))
     np.testing.assert_allclose(together, alone, atol=TOLERANCES["bf16"].embedding)
-
-
-def test_calibration_that_does_not_fit_gives_no_bundle(encoders, tmp_path):
-    from jql_export.hub import Checkpoint
-
-    with pytest.raises(ParityError, match=f"variant {INT8} is out of tolerance"):
-        export_bundle(
-            Checkpoint(encoders["gte"], "gte", None), (), tmp_path / "out", "cls", 96, [INT8], calibration=["a"]
-        )
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_session_that_computes_something_else_is_refused_when_it_is_opened(bundle, tmp_path):

@@ -1,0 +1,212 @@
+"""A bundle and documents of a user's own -> certificate.json: what each graph decides otherwise than PyTorch in fp32.
+
+Probe documents show that a graph computes what it should. They do not show what its rounding costs on the documents
+that it will be used for: how many of them are kept at a cut by the one and not by the other. So the reference scores a
+uniform sample of the user's documents, in fp32 and in the bf16 that the original pipeline runs in, and each graph that
+runs on this machine scores the same ids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from jql_engine.bundle import Bundle, sha256_of
+from jql_engine.certificate import CERTIFICATE, CUT, FORMAT, FlipShare
+from jql_engine.data import DocumentBatch, ScoreBatch, TokenBatch
+from jql_engine.decision.compare import Comparison, Paired, compare, flips_at
+from jql_engine.engine import Engine
+from jql_engine.errors import BundleError, InputError, ParityError
+from jql_engine.files.formats import open_file
+from jql_engine.files.inputs import Columns, InputFile, find_files
+from jql_engine.files.reading import Cursor, documents
+from jql_engine.sessions.certify import tolerance_of
+from jql_engine.sessions.select import runnable
+from jql_engine.tokenizer import Tokenizer
+from jql_engine.windows import Windows
+from jql_export.hub import Checkpoint
+from jql_export.readouts.base import Readout
+from jql_export.reference import Reference
+
+DOCUMENTS = 2_000
+SEED = 0
+REFERENCE_BF16 = "reference in bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Documents drawn at random from all of a corpus."""
+
+    tokens: TokenBatch
+    n_read: int  # documents of the corpus
+
+
+def certify_bundle(
+    path: Path,
+    checkpoint: Checkpoint,
+    readouts: Sequence[Readout],
+    corpus: str,
+    *,
+    text_column: str = "text",
+    n_docs: int = DOCUMENTS,
+    report: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Score `n_docs` documents of `corpus` by PyTorch and every graph that runs here; write and return the certificate.
+
+    Raises BundleError where `checkpoint` or `readouts` are not those that the bundle `path` was made of, InputError for
+    the corpus, and ParityError, with no certificate written, for a graph that is out of its tolerance.
+    """
+    bundle = Bundle.open(path)
+    _check_sources(bundle, checkpoint, readouts)
+    sample = draw(bundle, corpus, text_column, n_docs)
+    lengths = sample.tokens.lengths
+    report(f"{len(lengths):,} of {sample.n_read:,} documents, {lengths.sum():,} tokens; PyTorch in fp32")
+    expected = _by_reference(bundle, checkpoint, readouts, sample.tokens, torch.float32)
+    report("PyTorch in bf16, as the original pipeline computes")
+    in_bf16 = _by_reference(bundle, checkpoint, readouts, sample.tokens, torch.bfloat16)
+    found = {REFERENCE_BF16: _compared(bundle, sample.tokens, expected, in_bf16)}
+    for kind in ("cuda", "cpu"):
+        for name in runnable(bundle, kind):
+            report(f"variant {name}")
+            scores = Engine(bundle, kind, name).score_tokens(sample.tokens)
+            found[name] = _compared(bundle, sample.tokens, expected, scores.values)
+            _check_tolerance(bundle, name, found[name])
+    certificate = _describe(bundle, corpus, sample, found)
+    _write(bundle.path / CERTIFICATE, json.dumps(certificate, indent=1, ensure_ascii=False) + "\n")
+    return certificate
+
+
+def summary(certificate: Mapping[str, Any]) -> str:
+    """One line: of each graph the largest share of documents that change sides."""
+    parts = []
+    for name, found in {REFERENCE_BF16: certificate["reference_bf16"], **certificate["variants"]}.items():
+        worst = max(found["flips"], key=lambda one: one["upper"])
+        parts.append(f"{name} {worst['share']:.2%} (up to {worst['upper']:.2%}) by {worst['what']}")
+    return f"documents that change sides at {certificate['cut']}: " + "; ".join(parts)
+
+
+def _check_sources(bundle: Bundle, checkpoint: Checkpoint, readouts: Sequence[Readout]) -> None:
+    m = bundle.manifest
+    for name, digest in m.encoder.files.items():
+        file = checkpoint.directory / name
+        if not file.is_file() or sha256_of(file) != digest:
+            raise BundleError(
+                f"{file} is not the file that {bundle.path} was made of: give the --encoder (or --classifier) and the "
+                "revision that it was exported with"
+            )
+    given, made_of = {r.name: r.sha256 for r in readouts}, {r.name: r.sha256 for r in m.readouts}
+    if list(given.items()) != list(made_of.items()):
+        wrong = next((name for name in {**given, **made_of} if given.get(name) != made_of.get(name)), "their order")
+        raise BundleError(
+            f"head {wrong}: {bundle.path} was made of other heads, {', '.join(made_of)}; give the same files in the "
+            "same order"
+        )
+    if not readouts:
+        raise BundleError(f"{bundle.path} has no heads: there is nothing to decide by")
+
+
+def draw(bundle: Bundle, corpus: str, text_column: str, n_docs: int) -> Sample:
+    """A uniform sample of the documents of `corpus` that have a text, tokenized; the same one each time."""
+    columns = Columns(text_column, template=bundle.template)
+    listed = find_files([corpus])
+    if listed.refused:
+        raise InputError(listed.refused[0].reason)
+    files = [open_file(source, columns) for source in listed.files]
+    n_rows = sum(file.n_rows for file in files)
+    # A tenth more, for those without a text.
+    chosen = np.random.default_rng(SEED).permutation(n_rows)[: n_docs + n_docs // 10 + 10]
+    texts = pa.array([text for text in _texts(files, np.sort(chosen)) if text is not None][:n_docs], pa.large_string())
+    if not len(texts):
+        raise InputError(f"{corpus} holds no text in column {text_column!r}")
+    return Sample(Tokenizer.of(bundle).encode(DocumentBatch.of(texts)), n_rows)
+
+
+def _texts(files: Sequence[InputFile], rows: NDArray[np.int64]) -> Iterator[str | None]:
+    """The texts of `rows`, ascending, counted through all files."""
+    first = 0
+    for file in files:
+        cursor = Cursor(file, 0, file.columns.needed)
+        for row in rows[(rows >= first) & (rows < first + file.n_rows)] - first:
+            cursor.skip(int(row) - cursor.row)
+            for batch in cursor.take(1):
+                yield from (text for part, _ in documents(pa.table(batch), file.columns) for text in part.to_pylist())
+        first += file.n_rows
+
+
+def _by_reference(
+    bundle: Bundle, checkpoint: Checkpoint, readouts: Sequence[Readout], tokens: TokenBatch, dtype: torch.dtype
+) -> NDArray[np.float32]:
+    """Scores [n, H] of documents, of the windows that the bundle asks for."""
+    windows = Windows.of(bundle)
+    cut = windows.cut(tokens)
+    found = Reference(checkpoint.directory, readouts, bundle.manifest.pooling, dtype).run(cut.tokens)
+    scores = replace(ScoreBatch.empty(cut.tokens, len(bundle.heads)), values=found.scores)
+    return windows.merge(tokens, cut, scores).values
+
+
+def _compared(
+    bundle: Bundle, tokens: TokenBatch, expected: NDArray[np.float32], found: NDArray[np.float32]
+) -> Comparison:
+    nobody = np.zeros(len(tokens.rows), np.int64)
+    return compare(Paired(bundle.heads, expected.T, found.T, tokens.lengths, nobody, (None,)))
+
+
+def _check_tolerance(bundle: Bundle, variant: str, found: Comparison) -> None:
+    allowed = tolerance_of(bundle, variant).score
+    for difference in found.whole.differences:
+        if not difference.greatest <= allowed or found.compared < found.documents:
+            raise ParityError(
+                f"variant {variant} is out of tolerance: score_{difference.head} differs by {difference.greatest:.2e} "
+                f"on the documents given, allowed are {allowed:.0e}; there is no certificate, export the bundle again"
+            )
+
+
+def _describe(bundle: Bundle, corpus: str, sample: Sample, found: Mapping[str, Comparison]) -> dict[str, Any]:
+    described = {
+        name: {"flips": [asdict(one) for one in _flip_shares(one)], "comparison": one.to_json()}
+        for name, one in found.items()
+    }
+    return {
+        "format": FORMAT,
+        "bundle": bundle.hash,
+        "documents": len(sample.tokens.rows),
+        "corpus": {"given": corpus, "documents": sample.n_read, "seed": SEED},
+        "cut": CUT,
+        "machine": {"processor": _processor(), "cores": len(os.sched_getaffinity(0))},
+        "made_with": {name: version(name) for name in ("jql-engine", "torch", "transformers")},
+        "reference_bf16": described.pop(REFERENCE_BF16),
+        "variants": described,
+    }
+
+
+def _flip_shares(found: Comparison) -> list[FlipShare]:
+    return [FlipShare(one.what, one.share, one.interval[1]) for one in flips_at(found.whole, CUT)]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _write(file: Path, content: str) -> None:
+    """Under its name complete or not at all: jobs may be reading the one before it."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.writing")
+    try:
+        aside.write_text(content, encoding="utf-8")
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,262 @@
+"""The kept rows of a corpus, all columns, in order: a job like jql-run's, with its parts, its resume and its claim.
+
+Score files are joined to the corpus by name and position. What could go wrong with that is checked before anything is
+written: the size and version of each source are those that its scores were computed of, files have equal rows, and
+where both have ids these are compared row by row as they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from jql_engine.decision.kept import Cut
+from jql_engine.decision.result import Decision
+from jql_engine.decision.scores import ScoreFiles
+from jql_engine.errors import InputError, UnreadableError
+from jql_engine.files.chunks import ChunkDone, ChunkEnd, Failure, Segment, StageSeconds, Task
+from jql_engine.files.formats import unreadable
+from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files, identity
+from jql_engine.files.location import Location, locate
+from jql_engine.files.output import Target, is_finished, stored_settings
+from jql_engine.files.reading import Cursor
+from jql_engine.files.retries import retry
+from jql_engine.files.storage import open_parquet
+from jql_engine.job.claim import Claim
+from jql_engine.job.launch import run_work
+from jql_engine.job.pipeline import StageTime, pipeline
+from jql_engine.job.plan import Job, plan
+from jql_engine.job.progress import RunLog
+
+STAGES = ("read", "write")
+# Of one chunk; all columns count.
+CHUNK_ROWS = 100_000
+CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Score files by the names of the corpus files that they are of, and what is kept by them."""
+
+    files: ScoreFiles
+    cut: Cut
+    digest: str  # of the decision: two that differ never mix their rows
+    ids: tuple[str, ...]  # the column of ids, where the score files have one
+    numbers: Mapping[str, int]  # of score files, by name
+
+    @classmethod
+    def of(cls, decision: Decision, files: ScoreFiles) -> Joined:
+        """The decision about `files`, which have been read."""
+        digest = hashlib.sha256(json.dumps(decision.to_json(), sort_keys=True).encode()).hexdigest()
+        numbers = {file.source.relative.text: number for number, file in enumerate(files.files)}
+        name = files.settings.get("id_column") or "id"
+        ids = (name,) if all(name in file.schema.names for file in files.files) else ()
+        return cls(replace(files, more=ids), Cut.of(decision, files), digest, ids, numbers)
+
+    def number_of(self, source: SourceFile) -> int:
+        """Of the scores of a corpus file; raises InputError where there are none."""
+        if source.relative.text not in self.numbers:
+            raise InputError(
+                f"{source.location} has no scores: none of the score files is called {source.relative}; give the "
+                "folder that jql-run scored, and all of its scores"
+            )
+        return self.numbers[source.relative.text]
+
+
+def keep_rows(job: Job, joined: Joined, workers: int, log: RunLog, stop: threading.Event) -> dict[str, Any]:
+    """Write the kept rows of the corpus `job.inputs` into `job.out`, and return the summary.
+
+    Raises InputError where the scores do not line up with the corpus, and OutputError.
+    """
+    began = time.monotonic()
+    log.check()
+    _check_all_given(job, joined)
+    out = locate(job.out)
+    claim = Claim(out, {"cut": joined.digest})
+    look = partial(_describe_unfinished, joined, job.assume_unchanged, None if job.overwrite else out)
+    work = plan(replace(job, chunk_rows=CHUNK_ROWS), claim, look, partial(_target, out, joined), CHUNK_BYTES)
+    specs = [Keeping(joined, work.claim)] * workers
+    return run_work(
+        job, work, specs, on="their kept rows are copied", done="read", notes=[], began=began, log=log, stop=stop
+    )
+
+
+def _check_all_given(job: Job, joined: Joined) -> None:
+    """Raise InputError for scores without a corpus file: what they decide about would be left out in silence."""
+    given = {source.relative.text for source in find_files(job.inputs).files}
+    if lone := sorted(joined.numbers.keys() - given):
+        raise InputError(
+            f"{len(lone)} of {len(joined.numbers)} score files are of no file of the corpus, {lone[0]} among them; "
+            "give the whole corpus that was scored"
+        )
+
+
+def _describe_unfinished(
+    joined: Joined, assume_unchanged: bool, out: Location | None, source: SourceFile
+) -> InputFile | UnreadableError | None:
+    """What is in a file of the corpus; None where its kept rows in `out` are finished."""
+    scores = joined.files.files[joined.number_of(source)]
+    if out is not None and is_finished(source.relative.below(out), _settings(joined, source)):
+        return None
+    try:
+        with unreadable(f"{source.location} cannot be read", f"{source.location} is not a complete parquet file"):
+            file = retry(source.location, lambda: _describe(source))
+    except UnreadableError as error:
+        return error
+    _check_scored(file, scores, assume_unchanged)
+    return file
+
+
+def _describe(source: SourceFile) -> InputFile:
+    if source.format != "parquet":
+        raise InputError(f"{source.location}: kept rows are written with all columns, of parquet files alone")
+    with open_parquet(source.location) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    if any(group.num_rows < 0 for group in groups):
+        raise UnreadableError(f"{source.location} is damaged: a row group has a negative number of rows")
+    sizes = tuple(sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)) for group in groups)
+    return InputFile(source, Columns(), schema, tuple(group.num_rows for group in groups), sizes)
+
+
+def _check_scored(file: InputFile, scores: InputFile, assume_unchanged: bool) -> None:
+    """Raise InputError where `scores` are not those of `file` as it is."""
+    location, found = file.source.location, scores.source.location
+    if identity(location) == identity(found):  # scores that stand beside all columns
+        return
+    if file.n_rows != scores.n_rows:
+        raise InputError(f"{location} has {file.n_rows:,} rows, its scores {found} {scores.n_rows:,}; score it again")
+    settings = stored_settings(found)
+    if settings.get("source_bytes", file.source.size) != file.source.size:
+        raise InputError(
+            f"{location} has {file.source.size:,} bytes and had {settings['source_bytes']:,} when {found} was written; "
+            "score it again"
+        )
+    if not assume_unchanged and settings.get("source_version", file.source.version) != file.source.version:
+        raise InputError(
+            f"{location} was changed or copied since {found} was written (its time or tag is another); score it again, "
+            "or give --assume-unchanged if its rows are the same"
+        )
+
+
+def _settings(joined: Joined, source: SourceFile) -> dict[str, Any]:
+    scores = joined.files.files[joined.number_of(source)].source
+    return {
+        "cut": joined.digest,
+        "rule": joined.cut.rule,
+        "source_bytes": source.size,
+        "source_version": source.version,
+        "scores_version": scores.version,
+    }
+
+
+def _target(out: Location, joined: Joined, file: InputFile) -> Target:
+    return Target(out, file, file.schema, "derived", {}, own=_settings(joined, file.source))
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What a process needs to copy kept rows; see jql_engine.job.pool.Spec."""
+
+    joined: Joined
+    claim: Claim
+    device: str = "cpu"
+
+    def open(
+        self,
+        targets: Mapping[int, Target],
+        stop: threading.Event,
+        executed: Callable[[int, int, int], None],
+        say: Callable[[str], None],  # noqa: ARG002
+    ) -> Callable[[Iterable[Task]], Generator[ChunkDone]]:
+        """See jql_engine.job.pool.Spec."""
+        return Keeper(self.joined, targets, self.claim, stop, executed).run
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """Tasks in, committed chunks out: read | write, each in its thread."""
+
+    joined: Joined
+    targets: Mapping[int, Target]  # by the number of the file; may change while tasks come
+    claim: Claim
+    stop: threading.Event
+    executed: Callable[[int, int, int], None]
+
+    def run(self, tasks: Iterable[Task]) -> Generator[ChunkDone]:
+        """Copy the kept rows of the chunks of `tasks` and commit them; see Worker.run."""
+        clocks = [StageTime(name) for name in STAGES]
+        lap = dict.fromkeys(STAGES, StageSeconds(0, 0, 0))
+        for end in pipeline(tasks, list(zip(clocks, (self._read, self._write), strict=True))):
+            now = {clock.name: clock.seconds() for clock in clocks}
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            stages = {name: now[name] - lap[name] for name in STAGES}
+            failed = {failure.segment for failure in end.failures}
+            n_docs = sum(s.stop - s.start for s in end.task.chunk.segments if s not in failed)
+            yield ChunkDone(end.task, end.failures, documents=n_docs, memory_bytes=memory, stages=stages)
+            lap = now
+
+    def _read(self, tasks: Iterator[Task]) -> Iterator[tuple[Segment, pa.Table] | ChunkEnd]:
+        for task in tasks:
+            if self.stop.is_set():
+                return
+            failures = []
+            for segment in task.chunk.segments:
+                try:
+                    yield segment, pa.concat_tables(self._kept(segment))
+                except InputError as error:
+                    failures.append(Failure(segment, str(error)))
+                self.executed(segment.stop - segment.start, 0, 0)
+            yield ChunkEnd(task, tuple(failures))
+
+    def _kept(self, segment: Segment) -> Iterator[pa.Table]:
+        """The kept rows of a segment, and an empty table first."""
+        target, files = self.targets[segment.file], self.joined.files
+        yield target.scores.empty_table()
+        cursor = Cursor(target.file, segment.start, None)
+        number = self.joined.number_of(target.file.source)
+        for rows in files.read_rows(number, segment.start, segment.stop):
+            kept = pa.array(self.joined.cut.kept(rows))
+            at = 0
+            for batch in cursor.take(len(rows)):
+                _check_ids(batch, rows.columns.slice(at, batch.num_rows), self.joined.ids, target, rows.start + at)
+                yield pa.Table.from_batches([batch.filter(kept.slice(at, batch.num_rows))], schema=target.scores)
+                at += batch.num_rows
+
+    def _write(self, items: Iterator[tuple[Segment, pa.Table] | ChunkEnd]) -> Iterator[ChunkEnd]:
+        failures: list[Failure] = []
+        for item in items:
+            if isinstance(item, ChunkEnd):
+                yield replace(item, failures=(*item.failures, *failures))
+                failures = []
+                continue
+            segment, table = item
+            self.claim.check()
+            try:
+                self.targets[segment.file].commit(segment, table)
+            except InputError as error:
+                failures.append(Failure(segment, str(error)))
+
+
+def _check_ids(batch: pa.RecordBatch, scores: pa.RecordBatch, ids: Sequence[str], target: Target, first: int) -> None:
+    """Raise InputError where a row's scores are of another document."""
+    for name in ids:
+        if batch.schema.names.count(name) != 1:
+            continue
+        own, scored = batch.column(name), scores.column(name)
+        scored = scored.cast(own.type)
+        if not own.equals(scored):
+            row = next(i for i, (a, b) in enumerate(zip(own.to_pylist(), scored.to_pylist(), strict=True)) if a != b)
+            raise InputError(
+                f"{target.file.source.location}: row {first + row} has {name} {own[row].as_py()!r}, its scores are of "
+                f"{scored[row].as_py()!r}; they are of another file"
+            )
