@@ -1,0 +1,133 @@
+"""The documents that a report shows: their rows of the score files, and excerpts of their texts from the corpus.
+
+Score files are joined to the corpus by name and position. That they are of this corpus is checked: the size and version
+of the source that a score file names, the number of rows, and the ids where both have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import pyarrow as pa
+
+from jql_engine.decision.report.figures import Example
+from jql_engine.decision.scores import Rows, ScoreFiles
+from jql_engine.errors import InputError
+from jql_engine.files.formats import open_file
+from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files
+from jql_engine.files.output import stored_settings
+from jql_engine.files.reading import Cursor, as_text
+
+ID = "id"
+EXCERPT = 300  # characters
+READ = 4 * EXCERPT  # characters looked at: white space is shortened
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """The texts that the scores are of."""
+
+    given: str
+    text_column: str
+    sources: Mapping[str, SourceFile]  # by the name of the score file
+    assume_unchanged: bool
+
+    @classmethod
+    def find(cls, given: str, text_column: str, assume_unchanged: bool) -> Corpus:
+        """Raises InputError where nothing is there."""
+        listing = find_files([given])
+        sources = {source.relative.text: source for source in listing.files}
+        return cls(given, text_column, sources, assume_unchanged)
+
+    def open(self, scores: InputFile) -> InputFile:
+        """The file of the corpus that `scores` are of; raises InputError where there is none, or another one."""
+        name, found = scores.source.relative.text, scores.source.location
+        if name not in self.sources:
+            raise InputError(f"--corpus {self.given} holds no file that {found} could be the scores of: none is {name}")
+        file = open_file(self.sources[name], Columns(self.text_column))
+        self._check(file, scores)
+        return file
+
+    def _check(self, file: InputFile, scores: InputFile) -> None:
+        source, found = file.source, scores.source.location
+        settings = stored_settings(found)
+        if file.n_rows != scores.n_rows:
+            raise InputError(
+                f"{source.location} has {file.n_rows:,} rows and {found} {scores.n_rows:,}; they are not of the same "
+                "documents: give the corpus that was scored"
+            )
+        if settings.get("source_bytes", source.size) != source.size:
+            raise InputError(
+                f"{source.location} has {source.size:,} bytes and had {settings['source_bytes']:,} when {found} was "
+                "written; give the corpus that was scored, or score it again"
+            )
+        if not self.assume_unchanged and settings.get("source_version", source.version) != source.version:
+            raise InputError(
+                f"{source.location} was changed or copied since {found} was written (its time or tag is another); "
+                "score it again, or give --assume-unchanged if its rows are the same"
+            )
+
+
+def read_examples(
+    files: ScoreFiles, places: Sequence[tuple[int, int]], corpus: Corpus | None
+) -> dict[tuple[int, int], Example]:
+    """The documents at `places`, a file and a row each; raises InputError."""
+    found: dict[tuple[int, int], Example] = {}
+    for number, of_file in groupby(sorted(set(places)), key=lambda place: place[0]):
+        rows = [row for _, row in of_file]
+        scores = files.files[number]
+        has_id = scores.schema.names.count(ID) == 1
+        described = replace(files, more=(ID,) if has_id else ())
+        texts = None if corpus is None else _Texts(corpus.open(scores))
+        for row in rows:
+            example = _example(described, next(iter(described.read_rows(number, row, row + 1))))
+            found[number, row] = example if texts is None else replace(example, excerpt=texts.excerpt(example))
+    return found
+
+
+def _example(files: ScoreFiles, rows: Rows) -> Example:
+    return Example(
+        file=files.files[rows.file].source.relative.text,
+        row=rows.start,
+        id=_id_of(rows.columns, 0),
+        group=None if files.group_column is None else files.groups.names[int(rows.groups[0])],
+        scores=tuple(rows.scores[:, 0].tolist()),
+        n_tokens=int(rows.n_tokens[0]) if files.has_tokens else None,
+        excerpt=None,
+    )
+
+
+def _id_of(batch: pa.RecordBatch, row: int) -> str | None:
+    if ID not in batch.schema.names:
+        return None
+    value = batch.column(ID)[row].as_py()
+    return None if value is None else str(value)
+
+
+class _Texts:
+    """Texts of a corpus file, whose rows are asked for in order."""
+
+    def __init__(self, file: InputFile) -> None:
+        self._cursor = Cursor(file, 0, file.columns.needed)
+
+    def excerpt(self, example: Example) -> str:
+        """The beginning of a document; raises InputError where it is another one than its scores are of."""
+        file = self._cursor.file
+        self._cursor.skip(example.row - self._cursor.row)
+        (batch,) = self._cursor.take(1)
+        found = _id_of(batch, 0)
+        if None not in (found, example.id) and found != example.id:
+            raise InputError(
+                f"{file.source.location}: row {example.row} has id {found!r}, its scores are of {example.id!r}; give "
+                "the corpus that was scored"
+            )
+        texts, _ = as_text(pa.chunked_array([batch.column(file.columns.text)]))
+        return shortened(texts[0].as_py() or "")
+
+
+def shortened(text: str) -> str:
+    """The first EXCERPT characters, every white space as one blank."""
+    words = " ".join(text[:READ].split())
+    return words if len(words) <= EXCERPT and len(text) <= READ else words[:EXCERPT].rstrip() + " …"
