@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jql_engine.decision.report.figures import MOST_LISTED, Figures, Kept, Part, Scope
-from jql_engine.decision.report.page import Column, Content, Html, Section, Table, count, paragraph, score, share, text
+from jql_engine.decision.report.page import (
+    NO_VALUE,
+    Column,
+    Content,
+    Html,
+    Section,
+    Table,
+    count,
+    paragraph,
+    percent,
+    score,
+    share,
+    text,
+)
 
 RULES = {
     "all": "all heads reach their thresholds (as in the JQL paper)",
@@ -36,7 +49,7 @@ def contents_section(figures: Figures) -> Section:
         "each is counted once: as null, or else as NaN, or else as infinite. Tokens, and documents that were longer "
         "than the encoder reads, are of those with scores.",
         columns,
-        [[_contents_row(figures, part)] for part in parts],
+        [[_contents_row(figures, part) for part in parts]],
     )
     heads = Table(
         "Scores, of each head by itself.",
@@ -53,8 +66,8 @@ def _contents_row(figures: Figures, part: Part) -> Sequence[Content]:
     return [
         scope_name(part.scope, figures.group_column), count(part.documents), count(part.scored), count(part.null),
         count(part.nan), count(part.infinite), count(part.tokens),
-        text("–") if each is None else text(f"{each:,.0f}"), count(part.truncated),
-        text("–") if cut is None else text(f"{cut:.2%}".replace("%", " %")),
+        NO_VALUE if each is None else f"{each:,.0f}", count(part.truncated),
+        NO_VALUE if cut is None else percent(cut),
     ]  # fmt: skip
 
 
@@ -106,9 +119,9 @@ def thresholds_section(figures: Figures) -> Section:
     """The thresholds themselves."""
     rows = []
     for part in (figures.whole, *figures.groups):
-        if not part.thresholds:
+        if not part.thresholds or part.is_pooled:
             continue
-        name = scope_name(part.scope, figures.group_column) + (" (those of all)" if part.is_pooled else "")
+        name = scope_name(part.scope, figures.group_column)
         block: list[list[Content]] = []
         for judged, thresholds in zip(figures.judged, part.thresholds, strict=True):
             block.append([None if block else name, judged, *map(score, thresholds)])

@@ -50,7 +50,7 @@ def speed_section(speed: Speed, plots: Plots) -> Section:
         f"Over time. The bottleneck of the whole is {speed.bottleneck or NO_VALUE}.",
         [Column("minute"), Column("documents/s"), Column("tokens/s"), Column("bottleneck", "text"),
          Column("its share")],
-        [[[number(one.start, f"{one.start:.2f}"), number(one.documents_per_second, f"{one.documents_per_second:,.1f}"),
+        [[[number(one.start, f"{one.start:,.3g}"), number(one.documents_per_second, f"{one.documents_per_second:,.1f}"),
            number(one.tokens_per_second, f"{one.tokens_per_second:,.0f}"), one.bottleneck or NO_VALUE,
            share(None if one.bottleneck is None else one.busy[one.bottleneck])] for one in speed.moments]],
     )  # fmt: skip

@@ -25,6 +25,8 @@ from jql_engine.decision.report.page import (
 )
 from jql_engine.decision.report.plots import Plots
 
+SHORT = 32  # characters of a name that is kept on one line
+
 
 def histogram_section(figures: Figures, plots: Plots) -> Section:
     """A histogram for each head and group."""
@@ -88,7 +90,9 @@ def agreement_section(figures: Figures, plots: Plots) -> Section:
             hexagons = one.hexagons
             step = hexagons.width, hexagons.height
             plot = plots.hexagons(label, np.array(hexagons.centres), np.array(hexagons.documents), step)
-            drawn.append((plot, f"{one.first} to the right, {one.second} upwards; the darker, the more documents"))
+            drawn.append(
+                (plot, f"{one.first} to the right, {one.second} upwards; the stronger the colour, the more documents")
+            )
     more = [paragraph(f"The first {MOST_PAIRS} pairs have a plot.")] if len(found.pairs) > MOST_PAIRS else []
     return Section("agreement", "How heads agree", [note, table.to_html(), side_by_side(drawn), *more])
 
@@ -105,7 +109,7 @@ def lengths_section(figures: Figures, plots: Plots) -> Section:
     )
     table = Table(
         "Documents with scores by their number of tokens, as the encoder read them.",
-        [Column("tokens"), Column("documents"), Column("their tokens"), Column("truncated")],
+        [Column("tokens", "text"), Column("documents"), Column("their tokens"), Column("truncated")],
         [[[_band(band.least, band.most), count(band.documents), count(band.tokens), count(band.truncated)]
           for band in figures.lengths]],
     )  # fmt: skip
@@ -155,7 +159,13 @@ def _examples(figures: Figures, caption: str, head: int, examples: Sequence[Exam
         row: list[Content] = [score(one.scores[i]) for i in (head, *others)]
         row += [count(one.n_tokens)] * (one.n_tokens is not None)
         row += [NO_VALUE if one.group is None else one.group] * (figures.group_column is not None)
-        row += [NO_VALUE if one.id is None else one.id] * has_id + [one.file, number(one.row, str(one.row))]
+        row += [NO_VALUE if one.id is None else _whole(one.id)] * has_id
+        row += [_whole(one.file), number(one.row, str(one.row))]
         row += [text(one.excerpt or "")] * has_text
         rows.append(row)
-    return Table(caption, columns, [rows])
+    return Table(caption, columns, [rows], 0)
+
+
+def _whole(name: str) -> Content:
+    """A name on one line, where it is short."""
+    return element("span", [name], {"class": "whole"}) if len(name) <= SHORT else name

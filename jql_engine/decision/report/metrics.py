@@ -12,7 +12,8 @@ from jql_engine.decision.report.figures import Moment, Speed
 from jql_engine.errors import InputError
 from jql_engine.fields import decode
 
-N_MOMENTS = 40
+MOST_MOMENTS = 40
+CHUNKS = 4  # in a moment, at least: fewer would show chunks and not speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +75,11 @@ def _parse(line: str) -> _Line | None:
 
 def _moments(lines: Sequence[_Line], start: float) -> Iterator[Moment]:
     """Equal stretches of time; a chunk counts when it was finished."""
-    length = max(lines[-1].end - start, 1e-3) / N_MOMENTS
-    by_moment: list[list[_Line]] = [[] for _ in range(N_MOMENTS)]
+    n_moments = min(MOST_MOMENTS, -(-len(lines) // CHUNKS))
+    length = max(lines[-1].end - start, 1e-3) / n_moments
+    by_moment: list[list[_Line]] = [[] for _ in range(n_moments)]
     for line in lines:
-        by_moment[min(int((line.end - start) / length), N_MOMENTS - 1)].append(line)
+        by_moment[min(int((line.end - start) / length), n_moments - 1)].append(line)
     for number, own in enumerate(by_moment):
         busy = _busy(own)
         total = sum(busy.values())

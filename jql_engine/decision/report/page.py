@@ -59,7 +59,12 @@ def score(value: float | None) -> Html:
 
 def share(value: float | None) -> Html:
     """A share, in percent."""
-    return number(value, "" if value is None else f"{value:.2%}".replace("%", " %"))
+    return number(value, "" if value is None else percent(value))
+
+
+def percent(value: float) -> str:
+    """A share, as it is shown."""
+    return f"{100 * value:.2f}\N{NO-BREAK SPACE}%"
 
 
 def text(content: str) -> Html:

@@ -35,6 +35,7 @@ COLOURS = dict(
 )
 HEIGHT = 1.5  # inches of a small plot; 96 pixels each on a page
 WIDTH = 2.6
+NARROWEST = 480  # pixels
 PIXELS = 96 / 72  # of a page, a point of matplotlib's
 METADATA = dict.fromkeys(("Date", "Creator", "Type", "Format"))  # none: two days would give two files
 SETTINGS: dict[Any, Any] = {
@@ -127,7 +128,7 @@ class Plots:
                 one.set_ylim(0, 1.08 * max(*values, 1e-9))
                 one.set_ylabel(name)
                 one.locator_params(axis="y", nbins=4)
-                one.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+                one.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
             axes[-1].set_xlabel("minutes since the first line")
 
         return self._several(label, draw, 8.2, 1.7 * len(series), len(series))
@@ -196,6 +197,14 @@ def _inlined(svg: str, label: str, name: str, width: float) -> Html:
     inner = re.sub(r'\b(id="|href="#|url\(#)', lambda found: f"{found[0]}{name}-", inner)
     for colour, page_colour in COLOURS.items():
         inner = inner.replace(colour, f"var(--{page_colour})")
-    inner = re.sub(r"\s*\n\s*", "\n", re.sub(r"(\.\d\d)\d+", r"\1", inner))  # hundredths of a point are enough
-    attributes = {"role": "img", "aria-label": label, "viewBox": box[1], "width": f"{width * 96:.0f}"}
+    inner = re.sub(r"<[^>]+>", _shortened, inner)
+    inner = re.sub(r" style=\"([^\"]*?)font-family: [^;\"]*; ?", r' style="\1', inner)
+    pixels = round(width * 96)
+    attributes = {"role": "img", "aria-label": label, "viewBox": box[1], "width": str(pixels)}
+    attributes["style"] = f"min-width: {min(pixels, NARROWEST)}px"  # on a phone wide plots scroll, and stay readable
     return element("svg", [Html(inner)], attributes)
+
+
+def _shortened(tag: re.Match[str]) -> str:
+    """A tag on one line, its numbers to hundredths of a point."""
+    return re.sub(r"(\.\d\d)\d+", r"\1", re.sub(r"\s*\n\s*", " ", tag[0]))

@@ -32,27 +32,30 @@ main:focus { outline: none; }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: 1rem 0 0; padding: 0; list-style: none; }
 .wide { overflow-x: auto; margin: 1rem 0 1.5rem; max-width: 100%; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--faint); padding-bottom: .4rem; max-width: 46rem; }
-th, td { padding: .25rem .65rem; text-align: right; vertical-align: top; white-space: nowrap; }
+caption {
+  text-align: left; color: var(--faint); padding-bottom: .4rem; max-width: min(46rem, 100vw - 2.5rem);
+  position: sticky; left: 0;
+}
+th, td { padding: .25rem .55rem; text-align: right; vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; }
 thead th { border-bottom: 1px solid var(--line); vertical-align: bottom; }
 thead th[scope=colgroup] { text-align: center; border-left: 1px solid var(--line); }
 th.text, td.text, th[scope=row], th[scope=rowgroup] { text-align: start; }
-td.text { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
-td.excerpt { min-width: 18rem; max-width: 40rem; }
+td.text { white-space: normal; overflow-wrap: break-word; max-width: 24rem; }
+td.excerpt { overflow-wrap: anywhere; min-width: 18rem; max-width: 40rem; }
+td .whole { white-space: nowrap; }
 tbody tr:nth-child(even) td { background: var(--raised); }
 tbody + tbody { border-top: 1px solid var(--line); }
-th:first-child, td:first-child { padding-left: .25rem; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 1.25rem; margin: 1rem 0; }
-figure { margin: 0; max-width: 100%; }
+figure { margin: 0; max-width: 100%; overflow-x: auto; }
 figcaption { font-size: .8125rem; color: var(--faint); max-width: 26rem; }
 svg { display: block; max-width: 100%; height: auto; }
+svg * { stroke-linejoin: round; }
 svg text { font-family: inherit !important; fill: var(--ink); }
 @media (max-width: 40rem) {
   body { padding: 1rem .75rem 3rem; }
   h1 { font-size: 1.5rem; }
   th, td { padding: .25rem .4rem; }
-  td.text { min-width: 4rem; }
   td.excerpt { min-width: 14rem; }
 }
 @media print {
