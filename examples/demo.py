@@ -1,8 +1,9 @@
-"""Exports the demo's encoder and heads as a bundle, scores the demo's documents with it and prints best and worst.
+"""From a checkpoint to a decision: exports the demo's encoder and heads, scores its documents, and cuts them.
 
     python examples/demo.py [--work .demo]
 
-Runs the installed commands jql-export and jql-run as anybody would; see examples/train_demo.py for the model.
+Runs the installed commands as anybody would, prints the best and the worst documents, and writes a report; see
+examples/train_demo.py for the model.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ EXAMPLES = ROOT / "examples"
 HEADS = ("education", "prose")
 COLUMNS = ("id", "lang", "kind", "text")
 N_SHOWN = 3  # documents at either end
+BY_LANGUAGE = ("--group-column", "lang", "--min-group", "10")  # by default 1,000, and the demo has 204 documents
 TEXT_WIDTH = 70  # terminal cells; a Chinese character takes two
 
 
@@ -56,10 +58,27 @@ def export(bundle: Path) -> None:
     _run("jql-export", "--encoder", _shown(model / "encoder"), *heads, "--out", _shown(bundle), "--overwrite")
 
 
-def score(documents: Path, bundle: Path, out: Path) -> None:
-    """Score `documents` with `bundle` into the folder `out`."""
-    folders = ("--bundle", _shown(bundle), "--out", _shown(out))
-    _run("jql-run", _shown(documents), *folders, "--overwrite", "--device", "cpu")
+def score(documents: Path, bundle: Path, out: Path, metrics: Path) -> None:
+    """Score `documents` with `bundle` into the folder `out`, which gets their languages too."""
+    folders = ("--bundle", _shown(bundle), "--out", _shown(out), "--metrics", _shown(metrics))
+    metrics.unlink(missing_ok=True)
+    _run("jql-run", _shown(documents), *folders, "--group-column", "lang", "--overwrite", "--device", "cpu")
+
+
+def cut(scores: Path, documents: Path, out: Path) -> None:
+    """Keep the documents whose scores are all above the 0.6 quantile of their language, as the JQL paper does."""
+    _run("jql-cut", _shown(scores), *BY_LANGUAGE, "--quantile", "0.6", "--corpus", _shown(documents),
+         "--out", _shown(out), "--overwrite")  # fmt: skip
+    counts = json.loads((out / "thresholds.json").read_text("utf-8"))["counts"]
+    print(f"{counts['kept_documents']} of {counts['documents']} documents are kept: {_shown(out)}")
+
+
+def report(scores: Path, documents: Path, work: Path) -> None:
+    """Write the report of the scores."""
+    page, sources = work / "report.html", ("--corpus", _shown(documents), "--metrics", _shown(work / "metrics.jsonl"))
+    _run("jql-report", _shown(scores), *BY_LANGUAGE, *sources, "--bundle", _shown(work / "bundle"),
+         "--html", _shown(page))  # fmt: skip
+    print(f"open {_shown(page)} in a browser")
 
 
 def _run(command: str, *arguments: str) -> None:
@@ -110,12 +129,15 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     documents = write_documents(work / "documents.parquet")
     export(work / "bundle")
-    score(work / "documents.parquet", work / "bundle", work / "scores")
+    score(work / "documents.parquet", work / "bundle", work / "scores", work / "metrics.jsonl")
     scored = join(documents, pq.read_table(work / "scores" / "documents.parquet"))
     console = Console(width=None if sys.stdout.isatty() else 120)  # rich takes 80 for a pipe, too few for the texts
     for head in range(len(HEADS)):
         console.print()
         console.print(table_of(scored, head))
+    console.print()
+    cut(work / "scores", work / "documents.parquet", work / "kept")
+    report(work / "scores", work / "documents.parquet", work)
 
 
 if __name__ == "__main__":

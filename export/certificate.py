@@ -1,4 +1,4 @@
-"""A bundle and documents of a user's own -> certificate.json: what each graph decides otherwise than PyTorch in fp32.
+"""A bundle and a user's own documents -> certificate.json and .html: what each graph decides otherwise than PyTorch.
 
 Probe documents show that a graph computes what it should. They do not show what its rounding costs on the documents
 that it will be used for: how many of them are kept at a cut by the one and not by the other. So the reference scores a
@@ -8,7 +8,6 @@ runs on this machine scores the same ids.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,9 @@ from jql_engine.bundle import Bundle, sha256_of
 from jql_engine.certificate import CERTIFICATE, CUT, FORMAT, FlipShare
 from jql_engine.data import DocumentBatch, ScoreBatch, TokenBatch
 from jql_engine.decision.compare import Comparison, Paired, compare, flips_at
+from jql_engine.decision.report.comparison import certificate_page
+from jql_engine.decision.report.plots import check_matplotlib
+from jql_engine.decision.written import write_json, write_text
 from jql_engine.engine import Engine
 from jql_engine.errors import BundleError, InputError, ParityError
 from jql_engine.files.formats import open_file
@@ -39,6 +41,7 @@ from jql_export.hub import Checkpoint
 from jql_export.readouts.base import Readout
 from jql_export.reference import Reference
 
+PAGE = "certificate.html"
 DOCUMENTS = 2_000
 SEED = 0
 REFERENCE_BF16 = "reference in bf16"
@@ -67,6 +70,7 @@ def certify_bundle(
     Raises BundleError where `checkpoint` or `readouts` are not those that the bundle `path` was made of, InputError for
     the corpus, and ParityError, with no certificate written, for a graph that is out of its tolerance.
     """
+    check_matplotlib()
     bundle = Bundle.open(path)
     _check_sources(bundle, checkpoint, readouts)
     sample = draw(bundle, corpus, text_column, n_docs)
@@ -83,7 +87,8 @@ def certify_bundle(
             found[name] = _compared(bundle, sample.tokens, expected, scores.values)
             _check_tolerance(bundle, name, found[name])
     certificate = _describe(bundle, corpus, sample, found)
-    _write(bundle.path / CERTIFICATE, json.dumps(certificate, indent=1, ensure_ascii=False) + "\n")
+    write_text(bundle.path / PAGE, certificate_page(certificate))
+    write_json(bundle.path / CERTIFICATE, certificate)
     return certificate
 
 
@@ -200,13 +205,3 @@ def _processor() -> str:
     except OSError:
         lines = []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _write(file: Path, content: str) -> None:
-    """Under its name complete or not at all: jobs may be reading the one before it."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.writing")
-    try:
-        aside.write_text(content, encoding="utf-8")
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)

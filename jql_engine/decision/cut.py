@@ -65,7 +65,7 @@ def cut(
         "pooled_groups": sum(one.is_pooled for one in decision.groups),
         "score_files": len(files.files),
         "thresholds": target,
-        **copied,
+        **({"copied": copied, "unfinished": copied["unfinished"]} if copied else {}),
         "seconds": round(time.monotonic() - began, 3),
     }
 

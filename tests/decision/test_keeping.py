@@ -107,9 +107,9 @@ def test_the_kept_rows_are_those_of_the_paper_s_rule_with_all_columns(tmp_path):
         assert group["counts"]["kept_documents"] == kept > 0
         whole = pq.read_table(corpus)["lang"].cast(pa.string())
         assert group["counts"]["documents"] == pc.sum(pc.equal(whole, group["group"])).as_py()
-    assert summary["kept_documents"] == sum(map(len, tables.values())) and summary["files"] == 4
+    assert summary["kept_documents"] == sum(map(len, tables.values())) and summary["copied"]["files"] == 4
     again = keep(corpus, scores, tmp_path / "out")
-    assert (again["files"], again["skipped_files"]) == (0, 4)
+    assert (again["copied"]["files"], again["copied"]["skipped_files"]) == (0, 4)
 
 
 def test_scores_beside_all_columns_are_their_own_corpus(tmp_path):
@@ -200,7 +200,7 @@ def test_ids_are_compared_row_by_row(tmp_path):
     summary = keep(corpus, scores, tmp_path / "out")
     [unfinished] = summary["unfinished"]
     assert "row 300 has id '1-300', its scores are of 'other 300'" in unfinished["reason"]
-    assert not (tmp_path / "out" / "b" / "1.parquet").exists() and summary["files"] == 3
+    assert not (tmp_path / "out" / "b" / "1.parquet").exists() and summary["copied"]["files"] == 3
 
 
 def test_a_corpus_of_json_lines_and_scores_alone_are_named(tmp_path):

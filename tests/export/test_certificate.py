@@ -13,7 +13,7 @@ from jql_engine.bundle import MANIFEST, Bundle, describe_files
 from jql_engine.certificate import CERTIFICATE, CUT, read_certificate
 from jql_engine.errors import BundleError, InputError, ParityError
 from jql_engine.sessions.select import choose
-from jql_export.certificate import certify_bundle, draw
+from jql_export.certificate import PAGE, certify_bundle, draw
 from jql_export.families.read import read_encoder
 from jql_export.graph.encoder import write_graph
 from jql_export.hub import Checkpoint
@@ -62,6 +62,8 @@ def test_every_graph_is_compared_with_the_reference_on_a_sample(made, corpus, tm
     assert Bundle.open(bundle.path).hash == bundle.hash
     assert score(Engine(bundle.path, device="cpu"), job, corpus).skipped_files == 2
     assert {file: file.read_bytes() for file in job.rglob("*.parquet")} == before
+    page = (bundle.path / PAGE).read_text()
+    assert bundle.hash in page and all(name in page for name in VARIANTS)
     (bundle.path / CERTIFICATE).unlink()
 
 
