@@ -33,8 +33,8 @@ MOST_LISTED = 200  # groups in tables, the largest
 MOST_PLOTTED = 24  # and in a plot
 REFERENCE = "PyTorch in bf16"
 ABOUT_FLIPS = (
-    "A document changes sides at a quantile if it is kept at it by one set of scores and not by the other; each set "
-    "has its own thresholds. In brackets the interval in which the share of documents like these lies with 95 % confidence."
+    "A document changes sides at a quantile if it is kept at it by one set of scores and not by the other, each by its "
+    "own thresholds. In brackets the interval in which the share of documents like these lies with 95 % confidence."
 )
 Described = Mapping[str, Any]  # of JSON: a comparison, or a slice of one
 
@@ -118,13 +118,14 @@ def _section(name: str, title: str, slices: Sequence[Described], comparison: Des
         content.append(paragraph(f"The {MOST_LISTED} groups with the most documents are listed."))
     if name != "both":
         points = [
-            (one["what"] if name == "all" else f"{_slice_name(part)}, {one['what']}", *_percents(one))
+            (one["what"] if name == "all" else _slice_name(part), *_percents(one))
             for part in shown[:MOST_PLOTTED]
             for one in _at(part, CUT)
             if name == "all" or one["what"] == "all" or len(comparison["heads"]) == 1
         ]
-        label = f"Documents that change sides at {CUT}; the table has the figures"
-        plot = plots.intervals(label, points, f"% of documents that change sides at {CUT}")
+        rule = "" if name == "all" or len(comparison["heads"]) == 1 else ", by the rule all"
+        axis = f"% of documents that change sides at {CUT}{rule}"
+        plot = plots.intervals(f"Intervals, {axis}; the table has the figures", points, axis)
         content.append(side_by_side([(plot, "Share, and its interval")]))
     tables = (_flips(shown, comparison), _differences(shown, comparison))
     return Section(name, title, [*content, *(one.to_html() for one in tables)])

@@ -156,7 +156,7 @@ class Plots:
             heights = range(len(rows), 0, -1)
             for height, (_, value, low, high) in zip(heights, rows, strict=True):
                 axes.plot([low, high], [height, height], color=SERIES[0], linewidth=2, solid_capstyle="butt")
-                axes.plot([value], [height], marker="o", markersize=5, color=SERIES[0], linestyle="none")
+                axes.plot([value], [height], marker="o", markersize=5, color=SERIES[0], clip_on=False)
             axes.set_yticks(list(heights), [name if len(name) <= 28 else f"{name[:27]}…" for name, *_ in rows])
             axes.set_ylim(0.4, len(rows) + 0.6)
             axes.set_xlim(left=0)
