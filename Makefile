@@ -36,6 +36,8 @@ wheel: $(VENV)/.installed
 	build/wheel/venv/bin/python examples/demo.py --work build/wheel/demo
 	build/wheel/venv/bin/jql-rescore --help > /dev/null
 	build/wheel/venv/bin/jql-cut --help > /dev/null
+	build/wheel/venv/bin/jql-report --help > /dev/null
+	build/wheel/venv/bin/jql-compare --help > /dev/null
 
 # ENCODER, BUNDLE, CORPUS and NAME: see benchmarks/throughput.py
 bench: $(VENV)/.installed-dev

@@ -35,7 +35,7 @@ COLOURS = dict(
 )
 HEIGHT = 1.5  # inches of a small plot; 96 pixels each on a page
 WIDTH = 2.6
-NARROWEST = 480  # pixels
+NARROWEST = 560  # pixels
 PIXELS = 96 / 72  # of a page, a point of matplotlib's
 METADATA = dict.fromkeys(("Date", "Creator", "Type", "Format"))  # none: two days would give two files
 SETTINGS: dict[Any, Any] = {
@@ -131,7 +131,7 @@ class Plots:
                 one.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
             axes[-1].set_xlabel("minutes since the first line")
 
-        return self._several(label, draw, 8.2, 1.7 * len(series), len(series))
+        return self._several(label, draw, 6.8, 1.7 * len(series), len(series))
 
     def stacked(self, label: str, times: Sequence[float], series: Sequence[tuple[str, Sequence[float]]]) -> Html:
         """Shares over time, on top of one another, with a legend."""
@@ -147,7 +147,7 @@ class Plots:
             axes.set_ylim(0, 100)
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), frameon=False)
 
-        return self._drawn(label, draw, 8.2, 2.5)
+        return self._drawn(label, draw, 6.8, 2.5)
 
     def intervals(self, label: str, rows: Sequence[tuple[str, float, float, float]], axis: str) -> Html:
         """A point and its interval for each name, from top to bottom."""

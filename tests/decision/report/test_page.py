@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -101,7 +102,7 @@ def test_a_page_can_be_read_without_seeing_it(page):
     assert all(one.get("scope") in ("col", "row", "colgroup", "rowgroup") for one in read.of("th"))
     assert read.of("html") == [{"lang": "en"}] and len(read.of("h1")) == len(read.of("main")) == 1
     levels = [int(tag[1]) for tag, _ in read.elements if re.fullmatch("h[1-6]", tag)]
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
 def test_the_same_figures_give_the_same_page(page, figures):

@@ -1,0 +1,88 @@
+"""jql-report and jql-compare as commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from jql_engine.certificate import CERTIFICATE
+from jql_engine.cli import compare, report
+from tests.decision.report.certificates import certificate
+from tests.decision.report.made import Made, make
+from tests.decision.report.reading import Page
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Made:
+    return make(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    def run(module, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["jql", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            module.main()
+        return exit_.value.code or 0, *capfd.readouterr()
+
+    return run
+
+
+def test_a_report_is_a_page_and_figures_and_the_last_line_is_json(call, made, tmp_path):
+    code, out, _ = call(
+        report, made.scores, "--group-column", "lang", "--corpus", made.corpus, "--metrics", made.metrics,
+        "--min-group", 100, "--weight", "tokens", "--html", tmp_path / "r.html", "--json", tmp_path / "r.json",
+    )  # fmt: skip
+    summary = json.loads(out.splitlines()[-1])
+    figures = json.loads((tmp_path / "r.json").read_text("utf-8"))
+    assert code == 0 and summary["documents"] == figures["whole"]["documents"] == 2_000
+    assert summary["groups"] == 4 and summary["files"] == 2 and figures["weight"] == "tokens"
+    kept = {one["rule"]: one["document_share"] for one in figures["whole"]["kept"] if one["quantile"] == 0.6}
+    assert summary["kept_at_0.6"] == kept
+    assert (tmp_path / "r.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_a_report_of_nothing_to_write_is_misuse(call, made):
+    code, _, err = call(report, made.scores)
+    assert code == 2 and "--html" in err and "--json" in err
+
+
+def test_a_column_that_is_not_there_is_an_error_and_nothing_is_written(call, made, tmp_path):
+    code, _, err = call(report, made.scores, "--group-column", "language", "--html", tmp_path / "r.html")
+    assert code == 1 and "no column 'language'" in err and not list(tmp_path.iterdir())
+
+
+def test_the_bundle_must_be_the_one_that_computed_the_scores(call, made, bundles, tmp_path):
+    code, _, err = call(report, made.scores, "--bundle", bundles["bert"].path, "--json", tmp_path / "r.json")
+    assert code == 1 and "the scores were computed with bundle abababababab" in err and bundles["bert"].hash[:12] in err
+
+
+def test_a_comparison_is_a_page_and_figures(call, made, tmp_path):
+    out_files = ("--html", tmp_path / "c.html", "--json", tmp_path / "c.json")
+    code, out, _ = call(compare, made.scores, made.scores, "--group-column", "lang", "--min-group", 100, *out_files)
+    summary, figures = json.loads(out.splitlines()[-1]), json.loads((tmp_path / "c.json").read_text("utf-8"))
+    assert code == 0 and summary["compared"] == figures["compared"] == 1_993
+    assert all(flip["documents"] == 0 for flip in figures["slices"][0]["flips"])
+    assert "Two sets of scores" in (tmp_path / "c.html").read_text("utf-8")
+
+
+def test_the_certificate_of_the_bundle_is_shown(call, made, bundles, tmp_path):
+    bundle = shutil.copytree(bundles["bert"].path, tmp_path / "bundle")
+    content = certificate() | {"bundle": bundles["bert"].hash}
+    (bundle / CERTIFICATE).write_text(json.dumps(content), encoding="utf-8")
+    table = pq.read_table(made.scores / "a/0.parquet")
+    settings = json.loads(table.schema.metadata[b"jql_engine"]) | {"bundle": bundles["bert"].hash}
+    pq.write_table(table.replace_schema_metadata({"jql_engine": json.dumps(settings)}), tmp_path / "s.parquet")
+    out_files = ("--html", tmp_path / "r.html", "--json", tmp_path / "r.json")
+    assert call(report, tmp_path / "s.parquet", "--bundle", bundle, *out_files)[0] == 0
+    shown = json.loads((tmp_path / "r.json").read_text("utf-8"))["provenance"]["certificate"]
+    assert shown["variants"]["cpu-fp32"] == {"flips": content["variants"]["cpu-fp32"]["flips"]}
+    read = Page((tmp_path / "r.html").read_text("utf-8"))
+    flips = [content["reference_bf16"], *content["variants"].values()]
+    expected = [value for one in flips for flip in one["flips"] for value in (flip["share"], flip["upper"])]
+    assert read.numbers["provenance"][2:] == expected
+    assert {"PyTorch in bf16", "cpu-fp32 (computed these scores)", "openvino-bf16"} <= set(read.texts)
