@@ -30,9 +30,10 @@ def run(
         typer.Option(help="Score column, to be repeated; by default those that jql-run wrote.", rich_help_panel=INPUT),
     ] = None,
     corpus: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="What was scored, a folder, file, glob or URL: the page shows excerpts.", rich_help_panel=INPUT
+            help="What was scored, files, folders, globs or URLs, to be repeated: the page shows excerpts.",
+            rich_help_panel=INPUT,
         ),
     ] = None,
     text_column: Annotated[str, typer.Option(help="Text column of the corpus.", rich_help_panel=INPUT)] = "text",
@@ -70,7 +71,7 @@ def run(
         inputs=tuple(scores),
         columns=tuple(columns or ()),
         group_column=group_column,
-        corpus=corpus,
+        corpus=tuple(corpus or ()),
         text_column=text_column,
         assume_unchanged=assume_unchanged,
         metrics=metrics,

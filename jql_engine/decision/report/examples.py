@@ -29,29 +29,29 @@ READ = 4 * EXCERPT  # characters looked at: white space is shortened
 class Corpus:
     """The texts that the scores are of."""
 
-    given: str
     text_column: str
     sources: Mapping[str, SourceFile]  # by the name of the score file
     assume_unchanged: bool
 
     @classmethod
-    def find(cls, given: str, text_column: str, assume_unchanged: bool) -> Corpus:
+    def find(cls, inputs: Sequence[str], text_column: str, assume_unchanged: bool) -> Corpus:
         """Raises InputError where nothing is there."""
-        listing = find_files([given])
-        sources = {source.relative.text: source for source in listing.files}
-        return cls(given, text_column, sources, assume_unchanged)
+        sources = {source.relative.text: source for source in find_files(inputs).files}
+        return cls(text_column, sources, assume_unchanged)
 
     def open(self, scores: InputFile) -> InputFile:
         """The file of the corpus that `scores` are of; raises InputError where there is none, or another one."""
         name, found = scores.source.relative.text, scores.source.location
         if name not in self.sources:
-            raise InputError(f"--corpus {self.given} holds no file that {found} could be the scores of: none is {name}")
+            raise InputError(f"the corpus holds no file that {found} could be the scores of: none is called {name}")
         file = open_file(self.sources[name], Columns(self.text_column))
         self._check(file, scores)
         return file
 
     def _check(self, file: InputFile, scores: InputFile) -> None:
         source, found = file.source, scores.source.location
+        if source.location == found:  # written with all columns of the corpus
+            return
         settings = stored_settings(found)
         if file.n_rows != scores.n_rows:
             raise InputError(

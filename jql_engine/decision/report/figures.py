@@ -169,7 +169,7 @@ class Provenance:
     inputs: tuple[str, ...]
     files: int
     settings: Mapping[str, Any]  # of the job; empty where jql-run did not write the files
-    corpus: str | None
+    corpus: tuple[str, ...]
     certificate: Mapping[str, Any] | None  # of the bundle that was given
 
 

@@ -63,7 +63,7 @@ def provenance_section(figures: Figures) -> Section:
     rows: list[tuple[str, Content]] = [
         ("scores", ", ".join(found.inputs)),
         ("files", count(found.files)),
-        ("corpus", found.corpus or "not given"),
+        ("corpus", ", ".join(found.corpus) or "not given"),
         ("groups", figures.group_column or "none"),
         ("quantiles counted in", figures.weight),
         ("smallest group with thresholds of its own", count(figures.min_group)),

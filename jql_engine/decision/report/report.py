@@ -37,7 +37,7 @@ class Sources:
     inputs: tuple[str, ...]
     columns: tuple[str, ...] = ()  # score columns; without any those that jql-run wrote
     group_column: str | None = None
-    corpus: str | None = None
+    corpus: tuple[str, ...] = ()
     text_column: str = "text"
     assume_unchanged: bool = False
     metrics: Path | None = None
@@ -82,14 +82,14 @@ def take_figures(sources: Sources, weight: Weight = "documents", min_group: int 
     certificate = None if sources.bundle is None else _certificate(sources.bundle, files)
     speed = None if sources.metrics is None else read_speed(sources.metrics)
     corpus = None
-    if sources.corpus is not None:
+    if sources.corpus:
         corpus = Corpus.find(sources.corpus, sources.text_column, sources.assume_unchanged)
     found = measure(files, corpus, weight, min_group)
     provenance = Provenance(
         inputs=tuple(map(redact, sources.inputs)),
         files=len(files.files),
         settings=dict(files.settings),
-        corpus=None if sources.corpus is None else redact(sources.corpus),
+        corpus=tuple(map(redact, sources.corpus)),
         certificate=certificate,
     )
     return Figures(

@@ -17,7 +17,7 @@ def made(tmp_path_factory) -> Made:
 
 @pytest.fixture(scope="session")
 def sources(made) -> Sources:
-    return Sources((str(made.scores),), group_column="lang", corpus=str(made.corpus), metrics=made.metrics)
+    return Sources((str(made.scores),), group_column="lang", corpus=(str(made.corpus),), metrics=made.metrics)
 
 
 @pytest.fixture(scope="session")

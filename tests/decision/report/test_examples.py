@@ -40,22 +40,22 @@ def test_a_corpus_with_other_rows_is_refused(copied, sources):
     table = pq.read_table(copied / "a/0.parquet")
     pq.write_table(table.slice(1), copied / "a/0.parquet")
     with pytest.raises(InputError, match=r"0.parquet has 699 rows and .* 700; they are not of the same"):
-        take_figures(replace(sources, corpus=str(copied)))
+        take_figures(replace(sources, corpus=(str(copied),)))
 
 
 def test_a_corpus_of_another_size_is_refused(copied, sources):
     table = pq.read_table(copied / "a/0.parquet")
     pq.write_table(table, copied / "a/0.parquet", compression="none")
     with pytest.raises(InputError, match=r"bytes and had .* when .* was written; give the corpus that was scored"):
-        take_figures(replace(sources, corpus=str(copied)))
+        take_figures(replace(sources, corpus=(str(copied),)))
 
 
 def test_a_corpus_that_was_touched_is_refused_unless_it_is_said_to_be_the_same(copied, sources, figures):
     os.utime(copied / "a/0.parquet")
     os.utime(copied / "a/1.parquet")
     with pytest.raises(InputError, match=r"was changed or copied since .*--assume-unchanged"):
-        take_figures(replace(sources, corpus=str(copied)))
-    found = take_figures(replace(sources, corpus=str(copied), assume_unchanged=True), min_group=100)
+        take_figures(replace(sources, corpus=(str(copied),)))
+    found = take_figures(replace(sources, corpus=(str(copied),), assume_unchanged=True), min_group=100)
     assert found.heads == figures.heads
 
 
@@ -67,10 +67,23 @@ def test_a_corpus_with_other_ids_is_refused(copied, sources):
         file.write_bytes(content)
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(InputError, match=r"row \d+ has id 'ix-\d+', its scores are of 'id-\d+'"):
-        take_figures(replace(sources, corpus=str(copied)))
+        take_figures(replace(sources, corpus=(str(copied),)))
 
 
 def test_a_corpus_without_a_file_is_refused(copied, sources):
     (copied / "a/1.parquet").unlink()
-    with pytest.raises(InputError, match=r"holds no file that .*1.parquet could be the scores of: none is a/1.parquet"):
-        take_figures(replace(sources, corpus=str(copied)))
+    with pytest.raises(
+        InputError,
+        match=r"the corpus holds no file that .*1.parquet could be the scores of: none is called a/1.parquet",
+    ):
+        take_figures(replace(sources, corpus=(str(copied),)))
+
+
+def test_scores_that_were_appended_to_the_corpus_are_their_own_corpus(made, sources, figures, tmp_path):
+    for number in range(2):
+        texts = pq.read_table(made.corpus / f"a/{number}.parquet", columns=["text"])
+        scores = pq.read_table(made.scores / f"a/{number}.parquet")
+        (tmp_path / "a").mkdir(exist_ok=True)
+        pq.write_table(scores.append_column("text", texts["text"]), tmp_path / f"a/{number}.parquet")
+    found = take_figures(replace(sources, inputs=(str(tmp_path),), corpus=(str(tmp_path),)), min_group=100)
+    assert found.heads == figures.heads

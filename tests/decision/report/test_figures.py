@@ -131,7 +131,7 @@ def test_each_document_is_counted_in_the_hexagon_with_the_nearest_centre(made):
 
 def test_a_sample_is_uniform_and_the_same_each_time(made, sources, figures, monkeypatch):
     monkeypatch.setattr(sampling, "SAMPLED", 500)
-    first, second = (take_figures(replace(sources, corpus=None)).agreement for _ in range(2))
+    first, second = (take_figures(replace(sources, corpus=())).agreement for _ in range(2))
     assert first == second and first.drawn == 500 and 490 < first.compared <= 500
     drawn = np.random.default_rng(sampling.SEED).choice(2_000, 500, replace=False, shuffle=False)
     own = made.values[:, np.sort(drawn)][:, made.is_scored[np.sort(drawn)]]
@@ -142,7 +142,7 @@ def test_a_sample_is_uniform_and_the_same_each_time(made, sources, figures, monk
 def test_small_groups_are_summed_beyond_those_that_are_shown(sources, figures, monkeypatch):
     monkeypatch.setattr(measure, "MOST_LISTED", 2)
     monkeypatch.setattr(measure, "MOST_PLOTTED", 1)
-    found = take_figures(replace(sources, corpus=None), min_group=MIN_GROUP)
+    found = take_figures(replace(sources, corpus=()), min_group=MIN_GROUP)
     *large, others = found.groups
     assert large == list(figures.groups[:2]) and others.scope == Scope("others", None, 2)
     assert others.documents == sum(one.documents for one in figures.groups[2:]) and others.thresholds == ()
@@ -160,7 +160,7 @@ def test_without_groups_or_lengths_the_figures_say_so(made, sources, tmp_path):
     pq.write_table(table, tmp_path / "foreign.parquet")
     found = take_figures(
         replace(sources, inputs=(str(tmp_path / "foreign.parquet"),), columns=("score_education",), group_column=None,
-                corpus=None, metrics=None)
+                corpus=(), metrics=None)
     )  # fmt: skip
     assert (found.groups, found.lengths, found.speed, found.whole.tokens, found.whole.truncated) == (
         (), (), None, None, None,
@@ -169,7 +169,7 @@ def test_without_groups_or_lengths_the_figures_say_so(made, sources, tmp_path):
     with pytest.raises(InputError, match="count in documents"):
         take_figures(
             replace(sources, inputs=(str(tmp_path / "foreign.parquet"),), columns=("score_education",),
-                    group_column=None, corpus=None), "tokens"
+                    group_column=None, corpus=()), "tokens"
         )  # fmt: skip
 
 

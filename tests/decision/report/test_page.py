@@ -128,7 +128,7 @@ def test_a_missing_matplotlib_names_the_extra(sources, tmp_path, monkeypatch):
 def test_sections_that_there_is_nothing_for_are_left_out(sources):
     from jql_engine.decision.report.report import take_figures
 
-    bare = replace(sources, corpus=None, metrics=None, columns=("score_prose",), group_column=None)
+    bare = replace(sources, corpus=(), metrics=None, columns=("score_prose",), group_column=None)
     read = Page(report_page(take_figures(Sources(bare.inputs, bare.columns))))
     assert {"speed", "agreement"}.isdisjoint(read.numbers) and "lengths" in read.numbers
     assert not [one for one in read.of("td") if "excerpt" in one.get("class", "")]
