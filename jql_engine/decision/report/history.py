@@ -30,7 +30,7 @@ def speed_section(speed: Speed, plots: Plots) -> Section:
     """Documents and tokens a second, and which stage worked, over time."""
     damaged = f" {speed.damaged_lines:,} lines were cut off, and are left out." if speed.damaged_lines else ""
     note = paragraph(
-        f"From {speed.began} to {speed.ended}: {speed.chunks:,} chunks, {speed.failures:,} failures, at most "
+        f"From {speed.began} to {speed.ended}; chunks: {speed.chunks:,}; failures: {speed.failures:,}; at most "
         f"{speed.memory_bytes / (1 << 20):,.0f} MiB in a process. A chunk counts when it is finished; where nothing "
         f"was, no job was under way, or none got through a chunk.{damaged}"
     )

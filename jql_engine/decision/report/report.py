@@ -113,8 +113,8 @@ def report_page(figures: Figures) -> str:
     """The page that shows them; raises EngineError where matplotlib is missing."""
     check_matplotlib()
     plots = Plots()
-    sections = [contents_section(figures), kept_section(figures), thresholds_section(figures)]
-    sections.append(histogram_section(figures, plots))
+    sections = [contents_section(figures), histogram_section(figures, plots), kept_section(figures)]
+    sections.append(thresholds_section(figures))
     if figures.agreement.pairs:
         sections.append(agreement_section(figures, plots))
     if figures.lengths:
