@@ -98,6 +98,6 @@ def announce(decision: Decision) -> None:
         )
     if target is not None and target.excess:
         say(
-            f"jql-cut: {target.excess:,} {target.unit} more are kept than the {target.asked:,} asked for: documents "
-            "with equal scores are kept or dropped together"
+            f"jql-cut: {target.excess:,} {target.unit} more are kept than the {target.asked:,} asked for: a document "
+            "is kept whole, and together with those of the same scores"
         )

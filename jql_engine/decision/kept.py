@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +39,11 @@ class Cut:
         return kept
 
 
-def count_kept(files: ScoreFiles, cuts: Sequence[Cut], n_groups: int) -> NDArray[np.int64]:
-    """Documents and tokens that each cut keeps of each group, int64 [cuts, 2, G]; one pass over the data."""
-    counts = np.zeros((len(cuts), 2, n_groups), np.int64)
+def count_kept(files: ScoreFiles, cut: Cut, n_groups: int) -> NDArray[np.int64]:
+    """Documents and tokens kept of each group, int64 [2, G]; one pass over the data."""
+    counts = np.zeros((2, n_groups), np.int64)
     for rows in files.read():
-        for cut, (documents, tokens) in zip(cuts, counts, strict=True):
-            kept = cut.kept(rows)
-            np.add.at(documents, rows.groups[kept], 1)
-            np.add.at(tokens, rows.groups[kept], rows.n_tokens[kept])
+        kept = cut.kept(rows)
+        np.add.at(counts[0], rows.groups[kept], 1)
+        np.add.at(counts[1], rows.groups[kept], rows.n_tokens[kept])
     return counts

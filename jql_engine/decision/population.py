@@ -29,7 +29,7 @@ class Population:
 
     files: ScoreFiles
     census: Census
-    rule: Rule
+    rules: tuple[Rule, ...]  # whose scores are looked at, all together
     weight: Weight  # in which quantiles are taken
     kept_weight: Weight  # in which what is kept is counted
     slots: NDArray[np.int64]  # [G], of each group
@@ -37,7 +37,13 @@ class Population:
 
     @classmethod
     def of(
-        cls, files: ScoreFiles, census: Census, rule: Rule, weight: Weight, kept_weight: Weight, min_group: int
+        cls,
+        files: ScoreFiles,
+        census: Census,
+        rules: tuple[Rule, ...],
+        weight: Weight,
+        kept_weight: Weight,
+        min_group: int,
     ) -> Population:
         """Give each group its slot; raises InputError where no document has scores, or tokens are not known."""
         if "tokens" in (weight, kept_weight) and not files.has_tokens:
@@ -49,7 +55,7 @@ class Population:
         is_large = census.scored >= (min_group if files.group_column else 1)
         slots = np.where(is_large, np.cumsum(is_large) - 1, is_large.sum())
         pool = None if is_large.all() else int(is_large.sum())
-        found = cls(files, census, rule, weight, kept_weight, slots, pool)
+        found = cls(files, census, rules, weight, kept_weight, slots, pool)
         if (empty := found.totals == 0).any():
             group = files.groups.names[int(np.argmax(slots == np.argmax(empty)))]
             raise InputError(f"no document of the group {group!r} has any tokens; count in documents")
@@ -59,7 +65,7 @@ class Population:
     @property
     def heads(self) -> tuple[str, ...]:
         """What has thresholds."""
-        return judged_heads(self.rule, self.files.heads)
+        return tuple(head for rule in self.rules for head in judged_heads(rule, self.files.heads))
 
     @property
     def is_pooled(self) -> NDArray[np.bool_]:
@@ -83,7 +89,8 @@ class Population:
         """Each document once, in the slot whose thresholds decide about it."""
         for rows in self.files.read():
             chosen = slice(None) if (is_scored := rows.is_scored).all() else is_scored
-            keys = keys_of(judged_scores(self.rule, rows.scores[:, chosen]))
+            scores = rows.scores[:, chosen]
+            keys = keys_of(np.concatenate([judged_scores(rule, scores) for rule in self.rules]))
             tokens = rows.n_tokens[chosen]
             weights = {"documents": np.ones_like(tokens), "tokens": tokens}
             yield Sample(self.slots[rows.groups[chosen]], keys, weights[self.weight], weights[self.kept_weight])

@@ -65,11 +65,12 @@ class _Bounds:
 
     def narrow(self, partition: Partition, population: Population, target: int) -> tuple[float, float]:
         """Between which of `quantiles` the result lies; one pass over the data."""
+        [rule] = population.rules
         kept = np.zeros((2, len(self.quantiles)), np.int64)  # by the quantile up to which
         for sample in population.judged():
             bins = [partition.locate(sample, head) for head in range(partition.n_heads)]
             for bound in range(2):
-                upto = join(population.rule, np.stack([self.ranks[bound][one] for one in bins]))
+                upto = join(rule, np.stack([self.ranks[bound][one] for one in bins]))
                 np.add.at(kept[bound], upto, sample.kept)
         at_least, at_most = np.cumsum(kept[:, ::-1], axis=1)[:, ::-1]
         low, high = (np.flatnonzero(weights >= target).max(initial=0) for weights in (at_least, at_most))

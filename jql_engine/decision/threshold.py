@@ -34,7 +34,7 @@ def decide(files: ScoreFiles, request: Request) -> Decision:
     a number of tokens is to be kept, three or four more.
     """
     census = take_census(files)
-    population = Population.of(files, census, request.rule, request.weight, request.kept_weight, request.min_group)
+    population = Population.of(files, census, (request.rule,), request.weight, request.kept_weight, request.min_group)
     partition = _partition(population)
     asked = _target(request, census)
     quantile = request.quantile
@@ -44,7 +44,7 @@ def decide(files: ScoreFiles, request: Request) -> Decision:
         partition = _partition(population) if partition.is_spent else partition
     thresholds = _thresholds(partition, population, quantile)  # [slots, J, 3]
     cut = Cut(request.rule, thresholds[population.slots, :, 0])
-    kept = count_kept(files, [cut], census.n_groups)[0]
+    kept = count_kept(files, cut, census.n_groups)
     return Decision(
         request,
         quantile,

@@ -83,8 +83,8 @@ def test_what_is_not_expected_is_said_aloud(jql_cut, scores, tmp_path):
         "jql-cut: 100 of 5,000 documents are dropped: a score is null (100), NaN (0) or infinite (0)",
         "jql-cut: 1 of 2 groups have fewer than 1,000 documents with scores, and take the thresholds of all groups: "
         "'zu'",
-        f"jql-cut: {target['excess']:,} documents more are kept than the 980 asked for: documents with equal scores "
-        "are kept or dropped together",
+        f"jql-cut: {target['excess']:,} documents more are kept than the 980 asked for: a document is kept whole, "
+        "and together with those of the same scores",
     ]
 
 
@@ -145,11 +145,12 @@ def test_an_error_leaves_what_was_there(jql_cut, scores, tmp_path):
     assert json.loads(target.read_text())["format"] == 1
 
 
-def test_scores_of_a_real_job_are_cut_by_a_column_of_their_source(bundle, jql_cut, tmp_path):
+@pytest.mark.parametrize("options", [{"output": "append"}, {"group_column": "lang"}])
+def test_scores_of_a_real_job_are_cut_by_a_column_of_their_source(options, bundle, jql_cut, tmp_path):
     texts = [f"Water boils at {i} degrees." if i % 7 else None for i in range(400)]
     lang = ["en" if i % 3 else "de" for i in range(400)]
     pq.write_table(pa.table({"text": texts, "lang": lang}), tmp_path / "in.parquet")
-    job = Job((str(tmp_path / "in.parquet"),), tmp_path / "out", output="append")
+    job = Job((str(tmp_path / "in.parquet"),), tmp_path / "out", **options)
     score(job, bundle, Machine("cpu", options=SessionOptions(threads=1)), RunLog(None), threading.Event())
     arguments = "--min-group", 10, "--quantile", 0.6, "--thresholds", tmp_path / "t.json"
     result = jql_cut(tmp_path / "out", *RULE, *arguments)
