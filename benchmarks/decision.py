@@ -6,7 +6,6 @@ system reports, pinned to two cores; `--rounds` repeats all in turn, and the med
 the same documents: the run ends with an error if one does not.
 
     jql-cut       files to thresholds.json, as the command does it
-    report        census, histograms, five quantiles and what every rule keeps at them in documents and tokens
     numpy         the files as whole columns by pyarrow, np.quantile by group, the rule, what it keeps
     pandas        the same by groupby
     duckdb        quantile_disc by group, joined with the files again
@@ -37,12 +36,8 @@ import pyarrow.parquet as pq
 import typer
 
 from benchmarks.table import Row, write_result
-from jql_engine.decision.census import take_census
 from jql_engine.decision.cut import Sources, cut
-from jql_engine.decision.histogram import count_in_bins
-from jql_engine.decision.opening import open_scores
 from jql_engine.decision.result import Request
-from jql_engine.decision.table import quantile_table
 
 HEADS = ("gemma", "mistral", "llama")
 COLUMNS = [f"score_{head}" for head in HEADS]
@@ -145,14 +140,6 @@ def _cut(request: Request, folder: Path) -> int:
         return int(cut(sources, request, str(Path(out, "thresholds.json")))["kept_documents"])
 
 
-def _report(folder: Path) -> int:
-    files = open_scores([str(folder)], COLUMNS, "lang")
-    census = take_census(files)
-    count_in_bins(files, census)
-    table = quantile_table(files, census, (0.5, QUANTILE, 0.7, 0.8, 0.9))
-    return int(table.kept_documents[0, 1].sum())
-
-
 def _numpy(folder: Path) -> int:
     table = pq.read_table(folder, columns=[*COLUMNS, "n_tokens", "lang"])
     lang = table["lang"].dictionary_encode().unify_dictionaries().combine_chunks().indices.to_numpy()
@@ -209,7 +196,6 @@ CASES: dict[str, tuple[bool, Measured]] = {  # and whether it is ours
     f"jql-cut, quantile {QUANTILE} of tokens": (True, partial(_cut, Request("all", "tokens", quantile=QUANTILE))),
     f"jql-cut, keep {KEEP} of documents": (True, partial(_cut, Request("all", keep=KEEP))),
     f"jql-cut, keep {KEEP} of tokens": (True, partial(_cut, Request("all", "tokens", keep=KEEP))),
-    f"report, with quantile {QUANTILE} of documents": (True, _report),
     f"numpy, quantile {QUANTILE} of documents": (False, _numpy),
     f"pandas, quantile {QUANTILE} of documents": (False, _pandas),
     f"duckdb, quantile {QUANTILE} of documents": (False, _duckdb),

@@ -86,13 +86,13 @@ def cut(
     set_retries(RetryPolicy(retry_minutes))
     request = Request(rule, weight, quantile, keep, None if keep_tokens is None else int(keep_tokens), min_group)
     sources = Sources(tuple(scores), tuple(columns or ()), group_column)
-    copies = None
-    if out is not None:
-        job = Job(tuple(corpus), out, overwrite=overwrite, assume_unchanged=assume_unchanged)
-        copies = Copies(job, workers or 1, RunLog(metrics))
     target = thresholds or str(locate(out or "") / "thresholds.json")
     with interruptible() as stop:
-        summary = compute(sources, request, target, copies, stop)
+        copies = None
+        if out is not None:
+            job = Job(tuple(corpus), out, overwrite=overwrite, assume_unchanged=assume_unchanged)
+            copies = Copies(job, workers or 1, RunLog(metrics), stop)
+        summary = compute(sources, request, target, copies)
     options.finish(summary)
 
 

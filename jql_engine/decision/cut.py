@@ -38,11 +38,10 @@ class Copies:
     job: Job  # its inputs are the corpus; none: the score files, which have all columns
     workers: int
     log: RunLog
+    stop: threading.Event  # set: begin nothing more
 
 
-def cut(
-    sources: Sources, request: Request, target: str, copies: Copies | None, stop: threading.Event
-) -> dict[str, Any]:
+def cut(sources: Sources, request: Request, target: str, copies: Copies | None = None) -> dict[str, Any]:
     """Compute thresholds, copy the kept rows where that is asked for, and return the summary; raises EngineError.
 
     The thresholds go to the file or URL `target`, after the rows.
@@ -53,9 +52,8 @@ def cut(
     announce(decision)
     copied: dict[str, Any] = {}
     if copies is not None:
-        copied = keep_rows(
-            _with_corpus(copies.job, sources, files), Joined.of(decision, files), copies.workers, copies.log, stop
-        )
+        job, joined = _with_corpus(copies.job, sources, files), Joined.of(decision, files)
+        copied = keep_rows(job, joined, copies.workers, copies.log, copies.stop)
     write_json(locate(target), decision.to_json())
     return {
         **asdict(decision.counts),

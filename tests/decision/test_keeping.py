@@ -68,7 +68,7 @@ def keep(corpus: Path | None, scores: Path, out: Path, **options: object) -> dic
     request = Request("all", quantile=0.6, min_group=100)
     job = Job(() if corpus is None else (str(corpus),), str(out), **options)
     sources = Sources((str(scores),), (), "lang")
-    return cut(sources, request, str(out / "thresholds.json"), Copies(job, 1, RunLog(None)), Event())
+    return cut(sources, request, str(out / "thresholds.json"), Copies(job, 1, RunLog(None), Event()))
 
 
 def expected(corpus: Path, scores: Path) -> dict[str, pa.Table]:
@@ -131,7 +131,7 @@ def test_another_decision_does_not_mix_its_rows_with_those_that_are_there(tmp_pa
     request = Request("any", quantile=0.6, min_group=100)
     job = Job((str(corpus),), str(tmp_path / "out"))
     with pytest.raises(OutputError, match="was computed with other settings: cut "):
-        cut(Sources((str(scores),), (), "lang"), request, str(tmp_path / "t"), Copies(job, 1, RunLog(None)), Event())
+        cut(Sources((str(scores),), (), "lang"), request, str(tmp_path / "t"), Copies(job, 1, RunLog(None), Event()))
 
 
 def without_a_row(corpus: Path, scores: Path) -> None:

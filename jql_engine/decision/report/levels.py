@@ -35,7 +35,7 @@ class Slots:
     @classmethod
     def of(cls, files: ScoreFiles, census: Census, weight: Weight, min_group: int) -> Slots:
         """Raises InputError where no document has scores, or tokens are not known."""
-        population = Population.of(files, census, "all", weight, weight, min_group)
+        population = Population.of(files, census, ("all",), weight, weight, min_group)
         slots, totals = population.slots, population.totals
         if population.pool is None and census.n_groups > 1:
             totals = np.append(totals, totals.sum())

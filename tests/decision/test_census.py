@@ -8,9 +8,6 @@ import pytest
 from jql_engine.decision.census import FAULTS, take_census
 from jql_engine.decision.histogram import count_in_bins
 from jql_engine.decision.opening import open_scores
-from jql_engine.decision.result import Request
-from jql_engine.decision.table import RULES, quantile_table
-from jql_engine.decision.threshold import decide
 from tests.decision.score_files import columns_of, write_many
 from tests.decision.test_threshold import HEADS, corpus, written
 
@@ -76,19 +73,3 @@ def test_a_histogram_of_one_score_or_none_has_room_around_it(score, tmp_path):
     found = count_in_bins(files, take_census(files), 4)
     assert (np.diff(found.edges) > 0).all()
     assert found.documents.sum() == (50 if np.isfinite(score) else 0)
-
-
-@pytest.mark.parametrize("weight", ["documents", "tokens"])
-def test_the_table_is_what_the_cuts_keep_one_by_one(weight, files):
-    at = [0.5, 0.7, 0.9]
-    table = quantile_table(files, take_census(files), at, weight, min_group=500)
-    for rule_number, rule in enumerate(RULES):
-        for number, quantile in enumerate(at):
-            decision = decide(files, Request(rule, weight, quantile=quantile, min_group=500))
-            for group in decision.groups:
-                place = files.groups.names.index(group.group)
-                assert table.is_pooled[place] == group.is_pooled
-                thresholds = table.thresholds[rule][place, :, number]
-                assert thresholds.tolist() == [one.threshold for one in group.thresholds]
-                kept = table.kept_documents[rule_number, number, place], table.kept_tokens[rule_number, number, place]
-                assert kept == (group.counts.kept_documents, group.counts.kept_tokens)
