@@ -54,7 +54,8 @@ def measure(files: ScoreFiles, corpus: Corpus | None, weight: Weight, min_group:
     census = take_census(files)
     slots = Slots.of(files, census, weight, min_group)
     lengths, sample, ends = Lengths(), ScoreSample(files.n_rows, len(files.heads)), Ends.empty(len(files.heads))
-    for rows in (replace(files, more=(TRUNCATED,)) if has_truncated(files) else files).read():
+    knows_truncated = has_truncated(files)
+    for rows in (replace(files, more=(TRUNCATED,)) if knows_truncated else files).read():
         for watching in (lengths, sample, ends):
             watching.add(rows)
     histograms = count_in_bins(files, census)
@@ -66,7 +67,7 @@ def measure(files: ScoreFiles, corpus: Corpus | None, weight: Weight, min_group:
             nearest.add(np.abs(scores[chosen] - median), rows, chosen)
 
     levels = count_levels(slots, QUANTILES, census.n_groups, look)
-    counting = _Counting(files, census, lengths, levels)
+    counting = _Counting(files, census, lengths.of_groups(census.n_groups) if knows_truncated else None, levels)
     examples = [(b.places, m.places, w.places) for b, m, w in zip(ends.best, middle, ends.worst, strict=True)]
     return Measured(
         judged=(*files.heads, *(("mean",) if "mean" in slots.rules else ())),
@@ -75,7 +76,7 @@ def measure(files: ScoreFiles, corpus: Corpus | None, weight: Weight, min_group:
         groups=counting.groups() if files.group_column is not None else (),
         heads=_heads(counting, histograms, examples, corpus),
         agreement=agreement_of(files.heads, sample.scores, sample.n_drawn),
-        lengths=_bands(lengths, has_truncated(files)) if files.has_tokens else (),
+        lengths=_bands(lengths, knows_truncated) if files.has_tokens else (),
     )
 
 
@@ -90,7 +91,7 @@ class _Counting:
 
     files: ScoreFiles
     census: Census
-    lengths: Lengths
+    truncated: NDArray[np.int64] | None  # [G]; None where the files do not tell
     levels: Levels
 
     @property
@@ -115,7 +116,6 @@ class _Counting:
         census, slots = self.census, self.levels.slots
         null, nan, infinite = (int(one[groups].sum()) for one in census.faulty)
         slot = {"all": slots.pool, "others": None}.get(scope.kind, int(slots.of_groups[groups][0]))
-        truncated = self.lengths.of_groups(census.n_groups)[groups] if has_truncated(self.files) else None
         return Part(
             scope=scope,
             is_pooled=scope.kind == "group" and census.n_groups > 1 and slot == slots.pool,
@@ -125,7 +125,7 @@ class _Counting:
             nan=nan,
             infinite=infinite,
             tokens=int(census.tokens[groups].sum()) if self.files.has_tokens else None,
-            truncated=None if truncated is None else int(truncated.sum()),
+            truncated=None if self.truncated is None else int(self.truncated[groups].sum()),
             thresholds=() if slot is None else tuple(map(tuple, self.levels.thresholds[slot].tolist())),
             kept=self._kept(groups),
         )
@@ -188,7 +188,7 @@ def _head(counting: _Counting, histograms: Histograms, number: int, examples: li
     )
 
 
-def _bands(lengths: Lengths, has_truncated: bool) -> tuple[Band, ...]:
+def _bands(lengths: Lengths, knows_truncated: bool) -> tuple[Band, ...]:
     """From the first to the last band that holds a document."""
     held = np.flatnonzero(lengths.documents)
     if not len(held):
@@ -198,7 +198,7 @@ def _bands(lengths: Lengths, has_truncated: bool) -> tuple[Band, ...]:
             *limits(band),
             documents=int(lengths.documents[band]),
             tokens=int(lengths.tokens[band]),
-            truncated=int(lengths.truncated[band]) if has_truncated else None,
+            truncated=int(lengths.truncated[band]) if knows_truncated else None,
         )
         for band in range(int(held[0]), int(held[-1]) + 1)
     )
