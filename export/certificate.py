@@ -169,8 +169,13 @@ def _compared(
 
 def _check_tolerance(bundle: Bundle, variant: str, found: Comparison) -> None:
     allowed = tolerance_of(bundle, variant).score
+    if found.compared < found.documents:
+        raise ParityError(
+            f"variant {variant}: {found.documents - found.compared:,} of {found.documents:,} documents have no finite "
+            "score by it or by PyTorch; there is no certificate, export the bundle again"
+        )
     for difference in found.whole.differences:
-        if not difference.greatest <= allowed or found.compared < found.documents:
+        if not difference.greatest <= allowed:
             raise ParityError(
                 f"variant {variant} is out of tolerance: score_{difference.head} differs by {difference.greatest:.2e} "
                 f"on the documents given, allowed are {allowed:.0e}; there is no certificate, export the bundle again"
@@ -187,6 +192,7 @@ def _describe(bundle: Bundle, corpus: str, sample: Sample, found: Mapping[str, C
         "bundle": bundle.hash,
         "documents": len(sample.tokens.rows),
         "corpus": {"given": corpus, "documents": sample.n_read, "seed": SEED},
+        "windows": asdict(bundle.manifest.windows),
         "cut": CUT,
         "machine": {"processor": _processor(), "cores": len(os.sched_getaffinity(0))},
         "made_with": {name: version(name) for name in ("jql-engine", "torch", "transformers")},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from jql_engine.bundle import Bundle
+from jql_engine.bundle import Bundle, WindowsInfo
 from jql_engine.errors import BundleError
 from jql_engine.fields import decode
 
@@ -47,6 +47,7 @@ class Certificate:
     format: int
     bundle: str  # hash
     documents: int
+    windows: WindowsInfo  # of the documents that were scored
     variants: dict[str, Certified]
 
     def reason_against(self, variant: str, max_flips: float) -> str | None:
@@ -78,5 +79,10 @@ def read_certificate(bundle: Bundle) -> Certificate:
     if found.bundle != bundle.hash:
         raise BundleError(
             f"{file} is of bundle {found.bundle[:12]}, and this is {bundle.hash[:12]}: it was exported again; {HOW}"
+        )
+    if found.windows != (wanted := bundle.manifest.windows):
+        raise BundleError(
+            f"{file} is of windows {found.windows.take}, aggregate {found.windows.aggregate}; {wanted.take}, "
+            f"{wanted.aggregate} are asked for, and nothing is known of those: leave out --windows and --aggregate"
         )
     return found

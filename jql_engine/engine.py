@@ -104,6 +104,8 @@ class Engine:
                     f"columns {', '.join(columns)}: the bundle has no template that needs any; give texts alone"
                 )
             return as_texts(texts)
+        if unknown := sorted((columns or {}).keys() - set(template.columns)):
+            raise InputError(f"column {unknown[0]!r} is none of template {template.source!r}; leave it out")
         given = {name: as_texts(values) for name, values in (columns or {}).items()} | {TEXT: as_texts(texts)}
         for name in template.columns:
             if len(given.get(name, ())) != len(texts):

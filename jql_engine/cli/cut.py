@@ -81,8 +81,10 @@ def cut(
     _check_amount(quantile, keep, keep_tokens)
     if out is None and thresholds is None:
         raise typer.BadParameter("give --thresholds, --out for the kept rows, or both", param_hint="--thresholds")
-    if corpus and out is None:
-        raise typer.BadParameter("give the folder that its kept rows go to", param_hint="--out")
+    unused = {"--corpus": corpus, "--overwrite": overwrite, "--assume-unchanged": assume_unchanged,
+              "--workers": workers, "--metrics": metrics}  # fmt: skip
+    if out is None and (option := next((name for name, value in unused.items() if value), None)):
+        raise typer.BadParameter(f"give the folder that the kept rows go to: {option} is for those", param_hint="--out")
     set_retries(RetryPolicy(retry_minutes))
     request = Request(rule, weight, quantile, keep, None if keep_tokens is None else int(keep_tokens), min_group)
     sources = Sources(tuple(scores), tuple(columns or ()), group_column)

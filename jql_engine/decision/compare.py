@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jql_engine.decision.interval import share_interval
+from jql_engine.decision.result import MIN_GROUP
 from jql_engine.decision.rules import RULES, Rule, join, judged_scores
+from jql_engine.errors import InputError
 
 CUTS = (0.5, 0.6, 0.7, 0.8, 0.9)
+Cut: TypeAlias = tuple[str, bool, float]  # a head or a rule by its name, whether it is a rule, and the quantile
 QUANTILES = (0.5, 0.9, 0.99, 0.999)  # of the absolute difference
 BANDS = (128, 512, 2_048)  # tokens up to which a band of lengths goes; the last band has no end
-MIN_GROUP = 1_000  # documents; smaller groups are judged by the thresholds of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Paired:
         assert self.first.shape == self.second.shape == (len(self.heads), len(self.groups))
         assert self.n_tokens.shape == self.groups.shape
 
-    def where(self, chosen: NDArray[np.bool_]) -> Paired:
+    def where(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> Paired:
         """Some of the documents."""
         first, second = self.first[:, chosen], self.second[:, chosen]
         return Paired(self.heads, first, second, self.n_tokens[chosen], self.groups[chosen], self.names)
@@ -104,53 +106,88 @@ def compare(paired: Paired, min_group: int = MIN_GROUP) -> Comparison:
     """Compare all documents, then each group, each band of lengths, and each band of each group.
 
     Thresholds are those of the documents that have scores in both sets; a document without is counted and left out.
+    Raises InputError where no document has scores in both.
     """
     in_first, in_second = (np.asarray(np.isfinite(one).all(axis=0)) for one in (paired.first, paired.second))
     chosen = paired.where(np.asarray(in_first & in_second))
-    sides = _sides(chosen, min_group)
+    if not len(chosen.groups):
+        raise InputError(f"none of the {len(paired.groups):,} documents has finite scores in both sets")
     return Comparison(
         paired.heads,
         len(paired.groups),
         len(chosen.groups),
         int((in_first & ~in_second).sum()),
         int((in_second & ~in_first).sum()),
-        tuple(_slices(chosen, sides)),
+        tuple(_slices(chosen, _sides(chosen, min_group))),
     )
 
 
-def _slices(paired: Paired, sides: Mapping[tuple[str, bool, float], NDArray[np.bool_]]) -> Iterator[Slice]:
-    everything = np.ones(len(paired.groups), np.bool_)
-    groups = [(name, paired.groups == number) for number, name in enumerate(paired.names)]
-    by_group = sorted(groups, key=lambda one: (one[0] is None, one[0] or "")) if len(groups) > 1 else []
-    bands = [(least + 1, most) for least, most in zip((0, *BANDS), (*BANDS, None), strict=True)]
-    for name, is_in, has_group in [(None, everything, False), *((name, one, True) for name, one in by_group)]:
-        yield _slice(paired, sides, is_in, (name, has_group, None))
-        for least, most in bands:
-            in_band = is_in & (paired.n_tokens >= least) & (paired.n_tokens <= (most or np.inf))
-            if in_band.any() and not np.array_equal(in_band, is_in):
-                yield _slice(paired, sides, in_band, (name, has_group, (least, most)))
+def _slices(paired: Paired, sides: Mapping[Cut, NDArray[np.bool_]]) -> Iterator[Slice]:
+    """The slices in their order; documents are sorted by group and band once, so that each slice is a part of them."""
+    n_bands, names = len(BANDS) + 1, paired.names
+    bands = np.searchsorted(BANDS, paired.n_tokens, side="left")
+    cells = paired.groups * n_bands + bands
+    counts = np.bincount(cells, minlength=len(names) * n_bands).reshape(len(names), n_bands)
+    flips = np.stack([np.bincount(cells[flipped], minlength=counts.size) for flipped in sides.values()])
+    flips = flips.reshape(len(sides), *counts.shape)
+    by_group, by_band = (_Sorted.of(paired, keys) for keys in (cells, bands))
+    limits = [(least + 1, most) for least, most in zip((0, *BANDS), (*BANDS, None), strict=True)]
+    ends = np.cumsum(counts.ravel()).reshape(counts.shape)
+
+    def part(group: str | None, has_group: bool, band: int | None, n_flips: NDArray[np.int64], rows: Paired) -> Slice:
+        tokens = None if band is None else limits[band]
+        found = [_flips(cut, int(n), len(rows.groups)) for cut, n in zip(sides, n_flips, strict=True)]
+        return Slice(group, has_group, tokens, len(rows.groups), _differences(rows), tuple(found))
+
+    yield part(None, False, None, flips.sum(axis=(1, 2)), paired)
+    in_bands = counts.sum(axis=0)
+    for band in _shown(in_bands):
+        stop = int(in_bands[: band + 1].sum())
+        yield part(None, False, band, flips[:, :, band].sum(axis=1), by_band.rows(stop - int(in_bands[band]), stop))
+    if len(names) == 1:
+        return
+    for number in sorted(range(len(names)), key=lambda number: (names[number] is None, names[number] or "")):
+        stop = int(ends[number, -1])
+        rows = by_group.rows(stop - int(counts[number].sum()), stop)
+        yield part(names[number], True, None, flips[:, number].sum(axis=1), rows)
+        for band in _shown(counts[number]):
+            stop = int(ends[number, band])
+            rows = by_group.rows(stop - int(counts[number, band]), stop)
+            yield part(names[number], True, band, flips[:, number, band], rows)
 
 
-def _slice(
-    paired: Paired,
-    sides: Mapping[tuple[str, bool, float], NDArray[np.bool_]],
-    is_in: NDArray[np.bool_],
-    what: tuple[str | None, bool, tuple[int, int | None] | None],
-) -> Slice:
-    chosen, n_docs = paired.where(is_in), int(is_in.sum())
-    differences = tuple(_difference(*one) for one in zip(chosen.heads, chosen.first, chosen.second, strict=True))
-    flips = []
-    for (name, is_rule, cut), changed in sides.items():
-        n_flips = int(changed[is_in].sum())
-        share = n_flips / n_docs if n_docs else 0.0
-        flips.append(Flips(name, is_rule, cut, n_flips, share, share_interval(n_flips, n_docs)))
-    return Slice(*what, n_docs, differences, tuple(flips))
+def _shown(counts: NDArray[np.int64]) -> list[int]:
+    """Bands that have documents, unless one has all of them."""
+    bands = np.flatnonzero(counts).tolist()
+    return bands if len(bands) > 1 else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    """Documents in the order of some keys."""
+
+    paired: Paired
+    order: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, paired: Paired, keys: NDArray[np.int64]) -> _Sorted:
+        return cls(paired, np.argsort(keys, kind="stable"))
+
+    def rows(self, start: int, stop: int) -> Paired:
+        return self.paired.where(self.order[start:stop])
+
+
+def _flips(cut: Cut, n_flips: int, n_docs: int) -> Flips:
+    share = n_flips / n_docs if n_docs else 0.0
+    return Flips(*cut, n_flips, share, share_interval(n_flips, n_docs))
+
+
+def _differences(rows: Paired) -> tuple[Difference, ...]:
+    return tuple(_difference(*one) for one in zip(rows.heads, rows.first, rows.second, strict=True))
 
 
 def _difference(head: str, first: NDArray[np.float32], second: NDArray[np.float32]) -> Difference:
     apart = np.abs(first.astype(np.float64) - second)
-    if not len(apart):
-        return Difference(head, 0.0, (0.0,) * len(QUANTILES), None)
     quantiles = np.quantile(apart, QUANTILES, method="inverted_cdf")
     return Difference(head, float(apart.max()), tuple(map(float, quantiles)), spearman(first, second))
 
@@ -169,7 +206,7 @@ def _ranks(scores: NDArray[np.float32]) -> NDArray[np.float64]:
     return means[places]
 
 
-def _sides(paired: Paired, min_group: int) -> dict[tuple[str, bool, float], NDArray[np.bool_]]:
+def _sides(paired: Paired, min_group: int) -> dict[Cut, NDArray[np.bool_]]:
     """Which documents [n] change sides, by head or rule and cut."""
     slots = _slots(paired.groups, len(paired.names), min_group)
     changed = {}
@@ -196,11 +233,12 @@ def _kept(rule: Rule, scores: NDArray[np.float32], slots: NDArray[np.int64], cut
 def _reached(scores: NDArray[np.float32], slots: NDArray[np.int64], cut: float) -> NDArray[np.bool_]:
     """Whether each score [J, n] is at or above the quantile `cut` of its slot."""
     reached = np.zeros(scores.shape, np.bool_)
-    for slot in np.unique(slots):
-        is_in = slots == slot
+    order = np.argsort(slots, kind="stable")
+    _, starts = np.unique(slots[order], return_index=True)
+    for rows in np.split(order, starts[1:]):
         for one, found in zip(scores, reached, strict=True):
-            own = one if slot < 0 else one[is_in]
-            found[is_in] = one[is_in] >= np.quantile(own, [cut], method="inverted_cdf")[0]
+            own = one if slots[rows[0]] < 0 else one[rows]
+            found[rows] = one[rows] >= np.quantile(own, [cut], method="inverted_cdf")[0]
     return reached
 
 

@@ -53,7 +53,7 @@ def cut(sources: Sources, request: Request, target: str, copies: Copies | None =
     copied: dict[str, Any] = {}
     if copies is not None:
         job, joined = _with_corpus(copies.job, sources, files), Joined.of(decision, files)
-        copied = keep_rows(job, joined, copies.workers, copies.log, copies.stop)
+        copied = keep_rows(job, joined, sources.inputs, copies.workers, copies.log, copies.stop)
     write_json(locate(target), decision.to_json())
     return {
         **asdict(decision.counts),

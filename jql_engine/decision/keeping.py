@@ -19,11 +19,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from jql_engine.decision.ids import first_difference
 from jql_engine.decision.kept import Cut
 from jql_engine.decision.result import Decision
 from jql_engine.decision.scores import ScoreFiles
-from jql_engine.errors import InputError, UnreadableError
+from jql_engine.errors import InputError, OutputError, UnreadableError
 from jql_engine.files.chunks import ChunkDone, ChunkEnd, Failure, Segment, StageSeconds, Task
+from jql_engine.files.dictionaries import Column
 from jql_engine.files.formats import unreadable
 from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files, identity
 from jql_engine.files.location import Location, locate
@@ -31,6 +33,7 @@ from jql_engine.files.output import Target, is_finished, stored_settings
 from jql_engine.files.reading import Cursor
 from jql_engine.files.retries import retry
 from jql_engine.files.storage import open_parquet
+from jql_engine.job.check import check_apart
 from jql_engine.job.claim import Claim
 from jql_engine.job.launch import run_work
 from jql_engine.job.pipeline import StageTime, pipeline
@@ -59,8 +62,8 @@ class Joined:
         digest = hashlib.sha256(json.dumps(decision.to_json(), sort_keys=True).encode()).hexdigest()
         numbers = {file.source.relative.text: number for number, file in enumerate(files.files)}
         name = files.settings.get("id_column") or "id"
-        ids = (name,) if all(name in file.schema.names for file in files.files) else ()
-        return cls(replace(files, more=ids), Cut.of(decision, files), digest, ids, numbers)
+        ids = (name,) if all(file.schema.names.count(name) == 1 for file in files.files) else ()
+        return cls(replace(files, extra_columns=ids), Cut.of(decision, files), digest, ids, numbers)
 
     def number_of(self, source: SourceFile) -> int:
         """Of the scores of a corpus file; raises InputError where there are none."""
@@ -72,8 +75,12 @@ class Joined:
         return self.numbers[source.relative.text]
 
 
-def keep_rows(job: Job, joined: Joined, workers: int, log: RunLog, stop: threading.Event) -> dict[str, Any]:
+def keep_rows(
+    job: Job, joined: Joined, scores: Sequence[str], workers: int, log: RunLog, stop: threading.Event
+) -> dict[str, Any]:
     """Write the kept rows of the corpus `job.inputs` into `job.out`, and return the summary.
+
+    `scores`: where the score files were found, which the output must lie outside of.
 
     Raises InputError where the scores do not line up with the corpus, and OutputError.
     """
@@ -81,6 +88,7 @@ def keep_rows(job: Job, joined: Joined, workers: int, log: RunLog, stop: threadi
     log.check()
     _check_all_given(job, joined)
     out = locate(job.out)
+    _check_apart(out, joined, scores)
     claim = Claim(out, {"cut": joined.digest})
     look = partial(_describe_unfinished, joined, job.assume_unchanged, None if job.overwrite else out)
     work = plan(replace(job, chunk_rows=CHUNK_ROWS), claim, look, partial(_target, out, joined), CHUNK_BYTES)
@@ -88,6 +96,16 @@ def keep_rows(job: Job, joined: Joined, workers: int, log: RunLog, stop: threadi
     return run_work(
         job, work, specs, on="their kept rows are copied", done="read", notes=[], began=began, log=log, stop=stop
     )
+
+
+def _check_apart(out: Location, joined: Joined, scores: Sequence[str]) -> None:
+    """Raise OutputError where kept rows would take the place of score files, or be read as such the next time."""
+    for given in scores:
+        check_apart(out, given)
+    places = {identity(file.source.location) for file in joined.files.files}
+    for file in joined.files.files:
+        if identity(target := file.source.relative.below(out)) in places:
+            raise OutputError(f"the kept rows would take the place of the scores {target}; choose another --out")
 
 
 def _check_all_given(job: Job, joined: Joined) -> None:
@@ -212,16 +230,18 @@ class Keeper:
             failures = []
             for segment in task.chunk.segments:
                 try:
-                    yield segment, pa.concat_tables(self._kept(segment))
+                    yield segment, self._kept(segment)
                 except InputError as error:
                     failures.append(Failure(segment, str(error)))
                 self.executed(segment.stop - segment.start, 0, 0)
             yield ChunkEnd(task, tuple(failures))
 
-    def _kept(self, segment: Segment) -> Iterator[pa.Table]:
-        """The kept rows of a segment, and an empty table first."""
+    def _kept(self, segment: Segment) -> pa.Table:
+        """The kept rows of a segment; texts as distinct values, until they are written."""
         target, files = self.targets[segment.file], self.joined.files
-        yield target.scores.empty_table()
+        columns = [Column() for _ in target.scores]
+        for column, field in zip(columns, target.scores, strict=True):
+            column.add(pa.chunked_array([], field.type))
         cursor = Cursor(target.file, segment.start, None)
         number = self.joined.number_of(target.file.source)
         for rows in files.read_rows(number, segment.start, segment.stop):
@@ -229,8 +249,10 @@ class Keeper:
             at = 0
             for batch in cursor.take(len(rows)):
                 _check_ids(batch, rows.columns.slice(at, batch.num_rows), self.joined.ids, target, rows.start + at)
-                yield pa.Table.from_batches([batch.filter(kept.slice(at, batch.num_rows))], schema=target.scores)
+                for column, part in zip(columns, batch.filter(kept.slice(at, batch.num_rows)).columns, strict=True):
+                    column.add(pa.chunked_array([part]))
                 at += batch.num_rows
+        return pa.table([column.rows() for column in columns], names=target.scores.names)
 
     def _write(self, items: Iterator[tuple[Segment, pa.Table] | ChunkEnd]) -> Iterator[ChunkEnd]:
         failures: list[Failure] = []
@@ -250,13 +272,9 @@ class Keeper:
 def _check_ids(batch: pa.RecordBatch, scores: pa.RecordBatch, ids: Sequence[str], target: Target, first: int) -> None:
     """Raise InputError where a row's scores are of another document."""
     for name in ids:
-        if batch.schema.names.count(name) != 1:
-            continue
-        own, scored = batch.column(name), scores.column(name)
-        scored = scored.cast(own.type)
-        if not own.equals(scored):
-            row = next(i for i, (a, b) in enumerate(zip(own.to_pylist(), scored.to_pylist(), strict=True)) if a != b)
+        if batch.schema.names.count(name) == 1 and (found := first_difference(batch.column(name), scores.column(name))):
+            row, own, scored = found
             raise InputError(
-                f"{target.file.source.location}: row {first + row} has {name} {own[row].as_py()!r}, its scores are of "
-                f"{scored[row].as_py()!r}; they are of another file"
+                f"{target.file.source.location}: row {first + row} has {name} {own!r}, its scores are of {scored!r}; "
+                "they are of another file"
             )

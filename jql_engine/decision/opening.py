@@ -15,9 +15,8 @@ from jql_engine.data import score_column
 from jql_engine.decision.finished import check_finished
 from jql_engine.decision.scores import TOKENS, ScoreFiles
 from jql_engine.errors import InputError
-from jql_engine.files.dictionaries import is_text
 from jql_engine.files.formats import unreadable
-from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files
+from jql_engine.files.inputs import Columns, InputFile, SourceFile, check_group_type, find_files
 from jql_engine.files.output import METADATA_KEY, shown
 from jql_engine.files.retries import retry
 from jql_engine.files.storage import open_parquet
@@ -28,11 +27,14 @@ OF_ONE_FILE = {"source_bytes", "source_version", "limit", "rescored_from"}
 
 
 def open_scores(
-    inputs: Sequence[str], columns: Sequence[str] = (), group_column: str | None = None, more: Sequence[str] = ()
+    inputs: Sequence[str],
+    columns: Sequence[str] = (),
+    group_column: str | None = None,
+    extra_columns: Sequence[str] = (),
 ) -> ScoreFiles:
     """Find score files, and check that they are finished, of one job, and have the columns.
 
-    `columns` names the score columns; without it they are those that jql-run wrote. `more` columns are read besides.
+    `columns` names the score columns; without it they are those that jql-run wrote. `extra_columns` are read besides.
     Raises InputError.
     """
     for given in inputs:
@@ -53,9 +55,9 @@ def open_scores(
         raise InputError(f"the score columns {', '.join(scores)} name a head twice; give each once")
     has_tokens = TOKENS in first.file.schema.names
     for one in looked:
-        _check_columns(one.file, scores, group_column, [*more, *((TOKENS,) if has_tokens else ())])
+        _check_columns(one.file, scores, group_column, [*extra_columns, *((TOKENS,) if has_tokens else ())])
     files = _with_shared_schemas([one.file for one in looked])
-    return ScoreFiles(files, heads, scores, group_column, has_tokens, tuple(more), settings)
+    return ScoreFiles(files, heads, scores, group_column, has_tokens, tuple(extra_columns), settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,35 +104,30 @@ def _heads(looked: _Looked, settings: Mapping[str, Any]) -> list[str]:
     location = looked.file.source.location
     if "heads" not in settings:
         raise InputError(
-            f"{location} was not written by jql-run; name its score columns with --columns: it has "
-            f"{', '.join(looked.file.schema.names)}"
+            f"{location} was not written by jql-run; name its score columns with --columns (for "
+            f"jql-compare give it as SECOND): it has {', '.join(looked.file.schema.names)}"
         )
     if not settings["heads"]:
         raise InputError(f"{location} holds no scores: the bundle has no heads; apply some with jql-rescore")
     return list(settings["heads"])
 
 
-def _check_columns(file: InputFile, scores: Sequence[str], group: str | None, more: Sequence[str]) -> None:
+def _check_columns(file: InputFile, scores: Sequence[str], group: str | None, extra_columns: Sequence[str]) -> None:
     """Raise InputError where a column is missing, or of a type that cannot be used."""
     location, schema = file.source.location, file.schema
     copied = "; jql-run --group-column copies a column of the documents into the score files"
-    for name in (*scores, *more, *(() if group is None else (group,))):
+    for name in (*scores, *extra_columns, *(() if group is None else (group,))):
         if (count := schema.names.count(name)) != 1:
             found = f"{count} columns named" if count else "no column"
             raise InputError(
                 f"{location} has {found} {name!r}; it has {', '.join(schema.names)}{copied if name == group else ''}"
             )
-    for name in (*scores, *((TOKENS,) if TOKENS in more else ())):
+    for name in (*scores, *((TOKENS,) if TOKENS in extra_columns else ())):
         kind = schema.field(name).type
         if not (pa.types.is_integer(kind) or (pa.types.is_floating(kind) and name != TOKENS)):
             raise InputError(f"{location}: column {name!r} is {kind}, expected numbers")
-    if group is not None and not _may_group(kind := schema.field(group).type):
-        raise InputError(f"{location}: column {group!r} is {kind}, expected text, integers, booleans or dates")
-
-
-def _may_group(kind: pa.DataType) -> bool:
-    number = pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_date(kind)
-    return is_text(kind) or number or pa.types.is_null(kind)
+    if group is not None:
+        check_group_type(location, group, schema.field(group).type)
 
 
 def _with_shared_schemas(files: Sequence[InputFile]) -> tuple[InputFile, ...]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from jql_engine.decision.compare import Paired
+from jql_engine.decision.ids import first_difference
 from jql_engine.decision.opening import open_scores
 from jql_engine.decision.scores import Rows, ScoreFiles
 from jql_engine.errors import InputError
-
-ID = "id"  # compared where both sets have it
+from jql_engine.files.output import stored_settings
 
 
 def read_pair(
@@ -23,12 +24,13 @@ def read_pair(
     """
     a, b = open_scores(first, (), group_column), open_scores(second, columns)
     _check_same(a, b, bool(columns))
-    if all(ID in file.schema.names for file in (*a.files, *b.files)):
-        a, b = open_scores(first, (), group_column, [ID]), open_scores(second, columns, None, [ID])
+    name = a.settings.get("id_column") or "id"
+    if all(file.schema.names.count(name) == 1 for file in (*a.files, *b.files)):
+        a, b = (replace(files, extra_columns=(name,)) for files in (a, b))
     scores = [np.empty((len(a.heads), a.n_rows), np.float32) for _ in range(2)]
     n_tokens, groups = np.zeros(a.n_rows, np.int64), np.zeros(a.n_rows, np.int64)
     row = 0
-    for one, other in _in_step(a.read(), b.read()):
+    for one, other in _aligned(a.read(), b.read()):
         rows = slice(row, row + len(one))
         _check_ids(a, one, other)
         scores[0][:, rows], scores[1][:, rows] = one.scores, other.scores
@@ -53,9 +55,16 @@ def _check_same(a: ScoreFiles, b: ScoreFiles, is_foreign: bool) -> None:
                 f"{one.source.location} has {one.n_rows:,} rows and {other.source.location} {other.n_rows:,}; they are "
                 "not of the same documents"
             )
+    for one, other in zip(a.files, b.files, strict=True):
+        sizes = [stored_settings(file.source.location).get("source_bytes") for file in (one, other)]
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise InputError(
+                f"{one.source.location} is of a file of {sizes[0]:,} bytes and {other.source.location} of one of "
+                f"{sizes[1]:,}; they are not of the same documents"
+            )
 
 
-def _in_step(first: Iterator[Rows], second: Iterator[Rows]) -> Iterator[tuple[Rows, Rows]]:
+def _aligned(first: Iterator[Rows], second: Iterator[Rows]) -> Iterator[tuple[Rows, Rows]]:
     """The rows of both in pieces of equal length; files have equal rows, batches of them need not."""
     one = other = None
     while True:
@@ -71,12 +80,8 @@ def _in_step(first: Iterator[Rows], second: Iterator[Rows]) -> Iterator[tuple[Ro
 
 
 def _check_ids(files: ScoreFiles, one: Rows, other: Rows) -> None:
-    if ID not in files.more:
-        return
-    ids = [rows.columns.column(ID) for rows in (one, other)]
-    if ids[0].equals(ids[1]):
-        return
-    for row, (a, b) in enumerate(zip(*(column.to_pylist() for column in ids), strict=True)):
-        if a != b:
+    for name in files.extra_columns:
+        if found := first_difference(one.columns.column(name), other.columns.column(name)):
+            row, a, b = found
             location = files.files[one.file].source.location
-            raise InputError(f"{location}: row {one.start + row} has id {a!r} in one set and {b!r} in the other")
+            raise InputError(f"{location}: row {one.start + row} has {name} {a!r}, the second set {b!r}")

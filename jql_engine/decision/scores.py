@@ -87,7 +87,7 @@ class ScoreFiles:
     score_columns: tuple[str, ...]  # one for each head
     group_column: str | None
     has_tokens: bool  # whether there is a column n_tokens
-    more: tuple[str, ...]  # columns read besides
+    extra_columns: tuple[str, ...]  # columns read besides
     settings: Mapping[str, Any]  # of the job; empty where jql-run did not write the files
     groups: Groups = field(default_factory=Groups)  # that have been read so far
 
@@ -107,7 +107,7 @@ class ScoreFiles:
 
     @property
     def _columns(self) -> list[str]:
-        names = [*self.score_columns, *((TOKENS,) if self.has_tokens else ()), *self.more]
+        names = [*self.score_columns, *((TOKENS,) if self.has_tokens else ()), *self.extra_columns]
         return list(dict.fromkeys([*names, *((self.group_column,) if self.group_column else ())]))
 
     def _numbered(self, number: int, start: int, batches: Iterable[pa.RecordBatch]) -> Iterator[Rows]:

@@ -196,7 +196,7 @@ def check_columns(location: Location, schema: pa.Schema, columns: Columns) -> Co
         _check_text_type(location, column, schema.field(column).type)
     if columns.group is not None:
         _check_column(location, schema, columns.group, "name one with --group-column")
-        _check_group_type(location, columns.group, schema.field(columns.group).type)
+        check_group_type(location, columns.group, schema.field(columns.group).type)
     if columns.id is not None:
         _check_column(location, schema, columns.id, "name one with --id-column")
     elif schema.names.count("id") == 1:
@@ -326,10 +326,15 @@ def _check_column(location: Location, schema: pa.Schema, column: str, advice: st
         raise InputError(f"{location} has {found} {column!r}; it has {', '.join(schema.names)}: {advice}")
 
 
-def _check_group_type(location: Location, column: str, found: pa.DataType) -> None:
+def check_group_type(location: Location, column: str, found: pa.DataType) -> None:
+    """Raise InputError for a column whose values cannot be names of groups."""
     value = found.value_type if pa.types.is_dictionary(found) else found
-    if pa.types.is_nested(value) or pa.types.is_floating(value) or pa.types.is_binary(value):
-        raise InputError(f"{location}: column {column!r} is {found}, expected text or integers")
+    kinds = (
+        pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer,
+        pa.types.is_boolean, pa.types.is_date, pa.types.is_null,
+    )  # fmt: skip
+    if not any(is_kind(value) for is_kind in kinds):
+        raise InputError(f"{location}: column {column!r} is {found}, expected text, integers, booleans or dates")
 
 
 def _check_text_type(location: Location, column: str, found: pa.DataType) -> None:

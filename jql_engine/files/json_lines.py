@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.json as pj
 
-from jql_engine.errors import UnreadableError
+from jql_engine.errors import InputError, UnreadableError
 from jql_engine.files.inputs import READ_BYTES, Columns, InputFile, SourceFile, check_columns
 from jql_engine.files.location import Location
 from jql_engine.files.storage import open_read
@@ -28,7 +28,10 @@ def describe_lines(source: SourceFile, columns: Columns) -> InputFile:
         first = block if is_first else first
         is_first = is_first and not rows[-1]
     schema = _schema_of_lines(source.location, first, columns)
-    columns = check_columns(source.location, schema, columns)
+    try:
+        columns = check_columns(source.location, schema, columns)
+    except InputError as error:
+        raise InputError(f"{error} (keys of its first {len(_lines(first)):,} lines)") from error
     _parse(source.location, first, 0, pa.schema([schema.field(name) for name in columns.needed]))
     return InputFile(source, columns, schema, tuple(rows), tuple(sizes))
 

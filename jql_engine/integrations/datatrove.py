@@ -124,6 +124,10 @@ def _columns(bundle: Bundle, documents: list[Document]) -> dict[str, list[str | 
         if missing := set(names) - document.metadata.keys():
             found = ", ".join(document.metadata) or "nothing"
             raise InputError(f"document {document.id!r}: the template needs metadata {min(missing)!r}, found {found}")
+        for name in names:
+            if not isinstance(value := document.metadata[name], str | None):
+                kind = type(value).__name__
+                raise InputError(f"document {document.id!r}: metadata {name!r} is a {kind}; the template needs text")
     return {name: [_unicode(document.metadata[name]) for document in documents] for name in names}
 
 

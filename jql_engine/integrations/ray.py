@@ -61,7 +61,12 @@ class _Scorer:
         names = table.schema.names
         if self._text_column not in names:
             raise InputError(f"the dataset has no column {self._text_column!r}; it has {', '.join(names)}")
-        columns = {name: table[name] for name in self._template if name in names}
+        if missing := [name for name in self._template if name not in names]:
+            raise InputError(
+                f"the dataset has no column {missing[0]!r}, which the bundle's template needs; "
+                f"it has {', '.join(names)}"
+            )
+        columns = {name: table[name] for name in self._template}
         scores: Any = self._engine.score(table[self._text_column], columns).to_table()
         if clash := set(names) & set(scores.schema.names):
             raise InputError(f"the dataset has a column {min(clash)!r} already; rename it, or the head")

@@ -23,7 +23,7 @@ PROBE = ".jql-run"  # always the same name: where a run is killed beside it, the
 def check_output(out: Location, inputs: Sequence[str], sources: Sequence[SourceFile]) -> None:
     """Create the folder `out` and make sure that this job may write there; raises OutputError."""
     for given in inputs:
-        _check_apart(out, given)
+        check_apart(out, given)
     for source in sources:
         if source.relative.segments[0] == PARTS:
             raise OutputError(
@@ -63,8 +63,8 @@ def check_names(file: InputFile, scores: pa.Schema, kind: Kind) -> None:
             raise OutputError(f"{location}: {what} {name!r} has the name of a score column; choose other head names")
 
 
-def _check_apart(out: Location, given: str) -> None:
-    """The next run would read this run's output."""
+def check_apart(out: Location, given: str) -> None:
+    """Raise OutputError where the folder `out` lies inside of the input `given`, which the next run would read."""
     location = locate(given)
     if is_remote(out) != is_remote(location):
         return

@@ -91,9 +91,9 @@ def choose(
     """
     if not DEVICE.fullmatch(device):
         raise DeviceError(f"device {device!r} is unknown; known are auto, cpu, cuda, cuda:N and cuda:N,cuda:M")
-    if device == "auto":
-        device = _best_kind(bundle, variant, tolerance)
     limit = Limit.of(bundle, tolerance, max_flips)
+    if device == "auto":
+        device = _best_kind(bundle, variant, limit)
     kind = device.partition(":")[0]
     gpus = every_gpu(device) if kind == "cuda" else ()  # before anything of the bundle: the GPU was asked for
     name = _named(bundle, kind, variant, limit) if variant else _fastest(bundle, kind, limit)
@@ -169,13 +169,15 @@ def unavailable_reason(variant: Variant) -> str | None:
     return None
 
 
-def _best_kind(bundle: Bundle, variant: str | None, tolerance: float | None) -> str:
+def _best_kind(bundle: Bundle, variant: str | None, limit: Limit) -> str:
     """What a named variant is for; else cuda where a GPU is there and a graph for it would be taken, else cpu."""
     variants = bundle.manifest.variants
     if variant is not None:
         return "cuda" if variant in variants and variants[variant].provider in ON_GPU else "cpu"
     for_gpus = {name: v for name, v in variants.items() if (v.provider, v.precision) in SPEED["cuda"]}
-    wanted = {name: v for name, v in for_gpus.items() if not needs_opt_in(v, tolerance)}
+    wanted = {
+        name: v for name, v in for_gpus.items() if limit.max_flips is not None or not needs_opt_in(v, limit.tolerance)
+    }
     return "cuda" if wanted and _has_gpu_for(wanted) else "cpu"
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jql_engine.decision.compare import BANDS, CUTS, Paired, compare, flips_at, spearman
+from jql_engine.errors import InputError
 
 
 def paired(n: int = 6_000, noise: float = 0.05, seed: int = 0, heads: int = 3) -> Paired:
@@ -99,7 +100,8 @@ def test_what_is_written_is_json_with_every_figure():
     assert fields["slices"][0]["flips"][0]["documents"] == found.whole.flips[0].documents
 
 
-def test_no_documents_at_all_are_compared_without_an_error():
-    empty = np.zeros((1, 0), np.float32)
-    found = compare(Paired(("a",), empty, empty, np.zeros(0, int), np.zeros(0, int), (None,)))
-    assert found.compared == 0 and found.whole.flips[0].interval == (0.0, 1.0)
+@pytest.mark.parametrize("n", [0, 5])
+def test_nothing_to_compare_is_an_error(n):
+    scores, zeros = np.full((1, n), np.nan, np.float32), np.zeros(n, int)
+    with pytest.raises(InputError, match=f"none of the {n} documents has finite scores in both sets"):
+        compare(Paired(("a",), scores, scores, zeros, zeros, (None,)))

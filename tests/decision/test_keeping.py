@@ -17,9 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from jql_engine.decision.cut import Copies, Sources, cut
+from jql_engine.decision.keeping import Joined, Keeper
+from jql_engine.decision.opening import open_scores
 from jql_engine.decision.result import Request
+from jql_engine.decision.threshold import decide
 from jql_engine.errors import EngineError, InputError, OutputError
-from jql_engine.files.output import METADATA_KEY
+from jql_engine.files.chunks import Segment
+from jql_engine.files.inputs import Columns, InputFile, find_files
+from jql_engine.files.output import METADATA_KEY, Target
 from jql_engine.files.versions import version_of
 from jql_engine.job.plan import Job
 from jql_engine.job.progress import RunLog
@@ -232,3 +237,42 @@ def test_killed_at_any_moment_it_goes_on_and_writes_the_same(tmp_path, seed, kil
     for name, table in expected(corpus, scores).items():
         assert pq.read_table(out / name).equals(table), name
     assert sorted(p.name for p in out.iterdir()) == ["a", "b", "thresholds.json"]
+
+
+@pytest.mark.parametrize("inside", [".", "kept"])
+def test_scores_are_never_replaced_by_the_rows_that_are_kept(tmp_path, inside):
+    corpus, scores = corpus_of(tmp_path)
+    before = {file: file.read_bytes() for file in scores.rglob("*.parquet")}
+    with pytest.raises(OutputError, match=r"lies inside of the input|would take the place of the scores"):
+        keep(corpus, scores, scores / inside, overwrite=True)
+    with pytest.raises(OutputError, match="would take the place of the scores"):
+        request = Request("all", quantile=0.6, min_group=100)
+        flat = tmp_path / "flat"
+        flat.mkdir()
+        for file in corpus.rglob("*.parquet"):
+            (flat / file.name).symlink_to(file)
+        for file in [*scores.glob("*/*.parquet")]:
+            file.rename(scores / file.name)
+        files = Sources(tuple(map(str, sorted(scores.glob("*.parquet")))), (), "lang")
+        job = Job((str(flat),), str(scores), overwrite=True)
+        cut(files, request, str(tmp_path / "t"), Copies(job, 1, RunLog(None), Event()))
+    found = {file.name: file.read_bytes() for file in scores.rglob("*.parquet")}
+    assert found == {file.name: content for file, content in before.items()}
+
+
+def test_a_text_that_repeats_is_held_once_until_it_is_written(tmp_path):
+    source, n_rows = tmp_path / "corpus" / "a.parquet", 3_000
+    source.parent.mkdir()
+    texts = pa.array(["x" * 20_000] * n_rows)
+    pq.write_table(pa.table({"id": np.arange(n_rows), "text": texts}), source, row_group_size=1_000)
+    scores = [pa.array(np.arange(n_rows, dtype=np.float32)) for _ in HEADS]
+    write_scores(tmp_path / "scores" / "a.parquet", source, pa.array(range(n_rows)), pa.array(["de"] * n_rows), scores)
+    files = open_scores([str(tmp_path / "scores")], group_column="lang")
+    joined = Joined.of(decide(files, Request("all", quantile=0.1)), files)
+    [source_file] = find_files([str(tmp_path / "corpus")]).files
+    file = InputFile(source_file, Columns(), pq.read_schema(source), (1_000,) * 3, (1,) * 3)
+    target = Target(tmp_path / "out", file, file.schema, "derived", {})
+    kept = Keeper(joined, {0: target}, None, Event(), lambda *_: None)._kept(Segment(0, 0, n_rows))
+    assert len(kept) == 2_700 and kept.nbytes < 1 << 20
+    target.commit(Segment(0, 0, n_rows), kept)
+    assert pq.read_table(tmp_path / "out" / "a.parquet").equals(pq.read_table(source).slice(300))

@@ -49,7 +49,7 @@ def test_rows_come_in_the_order_of_the_files_and_as_often_as_asked(tmp_path):
 
 def test_rows_know_their_file_and_their_place_in_it(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ROWS", 64)
-    files = open_scores([str(write_many(tmp_path, some()))], more=["lang"])
+    files = open_scores([str(write_many(tmp_path, some()))], extra_columns=["lang"])
     found = [(one.file, one.start, len(one)) for one in files.read()]
     for number, file in enumerate(files.files):
         mine = [(start, n) for of, start, n in found if of == number]

@@ -60,6 +60,7 @@ def test_every_graph_is_compared_with_the_reference_on_a_sample(made, corpus, tm
     assert all(a["greatest"] > 10 * b["greatest"] for a, b in zip(bf16, fp32, strict=True)), "bf16 rounds"
     # The certificate is no part of the bundle: it opens, and the job is finished, as before.
     assert Bundle.open(bundle.path).hash == bundle.hash
+    bundle.check_still_there()  # as every worker of a job that is resumed does
     assert score(Engine(bundle.path, device="cpu"), job, corpus).skipped_files == 2
     assert {file: file.read_bytes() for file in job.rglob("*.parquet")} == before
     page = (bundle.path / PAGE).read_text()
@@ -93,6 +94,8 @@ def test_the_fastest_variant_within_the_flips_is_taken(made, corpus):
         certificate["variants"]["cpu-fp32"]["flips"][1]["upper"] = 0.5
         file.write_text(json.dumps(certificate))
         assert choose(bundle, "cpu", max_flips=upper).variant == "standard-fp32"
+        with pytest.raises(BundleError, match=r"is of windows first, aggregate max; all, max are asked for"):
+            choose(bundle.with_windows("all", None), "cpu", max_flips=upper)
         file.write_text(json.dumps(certificate | {"bundle": "0" * 64}))
         with pytest.raises(
             BundleError, match=r"certificate\.json is of bundle 000000000000, and this is .*exported again"

@@ -109,7 +109,7 @@ def test_a_group_column_that_is_missing_or_no_name_is_an_error(engine, tmp_path)
     path = write(tmp_path / "a.parquet", ["x"], weight=[1.5])
     with pytest.raises(InputError, match="has no column 'lang'; it has text, weight: name one with --group-column"):
         score(engine, tmp_path / "out", path, group_column="lang")
-    with pytest.raises(InputError, match="column 'weight' is double, expected text or integers"):
+    with pytest.raises(InputError, match="column 'weight' is double, expected text, integers, booleans or dates"):
         score(engine, tmp_path / "out", path, group_column="weight")
 
 

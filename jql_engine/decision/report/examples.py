@@ -79,7 +79,7 @@ def read_examples(
         rows = [row for _, row in of_file]
         scores = files.files[number]
         has_id = scores.schema.names.count(ID) == 1
-        described = replace(files, more=(ID,) if has_id else ())
+        described = replace(files, extra_columns=(ID,) if has_id else ())
         texts = None if corpus is None else _Texts(corpus.open(scores))
         for row in rows:
             example = _example(described, next(iter(described.read_rows(number, row, row + 1))))

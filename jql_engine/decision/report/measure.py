@@ -55,7 +55,7 @@ def measure(files: ScoreFiles, corpus: Corpus | None, weight: Weight, min_group:
     slots = Slots.of(files, census, weight, min_group)
     lengths, sample, ends = Lengths(), ScoreSample(files.n_rows, len(files.heads)), Ends.empty(len(files.heads))
     knows_truncated = has_truncated(files)
-    for rows in (replace(files, more=(TRUNCATED,)) if knows_truncated else files).read():
+    for rows in (replace(files, extra_columns=(TRUNCATED,)) if knows_truncated else files).read():
         for watching in (lengths, sample, ends):
             watching.add(rows)
     histograms = count_in_bins(files, census)
