@@ -12,7 +12,7 @@ from jql_export.families.base import EncoderSpec
 LOOP = "JQL's loop"  # how the names of the reference's rows begin that ours are compared with
 
 
-def flops_per_token(spec: EncoderSpec, lengths: np.ndarray) -> float:
+def flops_per_token(spec: EncoderSpec, lengths: np.ndarray, n_windowed: int = 0) -> float:
     """FLOP of the model per token of documents of `lengths` tokens.
 
     Matrix products on every token, and attention: 2 L (4 D^2 + n D F) + 4 L D E[S^2] / E[S], for L layers, n matrices
@@ -20,8 +20,10 @@ def flops_per_token(spec: EncoderSpec, lengths: np.ndarray) -> float:
     """
     d, f, layers = spec.hidden_size, spec.intermediate_size, spec.n_layers
     matrices = 3 if spec.mlp == "geglu" else 2
-    attended = float(np.square(lengths, dtype=np.float64).sum() / lengths.sum())
-    return 2 * layers * (4 * d * d + matrices * d * f) + 4 * layers * d * attended
+    near = np.minimum(lengths, 3 * (spec.window or 0))
+    attended, attended_near = (float(lengths @ keys.astype(np.float64) / lengths.sum()) for keys in (lengths, near))
+    attention = 4 * d * ((layers - n_windowed) * attended + n_windowed * attended_near)
+    return 2 * layers * (4 * d * d + matrices * d * f) + attention
 
 
 def rate(rows: list[GpuRow], flops: float, matrix_gflops: float) -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jql_engine.bundle import Manifest
-from jql_engine.errors import BundleError, CheckpointError, DeviceError
-from jql_engine.sessions.base import ON_GPU
+from jql_engine.errors import BundleError, DeviceError
 from jql_engine.sessions.openvino import unavailable_reason
 from jql_export.families.base import EncoderSpec, EncoderWeights, read_config
 from jql_export.families.read import FAMILIES, read_encoder
@@ -48,11 +47,6 @@ def read_sources(
             report(f"unused tensor: {name}")
         if weights.adapter:
             report(f"LoRA adapter {weights.adapter} is merged into the weights")
-        if weights.spec.normalizes_first and (on_gpu := [n for n in variants if VARIANTS[n].provider in ON_GPU]):
-            raise CheckpointError(
-                f"variant {on_gpu[0]} cannot be written of {weights.spec.architecture} yet, whose windows no graph for "
-                "GPUs has; choose cpu-fp32, openvino-fp32, openvino-bf16 or standard-fp32"
-            )
     shape = read_shape(directory) if weights is None else weights.spec
     if encoder_onnx is None:
         return Encoder(shape, weights, None, tuple(variants), unused)

@@ -1,4 +1,4 @@
-"""Bundles with the graphs alone, without a run of PyTorch that would certify them; and Snowflake's shape."""
+"""Bundles with the graphs alone, without a run of PyTorch that would certify them; and two published shapes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ from jql_export.readouts.head_file import jql_head
 from jql_export.tensors import Linear
 from jql_export.variants import VARIANTS
 from tests.conftest import write_encoder, write_tokenizer
+from tests.export.test_modernbert import write_modernbert
 
 CUDA = tuple(name for name, kind in VARIANTS.items() if kind.provider == "cuda")
 SNOWFLAKE = {
     "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 8192,
     "initializer_range": 0.02,
+}  # fmt: skip
+MODERNBERT_BASE = {
+    "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 1152, "max_position_embeddings": 8192,
+    "local_attention": 128, "initializer_range": 0.02,
 }  # fmt: skip
 
 
@@ -56,12 +61,24 @@ def write_bundle(
 def write_snowflake(folder: Path, manifest: Manifest, variants: Sequence[str], n_layers: int = 2) -> Bundle:
     """A bundle whose graphs have the shape of snowflake-arctic-embed-m-v2.0, with fewer layers and words."""
     checkpoint = write_encoder(folder / "encoder", "gte", num_hidden_layers=n_layers, **SNOWFLAKE)
+    return _write_wide(folder, checkpoint, "cls", manifest, variants)
+
+
+def write_modernbert_base(folder: Path, manifest: Manifest, variants: Sequence[str]) -> Bundle:
+    """A bundle whose graphs have the shape of ModernBERT-base, with four layers, of which two have windows."""
+    checkpoint = write_modernbert(folder / "encoder", num_hidden_layers=4, **MODERNBERT_BASE)
+    return _write_wide(folder, checkpoint, "mean", manifest, variants)
+
+
+def _write_wide(
+    folder: Path, checkpoint: Path, pooling: Pooling, manifest: Manifest, variants: Sequence[str]
+) -> Bundle:
     weights = read_encoder(checkpoint)
     (folder / "bundle").mkdir()
     shutil.copy(checkpoint / "tokenizer.json", folder / "bundle")
     rng = np.random.default_rng(0)
     heads = [jql_head(name, _linear(rng, 1000, 768), _linear(rng, 1, 1000), "") for name in ("edu", "prose")]
-    return write_bundle(folder / "bundle", weights, heads, "cls", replace(manifest, max_tokens=8192), variants)
+    return write_bundle(folder / "bundle", weights, heads, pooling, replace(manifest, max_tokens=8192), variants)
 
 
 def _linear(rng: np.random.Generator, n_out: int, n_in: int) -> Linear:

@@ -97,15 +97,21 @@ class RestorePadding(_Contrib):
 class Attention(OpRun):
     """ONNX's of opset 24: q [B, L, D] attend to the first lengths[b] of k, v [B, S, D].
 
-    ONNX's own sums the softmax in the type of q, and in bf16 a sum over some hundred keys stands still.
+    Or to all of them with `bias` [B, 1, L, S] added to the scores. ONNX's own sums the softmax in the type of q, and in
+    bf16 a sum over some hundred keys stands still.
     """
 
     op_domain = ""
 
-    def _run(self, q, k, v, *unused, q_num_heads=None, kv_num_heads=None, **settings):
-        *others, lengths = unused
-        assert not any(x is not None for x in others) and q_num_heads == kv_num_heads
-        contexts = [attention(q[i], k[i, :n], v[i, :n], q_num_heads) for i, n in enumerate(lengths)]
+    def _run(self, q, k, v, bias=None, past_key=None, past_value=None, lengths=None, **settings):
+        heads = settings["q_num_heads"]
+        assert past_key is past_value is None and settings["kv_num_heads"] == heads
+        assert (bias is None) != (lengths is None)
+        if bias is None:
+            contexts = [attention(q[i], k[i, :n], v[i, :n], heads) for i, n in enumerate(lengths)]
+        else:
+            assert bias.dtype == q.dtype and bias.shape == (len(q), 1, q.shape[1], k.shape[1]), bias.shape
+            contexts = [attention(*one, heads, row[0]) for *one, row in zip(q, k, v, bias, strict=True)]
         return (np.stack(contexts).astype(q.dtype),)
 
 
@@ -152,14 +158,14 @@ def gelu(x):
     return x * 0.5 * (1 + erf(x / np.float32(np.sqrt(2))))
 
 
-def attention(q, k, v, n_heads):
-    """softmax(q k^T / sqrt(head size)) v of one document, [L, D]; k and v may be of more or fewer tokens.
+def attention(q, k, v, n_heads, bias=0):
+    """softmax(q k^T / sqrt(head size) + bias) v of one document, [L, D]; k and v may be of more or fewer tokens.
 
     As FlashAttention computes it: scores and sums in fp32, the weights rounded to the type of q before they meet v.
     """
     dtype = q.dtype
     q, k, v = (x.astype(np.float32).reshape(len(x), n_heads, -1).swapaxes(0, 1) for x in (q, k, v))
-    scores = q @ k.swapaxes(1, 2) / np.float32(np.sqrt(q.shape[2]))
+    scores = q @ k.swapaxes(1, 2) / np.float32(np.sqrt(q.shape[2])) + np.asarray(bias, np.float32)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     context = weights.astype(dtype).astype(np.float32) @ v / weights.sum(-1, keepdims=True)
     return context.swapaxes(0, 1).reshape(context.shape[1], -1)

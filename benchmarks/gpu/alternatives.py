@@ -82,16 +82,13 @@ class WideRotation(CudaDialect):
         for name in ("rope.cos", "rope.sin"):
             g.weights[name] = np.tile(g.weights[name], (1, self._n_together))
 
-    def rotate(self, g: GraphWriter, x: str, spec: EncoderSpec) -> str:
+    def rotate(self, g: GraphWriter, x: str, layer: LayerWeights, spec: EncoderSpec) -> str:
         """See CudaDialect."""
-        return rotated(g, x, spec.n_attention_heads // self._n_together, interleaved=True)
+        return rotated(g, x, layer, spec.n_attention_heads // self._n_together, interleaved=True)
 
 
 class FirstQueries(CudaDialect):
     """Attention of first tokens alone in the last layer: ONNX's, of opset 24, on keys and values in a rectangle."""
-
-    opsets = {"": 24, MICROSOFT: 1}  # noqa: RUF012
-    ir_version = 11
 
     def attend(
         self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str, cls_only: bool
@@ -102,7 +99,7 @@ class FirstQueries(CudaDialect):
         first = first_rows(g, x)
         query = g.op("Unsqueeze", g.project_and_add(first, f"{name}.query", layer.query), g.ints(1))
         key = g.project_and_add(x, f"{name}.key", layer.key)
-        key = self.rotate(g, key, spec) if spec.positions == "rope" else key
+        key = self.rotate(g, key, layer, spec) if spec.positions == "rope" else key
         value = g.project(x, f"{name}.value", layer.value)
         key, value = (g.op("RestorePadding", rows, "token_offset", domain=MICROSOFT) for rows in (key, value))
         heads = spec.n_attention_heads
@@ -190,18 +187,24 @@ class Together(WideRotation, FirstQueries):
     """Fewer blocks in every layer, and in the last one fewer queries."""
 
 
+def _unchanged(encoder: EncoderWeights) -> EncoderWeights:
+    return encoder
+
+
 @dataclass(frozen=True, slots=True)
 class Alternative:
     """How a graph is written, and how the weights are changed before."""
 
     dialect: Callable[[FloatType], Dialect]
-    changed: Callable[[EncoderWeights], EncoderWeights] = lambda encoder: encoder
+    changed: Callable[[EncoderWeights], EncoderWeights] = _unchanged
 
     def fits(self, spec: EncoderSpec, pooling: Pooling) -> bool:
         """Whether it makes a difference to an encoder, and can be had."""
         dialect = self.dialect(np.float16)
         if isinstance(dialect, WideRotation) and not dialect.turns(spec):
             return False
+        if spec.normalizes_first and (self.changed is not _unchanged or isinstance(dialect, FirstQueries)):
+            return False  # they know norms after residual sums alone, and one kind of attention
         return pooling == "cls" or not isinstance(dialect, FirstQueries)
 
 

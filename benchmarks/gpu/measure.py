@@ -114,7 +114,7 @@ def gpu_rows(
     """Measure everything; see the module. No case begins past `ends`; `keep` is given what is there after each."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     limits = gpu_ceilings(sample.device)
-    flops = flops_per_token(read_encoder(sample.encoder).spec, sample.tokens.lengths)
+    flops = _flops(sample)
     cases = [oracle(sample), *engines(sample, budgets, variants), *references(sample)]
     rows: list[GpuRow] = []
     for _ in range(rounds):
@@ -131,6 +131,12 @@ def gpu_rows(
         print_ops(row)
         keep([*rows, *profiled, *limits])
     return [*rows, *profiled, *limits]
+
+
+def _flops(sample: Sample) -> float:
+    """Of the model, for each token."""
+    weights = read_encoder(sample.encoder)
+    return flops_per_token(weights.spec, sample.tokens.lengths, sum(layer.windowed for layer in weights.layers))
 
 
 def skip(case: Case) -> None:

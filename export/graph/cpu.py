@@ -15,8 +15,25 @@ from jql_export.graph.dialect import (
     rope_caches,
     rows_of_positions,
 )
-from jql_export.graph.windows import MASK, blocks_of, joined, prepare_windows, seen_by_first
+from jql_export.graph.windows import (
+    BIAS,
+    HEAD_KEYS,
+    HEAD_QUERIES,
+    joined_heads,
+    number_rectangle,
+    prepare_heads,
+    prepare_windows,
+    rows,
+    seen_by_first,
+    unseen_bias,
+)
 from jql_export.graph.writer import FloatType, GraphInput, GraphWriter
+
+# Tokens whose windows are computed together: their scores stay in the cache (benchmarks/windows.py).
+TOGETHER = 512
+# Scores further below the largest of their row count as so far below: exp(-60) is nothing to a sum of 1 or more in
+# fp32, and the subnormal numbers that exp gives further down take six times as long on an Intel Xeon.
+FURTHEST = 60.0
 
 
 class CpuDialect(FusedDialect):
@@ -37,11 +54,9 @@ class CpuDialect(FusedDialect):
         if spec.positions == "rope":
             rope_caches(g, spec)
         if spec.window is not None:
-            prepare_windows(g, spec)
-            zero, never = (
-                g.weight(f"window.{n}", np.array(v, np.float32)) for n, v in (("seen", 0), ("unseen", -1e30))
-            )
-            g.op("Where", MASK, zero, never, output="window.bias")
+            prepare_windows(g, spec, number_rectangle(g), max(1, TOGETHER // spec.window))
+            prepare_heads(g, spec)
+            unseen_bias(g)
 
     def position_rows(self, g: GraphWriter, spec: EncoderSpec) -> str:
         return rows_of_positions(g, spec)
@@ -63,11 +78,19 @@ class CpuDialect(FusedDialect):
         return g.op("MultiHeadAttention", q, k, v, domain=MICROSOFT, num_heads=spec.n_attention_heads), queries
 
     def _windowed(self, g: GraphWriter, q: str, k: str, v: str, spec: EncoderSpec) -> str:
-        q, k, v = blocks_of(g, q, k, v, spec)
-        scale = g.weight("window.scale", np.array(spec.head_size**-0.5, np.float32))
-        scores = g.op("MatMul", g.op("Mul", q, scale), g.op("Transpose", k, perm=[0, 1, 3, 2]))
-        shares = g.op("Softmax", g.op("Add", scores, "window.bias"), axis=-1)
-        return joined(g, g.op("MatMul", shares, v), spec)
+        q, k, v = (rows(g, x, spec.head_size) for x in (q, k, v))
+        furthest = g.weight("window.furthest", np.array(FURTHEST, np.float32))
+
+        def contexts(b: GraphWriter, queries: str, keys: str, bias: str) -> str:
+            """[blocks, heads, w, d] of one group of blocks."""
+            pairs = b.op("Gather", q, queries), b.op("Gather", k, keys)
+            scores = b.op("FusedMatMul", *pairs, domain=MICROSOFT, transB=1, alpha=spec.head_size**-0.5)
+            scores = b.op("Add", scores, bias)
+            least = b.op("Sub", b.op("ReduceMax", scores, g.ints(-1)), furthest)
+            shares = b.op("Softmax", b.op("Max", scores, least), axis=-1)
+            return b.op("MatMul", shares, b.op("Gather", v, keys))
+
+        return joined_heads(g, g.scan(contexts, HEAD_QUERIES, HEAD_KEYS, BIAS), spec)
 
     def _rotate(self, g: GraphWriter, x: str, layer: LayerWeights, spec: EncoderSpec) -> str:
         # A position_ids of one element is the offset of the first token.

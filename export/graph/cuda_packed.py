@@ -23,7 +23,8 @@ from onnx import TensorProto
 
 from jql_engine.data import Layout
 from jql_export.families.base import EncoderSpec, LayerWeights
-from jql_export.graph.dialect import MICROSOFT, FusedDialect, rope_caches
+from jql_export.graph.dialect import MICROSOFT, FusedDialect, caches_of, rope_caches
+from jql_export.graph.windows import BIAS, TOKENS, blocks_of, joined, prepare_windows, unseen_bias
 from jql_export.graph.writer import FloatType, GraphInput, GraphWriter
 from jql_export.tensors import Linear
 
@@ -46,8 +47,8 @@ class CudaDialect(FusedDialect):
         GraphInput("token_offset", ("B", "S"), TensorProto.INT32),
         GraphInput("cls_index", ("B",)),
     )
-    opsets: dict[str, int] = {"": 20, MICROSOFT: 1}  # noqa: RUF012
-    ir_version = 10
+    opsets: dict[str, int] = {"": 24, MICROSOFT: 1}  # noqa: RUF012
+    ir_version = 11
 
     def __init__(self, dtype: FloatType = np.float16) -> None:
         self.dtype = dtype
@@ -56,6 +57,9 @@ class CudaDialect(FusedDialect):
         """RoPE caches, each [max_positions, head_size / 2]."""
         if spec.positions == "rope":
             rope_caches(g, spec)
+        if spec.window is not None:
+            prepare_windows(g, spec, _numbered(g))
+            unseen_bias(g)
 
     def position_rows(self, g: GraphWriter, spec: EncoderSpec) -> str:
         positions = g.op("Squeeze", "position_ids", g.ints(0))
@@ -71,9 +75,9 @@ class CudaDialect(FusedDialect):
         """
         q, k, v = self.project(g, name, layer, x)
         if spec.positions == "rope":
-            k = self.rotate(g, k, spec)
-            q = q if cls_only else self.rotate(g, q, spec)
-        context = _attention(g, q, k, v, spec)
+            k = self.rotate(g, k, layer, spec)
+            q = q if cls_only else self.rotate(g, q, layer, spec)
+        context = (_windowed if layer.windowed else _attention)(g, q, k, v, spec)
         return (first_rows(g, context), first_rows(g, x)) if cls_only else (context, x)
 
     def project(self, g: GraphWriter, name: str, layer: LayerWeights, x: str) -> Sequence[str]:
@@ -82,14 +86,14 @@ class CudaDialect(FusedDialect):
         k = g.project_and_add(x, f"{name}.key", layer.key)
         return q, k, g.project(x, f"{name}.value", layer.value)
 
-    def rotate(self, g: GraphWriter, x: str, spec: EncoderSpec) -> str:
+    def rotate(self, g: GraphWriter, x: str, layer: LayerWeights, spec: EncoderSpec) -> str:
         """RoPE of each head, of queries or keys."""
-        return rotated(g, x, spec.n_attention_heads)
+        return rotated(g, x, layer, spec.n_attention_heads)
 
     def expand(self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str) -> str:
         """Up and gate are one product where one kernel takes both: a split would only move them."""
         width = len(layer.up.weight)
-        if layer.gate is None or width not in SPLIT_GELU_WIDTHS:
+        if layer.gate is None or spec.activation != "gelu" or width not in SPLIT_GELU_WIDTHS:
             return super().expand(g, name, layer, spec, x)
         merged, name = stacked(layer.up, layer.gate), f"{name}.up_gate"
         bias = np.zeros(2 * width, np.float32) if merged.bias is None else merged.bias
@@ -119,12 +123,28 @@ def _attention(g: GraphWriter, q: str, k: str, v: str, spec: EncoderSpec) -> str
     return g.op("PackedMultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=spec.n_attention_heads)
 
 
-def rotated(g: GraphWriter, x: str, n_heads: int, interleaved: bool = False) -> str:
+def _windowed(g: GraphWriter, q: str, k: str, v: str, spec: EncoderSpec) -> str:
+    """ONNX's operator: com.microsoft's needs cuDNN where it gets a bias (1.31)."""
+    heads = spec.n_attention_heads
+    blocks = blocks_of(g, (q, k, v), spec.hidden_size)
+    return joined(g, g.op("Attention", *blocks, BIAS, q_num_heads=heads, kv_num_heads=heads), spec)
+
+
+def _numbered(g: GraphWriter) -> str:
+    """Number the tokens as TOKENS; return the numbers of their documents [T], from 1."""
+    zero, one = g.weight("zero", np.array(0, np.int64)), g.weight("one", np.array(1, np.int64))
+    positions = g.op("Squeeze", "position_ids", g.ints(0))
+    each, first = (g.op("Cast", g.op("Equal", positions, x), to=TensorProto.INT64) for x in (positions, zero))
+    g.op("Sub", g.op("CumSum", each, zero), one, output=TOKENS)
+    return g.op("CumSum", first, zero)
+
+
+def rotated(g: GraphWriter, x: str, layer: LayerWeights, n_heads: int, interleaved: bool = False) -> str:
     """RotaryEmbedding of [T, D]: the halves of each head are turned, or, `interleaved`, neighbors."""
     row = g.op("Unsqueeze", x, g.ints(0))
     # Without is_packed_batching the operator refuses more tokens than the caches have positions.
     settings: dict[str, Any] = {"num_heads": n_heads, "interleaved": int(interleaved), "is_packed_batching": 1}
-    y = g.op("RotaryEmbedding", row, "position_ids", "rope.cos", "rope.sin", domain=MICROSOFT, **settings)
+    y = g.op("RotaryEmbedding", row, "position_ids", *caches_of(layer), domain=MICROSOFT, **settings)
     return g.op("Squeeze", y, g.ints(0))
 
 

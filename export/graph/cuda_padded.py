@@ -21,6 +21,7 @@ from jql_export.graph.dialect import (
     project_and_rotate,
     rope_caches,
 )
+from jql_export.graph.windows import BIAS, blocks_of, joined, number_rectangle, prepare_windows, unseen_bias
 from jql_export.graph.writer import FloatType, GraphInput, GraphWriter
 
 
@@ -46,6 +47,9 @@ class PaddedCudaDialect(FusedDialect):
         g.op("Sub", counted, one, output="positions")
         if spec.positions == "rope":
             rope_caches(g, spec)
+        if spec.window is not None:
+            prepare_windows(g, spec, number_rectangle(g, "attention_mask"))
+            unseen_bias(g)
 
     def position_rows(self, g: GraphWriter, spec: EncoderSpec) -> str:
         return g.op("Gather", "position", counted_positions(g, spec) if spec.counts_from_pad else "positions")
@@ -53,9 +57,15 @@ class PaddedCudaDialect(FusedDialect):
     def attend(
         self, g: GraphWriter, name: str, layer: LayerWeights, spec: EncoderSpec, x: str, cls_only: bool
     ) -> tuple[str, str]:
-        queries = g.op("Gather", x, g.ints(0), axis=1) if cls_only else x
-        heads, qkv = spec.n_attention_heads, project_and_rotate(g, name, layer, spec, x, queries)
-        return g.op("Attention", *qkv, "", "", "", "lengths", q_num_heads=heads, kv_num_heads=heads), queries
+        heads, first = spec.n_attention_heads, g.ints(0)
+        queries = g.op("Gather", x, first, axis=1) if cls_only else x
+        qkv = project_and_rotate(g, name, layer, spec, x, x if layer.windowed else queries)
+        if not layer.windowed:
+            lengths = ("", "", "", "lengths")
+            return g.op("Attention", *qkv, *lengths, q_num_heads=heads, kv_num_heads=heads), queries
+        blocks = blocks_of(g, qkv, spec.hidden_size)
+        context = joined(g, g.op("Attention", *blocks, BIAS, q_num_heads=heads, kv_num_heads=heads), spec)
+        return g.op("Gather", context, first, axis=1) if cls_only else context, queries
 
     def mean(self, g: GraphWriter, spec: EncoderSpec, x: str) -> str:  # noqa: ARG002
         """A product, since a sum over the middle axis would need cuDNN."""

@@ -16,7 +16,16 @@ from jql_export.graph.dialect import (
     rope_caches,
     rows_of_positions,
 )
-from jql_export.graph.windows import MASK, blocks_of, joined, prepare_windows, seen_by_first
+from jql_export.graph.windows import (
+    HEAD_BLOCKS,
+    MASK,
+    blocks_of,
+    joined_heads,
+    number_rectangle,
+    prepare_heads,
+    prepare_windows,
+    seen_by_first,
+)
 from jql_export.graph.writer import FloatType, GraphInput, GraphWriter
 from jql_export.tensors import Array, Linear, Norm
 
@@ -53,7 +62,8 @@ class StandardDialect:
             zero, one = g.weight("zero", np.array(0, np.int64)), g.weight("one", np.array(1, np.int64))
             g.op("Expand", g.op("Range", zero, g.op("Squeeze", length), one), shape, output="positions")
         if spec.window is not None:
-            prepare_windows(g, spec, "attention_mask" if self.layout == "padded" else None)
+            prepare_windows(g, spec, number_rectangle(g, "attention_mask" if self.layout == "padded" else None))
+            prepare_heads(g, spec)
 
     def position_rows(self, g: GraphWriter, spec: EncoderSpec) -> str:
         return rows_of_positions(g, spec)
@@ -64,7 +74,8 @@ class StandardDialect:
         queries = first_token(g, x) if cls_only else x
         heads, qkv = spec.n_attention_heads, project_and_rotate(g, name, layer, spec, x, queries)
         if layer.windowed and not cls_only:
-            return joined(g, g.op("Attention", *blocks_of(g, *qkv, spec), MASK), spec), queries
+            blocks = blocks_of(g, qkv, spec.head_size, HEAD_BLOCKS)
+            return joined_heads(g, g.op("Attention", *blocks, MASK), spec), queries
         masks = [] if self.layout == "exact" else ["attend_first" if cls_only else "attend"]
         if layer.windowed:
             qkv = (qkv[0], seen_by_first(g, qkv[1], spec), seen_by_first(g, qkv[2], spec))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class GraphWriter:
 
     dtype: FloatType = np.float32  # of what the encoder computes in
     flat: bool = False  # activations are [T, D]
+    prefix: str = ""  # of names, inside of another graph
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     weights: dict[str, NDArray[Any]] = field(default_factory=dict)
 
@@ -47,10 +48,22 @@ class GraphWriter:
     ) -> Sequence[str]:
         """Add a node with several outputs; an empty name asks for a new one."""
         number = len(self.nodes)
-        names = [name or f"{op_type}_{number}" + (f"_{i}" if i else "") for i, name in enumerate(outputs)]
+        names = [name or f"{self.prefix}{op_type}_{number}" + (f"_{i}" if i else "") for i, name in enumerate(outputs)]
         node = helper.make_node(op_type, list(inputs), names, name=names[0], domain=domain, **attributes)
         self.nodes.append(node)
         return names
+
+    def scan(self, body: Callable[..., str], *inputs: str) -> str:
+        """Stack `body(writer, *slices)` over the slices of the first axis of `inputs`, one after another.
+
+        `body` adds its nodes to the writer that it gets, and may use names and weights of this one.
+        """
+        prefix = f"{self.prefix}Scan_{len(self.nodes)}."
+        inner = GraphWriter(self.dtype, self.flat, prefix, weights=self.weights)
+        slices = [helper.make_empty_tensor_value_info(prefix + name) for name in inputs]
+        result = helper.make_empty_tensor_value_info(body(inner, *(value.name for value in slices)))
+        graph = helper.make_graph(inner.nodes, prefix + "body", slices, [result])
+        return self.op("Scan", *inputs, body=graph, num_scan_inputs=len(inputs))
 
     def weight(self, name: str, value: NDArray[Any]) -> str:
         """Add a constant; the same name means the same constant."""

@@ -64,6 +64,18 @@ def test_the_flops_of_a_token_are_those_of_the_design():
     assert flops_per_token(base_spec(), np.array([1])) / 1e6 == pytest.approx(226.5, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "layers", "windowed", "ratio"), [(768, 1152, 22, 14, 1.69), (1024, 2624, 28, 18, 1.40)]
+)
+def test_windows_count_three_blocks_of_keys(hidden, intermediate, layers, windowed, ratio):
+    """ModernBERT's Base and Large at 8,192 tokens, over the same at 1,024."""
+    shape = {"n_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate, "window": 64}
+    long, short = (flops_per_token(base_spec(**shape), np.array([n]), windowed) for n in (8192, 1024))
+    assert long / short == pytest.approx(ratio, abs=0.005)
+    all_windows = flops_per_token(base_spec(**shape), np.array([8192]), layers)
+    assert all_windows == pytest.approx(flops_per_token(base_spec(**shape), np.array([192]), layers))
+
+
 def test_the_flops_of_a_batch_are_those_of_its_documents():
     spec, lengths = base_spec(mlp="gelu", n_layers=3), np.array([5, 100, 17])
     alone = sum(flops_per_token(spec, lengths[i : i + 1]) * n for i, n in enumerate(lengths))

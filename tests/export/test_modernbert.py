@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from jql_engine import Engine, probe_texts
 from jql_engine.bundle import Bundle
 from jql_engine.errors import CheckpointError, HeadError, ParityError
+from jql_engine.sessions.base import ON_GPU
 from jql_export.bundle import export_bundle
 from jql_export.families import modernbert
 from jql_export.families.read import read_encoder
@@ -24,6 +25,7 @@ from jql_export.hub import Checkpoint
 from jql_export.readouts.classifier import read_classifier
 from jql_export.readouts.head_file import read_head
 from jql_export.tolerances import TOLERANCES
+from jql_export.variants import VARIANTS
 from tests.conftest import write_head, write_tokenizer
 
 MAX_TOKENS = 96
@@ -194,9 +196,12 @@ def test_tensors_without_a_place_are_an_error(checkpoint, tmp_path):
         read_encoder(folder)
 
 
-def test_graphs_for_gpus_are_refused_with_what_there_is(checkpoint, tmp_path):
-    with pytest.raises(CheckpointError, match=r"cuda-bf16 cannot be written of modernbert yet.*choose cpu-fp32"):
-        export(checkpoint, tmp_path / "out", read_classifier("q", checkpoint), variants=["cuda-bf16"])
+def test_graphs_for_gpus_are_written_as_well(checkpoint, tmp_path):
+    """What they compute: tests/export/test_windows.py."""
+    on_gpu = [name for name, kind in VARIANTS.items() if kind.provider in ON_GPU]
+    bundle = export(checkpoint, tmp_path / "out", read_classifier("q", checkpoint), variants=["cpu-fp32", *on_gpu])
+    assert {"cpu-fp32", *on_gpu} == bundle.manifest.variants.keys() and len(on_gpu) == 4
+    assert all(bundle.graph(name).exists() for name in on_gpu)
 
 
 @pytest.mark.parametrize(

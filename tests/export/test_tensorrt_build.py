@@ -20,7 +20,7 @@ from jql_export.graph.encoder import write_graph
 from jql_export.readouts.head_file import read_head
 from jql_export.variants import VARIANTS
 from tests.conftest import FAMILIES
-from tests.graphs import write_snowflake
+from tests.graphs import write_modernbert_base, write_snowflake
 from tests.tensorrt_models import VARIANT, export_demo
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="tensorrt-rtx-cu13-bindings is not installed")
@@ -102,6 +102,11 @@ def test_every_family_and_pooling_builds(library, encoders, head_files, tmp_path
     write_graph(file, read_encoder(encoders[family]), heads, pooling, VARIANTS[VARIANT].dialect())
     engine, lines = built(library, file, TINY)
     assert not engine.fused and any("no fused attention kernel" in line for line in lines), "heads of 8 numbers"
+
+
+def test_windows_build_with_fused_attention(library, demo, tmp_path):
+    bundle = write_modernbert_base(tmp_path, demo.manifest, [VARIANT])
+    assert built(library, bundle.graph(VARIANT), Budget(16384, "padded", (64, 512, 8192)))[0].fused
 
 
 def test_a_bundle_without_heads_builds(library, bundles, encoders, tmp_path):

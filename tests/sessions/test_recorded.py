@@ -20,7 +20,7 @@ from jql_export.families.read import read_encoder
 from jql_export.probes import SENTENCES
 from jql_export.readouts.head_file import read_head
 from tests.conftest import FAMILIES, export
-from tests.graphs import CUDA, write_bundle, write_snowflake
+from tests.graphs import CUDA, write_bundle, write_modernbert_base, write_snowflake
 from tests.recorder import MISSING, Recorder
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -59,6 +59,11 @@ def process(environment, module, *arguments):
 def snowflake(bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("snowflake")
     return str(write_snowflake(folder, bundle.manifest, CUDA).path)
+
+
+@pytest.fixture(scope="module")
+def modernbert(bundle, tmp_path_factory):
+    return str(write_modernbert_base(tmp_path_factory.mktemp("modernbert"), bundle.manifest, CUDA).path)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +173,25 @@ def test_a_batch_is_two_copies_and_one_wait_and_nothing_else_leaves_the_gpu(run,
     assert not [line for line in found["opening"] + lines if line.startswith("unexpected")]
     assert not [line for line in lines if line.startswith(("malloc", "host malloc"))], "all memory is there already"
     assert len({re.findall(r"stream=(\w+)", line)[0] for line in lines if "stream=" in line}) == 1
+
+
+@pytest.mark.parametrize("variant", CUDA)
+def test_windows_run_on_the_gpu_alone_fused_and_in_time_that_is_linear_in_the_length(run, modernbert, variant):
+    windows, launched = "attention_kernel_batched_impl", {}
+    for lengths in ([8192], [1024] * 8, [1024], [1], RAGGED):
+        found = run("launches", bundle=modernbert, variant=variant, lengths=lengths)
+        precision = variant.removeprefix("cuda-")
+        assert attention_kernels(run.printed) == {(precision, FUSED[precision]), (precision, "EFFICIENT_ATTENTION")}
+        assert not [line for line in found["opening"] + found["batch"] if line.startswith("unexpected")]
+        assert [kind for kind, _ in copies(found["batch"]) if kind in (TO_DEVICE, FROM_DEVICE)] == [
+            TO_DEVICE,
+            FROM_DEVICE,
+        ]
+        launched[str(lengths)] = [line for line in found["batch"] if windows in line]
+    assert len(launched["[8192]"]) == (2 if FUSED[precision] == "FLASH_ATTENTION" else 5), "and in fp32 all attention"
+    if variant != "cuda-fp32":
+        n = {lengths: blocks(lines, windows) for lengths, lines in launched.items()}
+        assert n["[8192]"] == n[str([1024] * 8)] == 8 * n["[1024]"] == 2 * 12 * 128
 
 
 def test_the_largest_batch_and_one_token_are_launched(run, snowflake):
