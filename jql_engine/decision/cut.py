@@ -20,6 +20,7 @@ from jql_engine.job.progress import RunLog
 from jql_engine.printing import say
 
 NAMED = 5  # groups named in a message
+COPIED = ("documents", "files", "skipped_files", "seconds", "workers")  # of the summary of a job: what applies here
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def cut(sources: Sources, request: Request, target: str, copies: Copies | None =
         "pooled_groups": sum(one.is_pooled for one in decision.groups),
         "score_files": len(files.files),
         "thresholds": target,
-        **({"copied": copied, "unfinished": copied["unfinished"]} if copied else {}),
+        **({"copied": {name: copied[name] for name in COPIED}, "unfinished": copied["unfinished"]} if copied else {}),
         "seconds": round(time.monotonic() - began, 3),
     }
 

@@ -78,7 +78,7 @@ def retry(location: Location, function: Callable[[], T]) -> T:
 def report_wait(location: Location, error: Exception, seconds: float) -> None:
     """Say on stderr what went wrong and when it is tried again."""
     what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
-    say(f"jql-run: {location}: {what}; again in {seconds:.2g} s")
+    say(f"jql: {location}: {what}; again in {seconds:.2g} s")
 
 
 def _is_final(error: Exception) -> bool:

@@ -119,7 +119,7 @@ def in_threads(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
                 str(getattr(item, "location", item)) for item, f in zip(items, futures, strict=True) if f.running()
             ]
             after = time.monotonic() - began
-            say(f"jql-run: after {after:.0f} s still {len(left)} to go; waiting for {', '.join(names[:4])}")
+            say(f"jql: after {after:.0f} s still {len(left)} to go; waiting for {', '.join(names[:4])}")
         return [future.result() for future in futures]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # one may sleep between two attempts

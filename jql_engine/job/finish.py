@@ -62,7 +62,7 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
         waiting = work.listing.finish()
         if waiting:
             ranks = f"{', '.join(map(str, waiting[:8]))}{', ...' if len(waiting) > 8 else ''}"
-            meter.say(f"jql-run: this rank is through; of {work.listing.rank.world_size}, not yet: {ranks}")
+            meter.say(f"jql: this rank is through; of {work.listing.rank.world_size}, not yet: {ranks}")
     unfinished += work.listing.gone if work.listing else []
     unfinished += [Unfinished(str(log.file), log.failure)] if log.failure else []
     return Outcome(len(ledger.done()), unfinished)
@@ -84,7 +84,7 @@ def _log(log: RunLog, done: ChunkDone, ledger: _Ledger, meter: Meter) -> None:
     failed = log.failure
     log.record(done, [ledger.name(segment.file) for segment in done.task.chunk.segments])
     if log.failure != failed:
-        meter.say(f"jql-run: {log.failure}")
+        meter.say(f"jql: {log.failure}")
 
 
 class _Ledger:
@@ -115,7 +115,7 @@ class _Ledger:
     def fail(self, number: int, reason: str) -> None:
         if number not in self.failed:
             self.failed[number] = Unfinished(self.name(number), reason)
-            self._meter.say(f"jql-run: {reason}; going on with the other files")
+            self._meter.say(f"jql: {reason}; going on with the other files")
 
     def done(self) -> list[Target]:
         """Files that this run has finished, once it is through."""

@@ -33,7 +33,7 @@ def interruptible() -> Iterator[threading.Event]:
         stop.set()
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
         name = signal.Signals(number).name
-        print(f"\njql-run: {name}: finishing what is in hand; once more to stop at once", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"\njql: {name}: finishing what is in hand; once more to stop at once", file=sys.stderr, flush=True)  # noqa: T201
 
     def late(_: int, __: FrameType | None) -> None:
         raise StopError("stopped; what is committed stays: start the same command again to continue")

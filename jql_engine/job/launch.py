@@ -113,16 +113,16 @@ def run_work(
     meter.say(_beginning(job, on, work))
     if n_untraceable := sum(not target.file.source.is_traceable for target in work.targets):
         meter.say(
-            f"jql-run: of {n_untraceable:,} files the server tells neither an entity tag nor a time: a change of one "
+            f"jql: of {n_untraceable:,} files the server tells neither an entity tag nor a time: a change of one "
             "that keeps its size will not be noticed"
         )
     for note in [*notes, *(f"{file.reason}; going on with the other files" for file in work.unreadable)]:
-        meter.say(f"jql-run: {note}")
+        meter.say(f"jql: {note}")
 
     def executed(done: Executed) -> None:
         meter.executed(done.documents, done.tokens, done.padding)
 
-    pool = Pool(specs, work.targets, stop, executed, lambda line: meter.say(f"jql-run: {line}"))
+    pool = Pool(specs, work.targets, stop, executed, lambda line: meter.say(f"jql: {line}"))
     try:
         with closing(pool.run(work.tasks)) as chunks:
             outcome = run(work, chunks, meter, log)

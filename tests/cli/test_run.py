@@ -98,7 +98,7 @@ def test_a_failure_in_mid_run_exits_1_and_names_the_file(bundle, tmp_path):
     damage(bad, row_group=9)
     result = finish(start(bundle, tmp_path / "out", tmp_path / "in"))
     assert result.code == 1 and [file["file"] for file in result.summary["unfinished"]] == [str(bad)]
-    assert f"jql-run: {bad} cannot be read to its end" in result.stderr
+    assert f"jql: {bad} cannot be read to its end" in result.stderr
     assert (tmp_path / "out/a.parquet").exists() and not (tmp_path / "out/b.parquet").exists()
     assert "Traceback" not in result.stderr
 
@@ -111,7 +111,7 @@ def test_a_job_says_once_which_tokenizer_takes_the_place_of_the_proven_one(bundl
     result = finish(start(other, tmp_path / "out", tmp_path / "in", "--workers", 2, "--chunk-rows", 4))
     assert result.code == 0, result.stderr
     [line] = [line for line in result.stderr.splitlines() if "tokenizer: " in line]
-    assert line.startswith("jql-run: tokenizer: ") and library in line
+    assert line.startswith("jql: tokenizer: ") and library in line
     metadata = json.loads(pq.read_schema(tmp_path / "out/a.parquet").metadata[b"jql_engine"])
     assert (metadata["tokenizer"], metadata["bundle"]) == (library, other.hash)
 

@@ -459,7 +459,7 @@ def test_a_file_that_stays_out_of_reach_is_named_and_the_rest_is_done(s3, bundle
     summary = run(bundle, "s3://bucket/out", "s3://bucket/in")
     waits = [line for line in capfd.readouterr().err.splitlines() if "; again in " in line]
     assert len(waits) > 1
-    assert all(line.startswith("jql-run: s3://bucket/in/a.parquet: ") for line in waits)
+    assert all(line.startswith("jql: s3://bucket/in/a.parquet: ") for line in waits)
     assert [file["file"] for file in summary["unfinished"]] == ["s3://bucket/in/a.parquet"]
     assert "s3://bucket/in/a.parquet cannot be read" in summary["unfinished"][0]["reason"]
     s3.fault = lambda _: None

@@ -384,13 +384,13 @@ def test_every_wait_is_a_line_on_stderr(remote, waits, capsys):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     for line, wait in zip(said, waits, strict=True):
-        assert line == f"jql-run: {remote / 'a.parquet'}: TimeoutError: no answer; again in {wait:.2g} s"
+        assert line == f"jql: {remote / 'a.parquet'}: TimeoutError: no answer; again in {wait:.2g} s"
 
 
 def test_a_wait_shows_no_secret(waits, capsys):
     retry(UPath("http://127.0.0.1/a?sig=secret"), Flaky(1, OSError("http://me:secret@h/b?sig=secret: no")))
     said = capsys.readouterr().err
-    assert said.startswith("jql-run: http://127.0.0.1/a?…: OSError: http://…@h/b?…: no; again in ")
+    assert said.startswith("jql: http://127.0.0.1/a?…: OSError: http://…@h/b?…: no; again in ")
 
 
 def test_an_error_without_words_is_named(remote, waits, capsys):
