@@ -16,6 +16,13 @@ from jql_export.settings import read_settings
 
 # transformers' classes that take tokenizer.json as it is, whatever tokenizer_config.json says of lower case.
 TAKE_THE_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
+BERT = ("BertTokenizer", "BertTokenizerFast")  # put texts in lower case where do_lower_case is not there
+# Settings of transformers' other classes: a text, and what is in it once normalized where the setting is on.
+SWITCHES = {
+    "do_lower_case": ("A", "a", "puts texts in lower case", "keeps capitals"),
+    "strip_accents": ("\u00e9|", "e|", "strips accents", "keeps accents"),
+    "tokenize_chinese_chars": ("中中", "中  中", "sets Chinese characters apart", "leaves Chinese characters together"),
+}
 # Saved are the ids up to the largest, with four bytes of memory for each one that no piece has.
 LARGEST_ID = 1 << 24
 
@@ -50,13 +57,16 @@ def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
 
 
 def _check_config(source: Path, config: Mapping[str, Any], oracle: OracleTokenizer) -> None:
-    lower, lowers = config.get("do_lower_case"), _lowers(oracle)
-    if lower in (True, False) and lower != lowers and config.get("tokenizer_class") not in TAKE_THE_FILE:
-        raise CheckpointError(
-            f"{source}: tokenizer_config.json has do_lower_case = {lower}, but tokenizer.json "
-            f"{'puts texts in lower case' if lowers else 'keeps capitals'}; write both anew with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...), or correct do_lower_case in a copy"
-        )
+    kind = config.get("tokenizer_class")
+    for key, (before, after, does, does_not) in SWITCHES.items():
+        said = config.get(key, True if kind in BERT and key == "do_lower_case" else None)
+        is_on = after in _normalize(oracle, before)
+        if said in (True, False) and said != is_on and kind not in TAKE_THE_FILE:
+            raise CheckpointError(
+                f"{source}: tokenizer_config.json has {key} = {said}, but tokenizer.json "
+                f"{does if is_on else does_not}; write both anew with "
+                f"AutoTokenizer.from_pretrained(...).save_pretrained(...), or correct {key} in a copy"
+            )
     side = config.get("truncation_side") or (oracle.truncation or {}).get("direction") or "right"
     if side != "right":
         raise CheckpointError(
@@ -66,8 +76,9 @@ def _check_config(source: Path, config: Mapping[str, Any], oracle: OracleTokeniz
         )
 
 
-def _lowers(oracle: OracleTokenizer) -> bool:
-    return oracle.normalizer is not None and "a" in oracle.normalizer.normalize_str("A")
+def _normalize(oracle: OracleTokenizer, text: str) -> str:
+    normalizer: Any = oracle.normalizer  # may be None, other than its stub says
+    return str(normalizer.normalize_str(text)) if normalizer else text
 
 
 def _around(oracle: OracleTokenizer) -> tuple[list[int], list[int]]:
