@@ -114,7 +114,7 @@ class Case:
 def main(
     family: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")],
     corpus: Annotated[Path, typer.Option(help="Parquet with a column `text`.")],
-    work: Annotated[Path, typer.Option(help="Folder for checkpoint and bundle; what is there already is used again.")],
+    work: Annotated[Path, typer.Option(help="Folder for checkpoint, bundle and logits; what is there is used again.")],
     python: Annotated[Path | None, typer.Option(help="Python of the environment with optimum-intel.")] = None,
     vocabulary: Annotated[Path | None, typer.Option(help="Folder of a tokenizer to use.")] = None,
     documents: Annotated[int, typer.Option(help="To check.")] = 200,
@@ -133,7 +133,7 @@ def main(
     }  # fmt: skip
     few = sample.only(np.flatnonzero(sample.tokens <= usual)[:: max(1, documents // timed)][:timed].tolist())
     cases = _cases(model, bundle, python, few)
-    settings["checked"] = _check(cases, sample, bundle.heads)
+    settings["checked"] = _check(cases, sample, bundle.heads, work / family / f"logits-{documents}-{usual}")
     for _ in range(rounds):
         for case in cases:
             _, seconds, case.row.peak_memory_mib = case.process.run(few.texts, case.batch_size)
@@ -218,29 +218,37 @@ def _exported(python: Path, model: Path) -> bool:
     return out.exists()
 
 
-def _check(cases: list[Case], sample: Sample, heads: tuple[str, ...]) -> dict[str, object]:
-    """What the logits of all documents differ by; rows get theirs as well."""
-    expected, seconds, _ = cases[0].process.run(sample.texts, 1)
-    n_tokens = int(sample.tokens.sum())
-    print(f"transformers, {len(sample.texts)} documents, {n_tokens:,} tokens: {seconds:.0f} s", flush=True)
+def _check(cases: list[Case], sample: Sample, heads: tuple[str, ...], kept: Path) -> dict[str, object]:
+    """What the logits of all documents differ by; rows get theirs as well. Logits are kept in a folder."""
+    expected = _logits(cases[0], sample, 1, kept)
     found: dict[str, object] = {
-        "documents": len(sample.texts), "tokens": n_tokens, "shortest": int(sample.tokens.min()),
+        "documents": len(sample.texts), "tokens": int(sample.tokens.sum()), "shortest": int(sample.tokens.min()),
         "longest": int(sample.tokens.max()), "standard_deviation": round(float(expected.std(0).mean()), 3),
     }  # fmt: skip
-    for case in cases:
-        if case.row.what != "engine":
-            continue
-        logits, seconds, _ = case.process.run(sample.texts, 0)
+    for case in (case for case in cases if case.row.what == "engine"):
+        logits = _logits(case, sample, 0, kept)
         compare(case.row, logits, expected, heads)
         figures = {"largest_difference": case.row.score_difference}
         if case.row.variant.endswith("fp32"):
-            alone, _, _ = case.process.run(sample.texts, 1)
-            figures["alone_to_batches"] = float(f"{np.abs(alone - logits).max():.2e}")
+            difference = np.abs(_logits(case, sample, 1, kept) - logits).max()
+            figures["alone_to_batches"] = float(f"{difference:.2e}")
         found[case.row.variant] = figures
-        print(f"{case.row.variant}: {seconds:.0f} s, {figures}", flush=True)
+        print(f"{case.row.variant}: {figures}", flush=True)
     for case in (case for case in cases if case.row.what == "peer"):
         few = sample.only(range(0, len(sample.texts), 10))
-        compare(case.row, case.process.run(few.texts, case.batch_size)[0], expected[::10], heads)
+        compare(case.row, _logits(case, few, case.batch_size, kept), expected[::10], heads)
+    return found
+
+
+def _logits(case: Case, sample: Sample, batch_size: int, kept: Path) -> np.ndarray:
+    """Of the sample, from an earlier run where there was one."""
+    file = kept / f"{case.row.what}-{case.row.variant}-{batch_size}.npy"
+    if not file.exists():
+        kept.mkdir(exist_ok=True)
+        logits, seconds, _ = case.process.run(sample.texts, batch_size)
+        print(f"{file.stem}: {sample.tokens.sum():,} tokens in {seconds:.0f} s", flush=True)
+        np.save(file, logits)
+    found: np.ndarray = np.load(file)
     return found
 
 
