@@ -1,0 +1,112 @@
+#include "probes.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "error.h"
+#include "file.h"
+#include "json.h"
+
+namespace jql {
+
+namespace {
+
+constexpr int64_t short_tokens = 64;
+
+struct Probes {
+  std::vector<int32_t> ids;
+  std::vector<int64_t> offsets{0};
+  std::vector<float> embeddings, scores;
+  size_t size() const { return offsets.size() - 1; }
+};
+
+// A tensor of a safetensors file: an 8-byte length, a JSON header, and the data that it describes.
+template <typename T>
+std::vector<T> tensor(JsonValue header, std::string_view data, const char* name, const char* type) {
+  JsonValue info = header.at(name);
+  std::vector<JsonValue> range = info.at("data_offsets").items();
+  auto limit = static_cast<int64_t>(data.size());
+  bool fine = range.size() == 2 && info.at("dtype").string() == type;
+  int64_t begin = fine ? range[0].integer(0, limit) : 0, end = fine ? range[1].integer(begin, limit) : 1;
+  if (!fine || (end - begin) % static_cast<int64_t>(sizeof(T)) != 0) {
+    throw invalid_bundle(std::string("probes.safetensors has no ") + type + " as " + name + "; export the bundle again");
+  }
+  std::vector<T> values(static_cast<size_t>(end - begin) / sizeof(T));
+  if (!values.empty()) std::memcpy(values.data(), data.data() + begin, values.size() * sizeof(T));
+  return values;
+}
+
+Probes read_probes(const std::string& folder) {
+  MappedFile file(folder + "/probes.safetensors");
+  std::string_view bytes = file.text();
+  uint64_t n_header = 0;
+  if (bytes.size() >= 8) std::memcpy(&n_header, bytes.data(), 8);
+  if (bytes.size() < 8 || n_header > bytes.size() - 8) throw invalid_bundle("probes.safetensors ends early");
+  Json json(bytes.substr(8, n_header), "probes.safetensors");
+  std::string_view data = bytes.substr(8 + n_header);
+  JsonValue header = json.root();
+  return {tensor<int32_t>(header, data, "ids", "I32"), tensor<int64_t>(header, data, "offsets", "I64"),
+          tensor<float>(header, data, "embedding", "F32"), tensor<float>(header, data, "scores", "F32")};
+}
+
+void check_shape(const Probes& probes, size_t n_heads, size_t width) {
+  bool fine = !probes.offsets.empty() && probes.offsets.front() == 0 &&
+              probes.offsets.back() == static_cast<int64_t>(probes.ids.size());
+  for (size_t i = 0; fine && i < probes.size(); ++i) fine = probes.offsets[i] < probes.offsets[i + 1];
+  fine = fine && probes.embeddings.size() == probes.size() * width && probes.scores.size() == probes.size() * n_heads;
+  if (!fine) throw invalid_bundle("probes.safetensors is of another shape than bundle.json says; export the bundle again");
+}
+
+// The documents of up to `short_tokens` tokens, so that opening a bundle takes no longer than it must.
+Probes short_ones(const Probes& all, size_t n_heads, size_t width) {
+  Probes some;
+  for (size_t i = 0; i < all.size(); ++i) {
+    int64_t begin = all.offsets[i], end = all.offsets[i + 1];
+    if (end - begin > short_tokens) continue;
+    some.ids.insert(some.ids.end(), all.ids.begin() + begin, all.ids.begin() + end);
+    some.offsets.push_back(static_cast<int64_t>(some.ids.size()));
+    auto row = [i](const std::vector<float>& values, size_t n) { return values.begin() + static_cast<std::ptrdiff_t>(i * n); };
+    some.embeddings.insert(some.embeddings.end(), row(all.embeddings, width), row(all.embeddings, width) + width);
+    some.scores.insert(some.scores.end(), row(all.scores, n_heads), row(all.scores, n_heads) + n_heads);
+  }
+  return some;
+}
+
+// The largest absolute difference; NaN counts as infinite.
+double largest_difference(const std::vector<float>& found, const std::vector<float>& expected) {
+  double largest = 0;
+  for (size_t i = 0; i < found.size(); ++i) {
+    double difference = std::fabs(static_cast<double>(found[i]) - static_cast<double>(expected[i]));
+    if (!(difference <= largest)) largest = std::isnan(difference) ? INFINITY : difference;
+  }
+  return largest;
+}
+
+}  // namespace
+
+void certify(const std::string& folder, const Manifest& manifest, const std::string& variant, Session& session,
+             Slots& slots) {
+  size_t n_heads = manifest.outputs.size(), width = static_cast<size_t>(manifest.hidden_size);
+  Probes all = read_probes(folder);
+  check_shape(all, n_heads, width);
+  Probes probes = short_ones(all, n_heads, width);
+  Documents documents{probes.ids.data(), probes.offsets.data(), probes.size()};
+  std::vector<float> scores(probes.scores.size()), alone(scores.size()), embeddings(probes.embeddings.size());
+  compute(session, slots, documents, batch_tokens, {scores.data(), embeddings.data(), n_heads, width});
+  if (n_heads) compute(session, slots, documents, 1, {alone.data(), nullptr, n_heads, width});
+  const auto& limits = manifest.variant(variant).tolerance;
+  auto check = [&](const char* name, double difference) {
+    auto limit = limits.find(name);
+    if (limit == limits.end()) throw invalid_bundle("bundle.json: tolerance of " + variant + " lacks " + name);
+    if (difference <= limit->second) return;
+    throw Error(JQL_PARITY, "variant " + variant + " is out of tolerance on this machine: " + name + " differs by " +
+                                std::to_string(difference) + " on a probe document, allowed is " +
+                                std::to_string(limit->second) + ". It must not be used; please report this with the machine");
+  };
+  check("embedding", largest_difference(embeddings, probes.embeddings));
+  check("score", largest_difference(scores, probes.scores));
+  check("batch", largest_difference(scores, alone));
+}
+
+}  // namespace jql
