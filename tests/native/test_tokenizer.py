@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from jql_engine.probe_texts import ODDITIES, SENTENCES
+from tests.native.binding import JqlError, NativeEngine
+from tests.native.conftest import copy_of, replace_file
+from tests.native.differences import differences, expected_ids, read_oracle
+from tests.native.strings import TIES, Source, code_points
+from tests.test_truncation import ODD, TEXTS, write, write_unigram_of
+
+LAYOUTS = ("trained", "xlm-roberta", "without split", "bare", "odd rules", "odd rules without split")
+SEED, N_STRINGS = 20, 10_000
+STEP = 61  # of code points that are tried here; tests/native/differences.py tries them all
+
+
+@pytest.fixture(scope="module")
+def oracle(xlmr):
+    return read_oracle(xlmr.path / "tokenizer.json")
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request, library, xlmr, tmp_path_factory):
+    """An engine with a tokenizer in another layout, and its oracle."""
+    folder = tmp_path_factory.mktemp("layout")
+    yield from opened_with(write(folder, request.param), library, xlmr, folder)
+
+
+def opened_with(file, library, xlmr, folder):
+    bundle = copy_of(xlmr, folder / "bundle")
+    replace_file(bundle, "tokenizer.json", file.read_bytes())
+    with NativeEngine(bundle, library, certify=0) as engine:
+        yield engine, read_oracle(file)
+
+
+@pytest.mark.parametrize("texts", [SENTENCES, ODDITIES, ODD, TIES], ids=["sentences", "oddities", "odd", "ties"])
+def test_ids_are_those_of_the_oracle(native, oracle, texts):
+    assert differences(native, oracle, texts) == []
+
+
+def test_random_and_mutated_strings(native, oracle):
+    assert differences(native, oracle, Source(SEED, SENTENCES).take(N_STRINGS)) == []
+
+
+def test_code_points_alone_between_letters_and_beside_what_joins_them(native, oracle):
+    assert differences(native, oracle, list(code_points(STEP, first=SEED))) == []
+
+
+def test_marks_newer_than_unicode_16_join_what_is_mapped(native, oracle):
+    marks = [chr(c) for c in (0x897, *range(0x1ACF, 0x1ADE), *range(0x1AE0, 0x1AEC))]
+    texts = [f"{c}{mark}" for c in "\u00a0ªº™ﬁ①" for mark in marks]
+    assert differences(native, oracle, texts) == []
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS)
+def test_other_layouts(layout, text):
+    engine, oracle = layout
+    assert differences(engine, oracle, [text, text.replace(" ", "  ")]) == []
+
+
+def test_other_layouts_on_odd_strings(layout):
+    engine, oracle = layout
+    assert differences(engine, oracle, [*SENTENCES, *ODDITIES, *ODD, *Source(SEED, SENTENCES).take(2000)]) == []
+
+
+def test_long_texts_are_normalized_in_parts(layout):
+    engine, oracle = layout
+    source = Source(SEED, SENTENCES)
+    texts = [glue.join(source.take(3000)) for glue in (" ", "  ", "\n", "", " \u0301", "x ")]
+    limit = 1 << 30
+    expected = expected_ids(oracle, texts, [0], [2], limit)
+    assert [whole(engine, text) for text in texts] == [ids[: engine.max_tokens - 1] for ids in expected]
+
+
+def whole(engine, text):
+    """The ids of a truncated document but for its last, as no test bundle has room for more."""
+    ids, truncated = engine.tokenize(text)
+    assert truncated
+    return ids[:-1]
+
+
+def test_unknown_characters_in_a_row_are_one_id_or_bytes(library, xlmr, tmp_path):
+    pieces = {"▁": -3.0, "a": -2.0, "ab": -4.5}
+    pieces |= {f"<0x{byte:02X}>": -9.0 for byte in range(256)}
+    for fallback in (False, True):
+        folder = tmp_path / str(fallback)
+        folder.mkdir()
+        file = write_unigram_of(pieces, folder, None, byte_fallback=fallback)
+        for engine, oracle in opened_with(file, library, xlmr, folder):
+            assert differences(engine, oracle, ["aξξb", "ξ", "ξξ ξ", "abξ", "a▁ξ", "<0x41>ξ", "🎉a🎉"]) == []
+
+
+def test_a_piece_that_stands_twice_has_its_last_id(library, xlmr, tmp_path):
+    file = write_unigram_of({"▁": -3.0, "a": -2.0, "b": -2.0, "ab": -5.0}, tmp_path, None)
+    fields = json.loads(file.read_text())
+    fields["model"]["vocab"] += [["ab", -3.0], ["▁a", -4.0]]
+    file.write_text(json.dumps(fields))
+    for engine, oracle in opened_with(file, library, xlmr, tmp_path):
+        assert differences(engine, oracle, ["ab", "a", "abab aab"]) == []
+
+
+def test_scores_are_rounded_as_serde_json_does(library, xlmr, tmp_path):
+    """Of each pair the two characters and the piece of both score the same but for rounding, which decides."""
+    random = Random(SEED)
+    letters = [chr(c) for c in range(0x4E00, 0x4E00 + 2000)]
+    pieces = {"▁": -3.0}
+    for x, y in zip(letters[::2], letters[1::2], strict=True):
+        pieces[x], pieces[y] = random.uniform(-20, -1), random.uniform(-20, -1)
+        pieces[x + y] = pieces[x] + pieces[y]
+    file = write_unigram_of(pieces, tmp_path, None)
+    for engine, oracle in opened_with(file, library, xlmr, tmp_path):
+        assert differences(engine, oracle, [x + y for x, y in zip(letters[::2], letters[1::2], strict=True)]) == []
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["-123456789012345678901234.5", "-1.2345678901234567890123456789", "-1e-3", "-12E+1", "-7", "-0.000", "-2e-320",
+     "-18446744073709551616.25", "-0.000000000000000000000000012345678901234567"],
+)  # fmt: skip
+def test_numbers_in_all_notations(library, xlmr, tmp_path, number):
+    file = write_unigram_of({"▁": -3.0, "a": -9.5, "b": -9.25, "ab": -98765.25, "aa": -99.5}, tmp_path, None)
+    file.write_text(file.read_text().replace("-9.5", number))
+    for engine, oracle in opened_with(file, library, xlmr, tmp_path):
+        assert differences(engine, oracle, ["ab", "abab", "aabb", "ba", "aaa"]) == []
+
+
+def test_truncation_is_reported_at_its_edge(native, oracle):
+    text = "a " * 500
+    room = native.max_tokens - 2
+    n_words = next(n for n in range(500) if len(oracle.encode(text[: 2 * n], add_special_tokens=False).ids) >= room)
+    assert [native.tokenize(text[: 2 * n])[1] for n in (n_words - 1, n_words, n_words + 1)] == [False, False, True]
+
+
+def test_nul_is_text(native, oracle):
+    assert differences(native, oracle, ["\x00", "a\x00b", "\x00\x00 a", "a\x00"]) == []
+
+
+def test_too_little_room_says_how_much_is_needed(native):
+    ids, _ = native.tokenize("two words")
+    with pytest.raises(JqlError, match=f"JQL_BUFFER_TOO_SMALL: the text has {len(ids)} ids, there is room for 1"):
+        native.tokenize("two words", capacity=1)
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"ok \xc3", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf4\x90\x80\x80", b"\xe2\x28\xa1"])
+def test_what_is_not_utf8_is_an_error(native, text):
+    with pytest.raises(JqlError, match="JQL_INVALID_TEXT: the text is not UTF-8 at byte"):
+        native.tokenize(text)
+
+
+def test_a_document_of_50_mb(native, oracle):
+    sentence = " ".join(SENTENCES)
+    document = sentence * (50_000_000 // len(sentence.encode()))
+    assert native.tokenize(document)[0] == native.tokenize(sentence * 20)[0]
+
+
+def test_a_word_of_5_mb(native, oracle):
+    word = "аб" * 1_250_000
+    assert native.tokenize(word)[0] == native.tokenize(word[:100_000])[0]
+
+
+def change(file: Path, where: str, value: object) -> bytes:
+    fields = json.loads(file.read_text())
+    *path, last = where.split(".")
+    part = fields
+    for name in path:
+        part = part[int(name) if name.isdigit() else name]
+    part[last] = value
+    return json.dumps(fields).encode()
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "sentence"),
+    [
+        ("model.type", "BPE", "has the model BPE, libjql knows Unigram"),
+        ("model.unk_id", None, "has no unk_id"),
+        ("normalizer", {"type": "NFKC"}, "has the normalizer NFKC, which libjql does not know"),
+        ("pre_tokenizer", {"type": "Whitespace"}, "has the pre_tokenizer Whitespace"),
+        ("pre_tokenizer", None, "has no pre_tokenizer Metaspace"),
+        ("added_tokens.1.single_word", True, "added token of single words"),
+    ],
+)
+def test_another_kind_of_tokenizer_leaves_ids(library, xlmr, tmp_path, where, value, sentence):
+    bundle = copy_of(xlmr, tmp_path / "bundle")
+    replace_file(bundle, "tokenizer.json", change(bundle / "tokenizer.json", where, value))
+    with NativeEngine(bundle, library) as engine:
+        with pytest.raises(JqlError, match=f"JQL_UNSUPPORTED: .*{sentence}"):
+            engine.tokenize("text")
+        with pytest.raises(JqlError, match="JQL_UNSUPPORTED"):
+            engine.score(["text"])
+        assert np.isfinite(engine.score_tokens([0, 5, 2], [0, 3])).all()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"{}", b'{"model": {"type": "Unigram", "vocab": []}}', b'{"model": 1}', b"\xff", b"[" * 100_000,
+        b'{"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a"]]}}', b'{"a": "\\ud800"}', b'{"a": 01}', b'{"a": "\x01"}',
+        b'{"model": {"type": "Unigram", "unk_id": 9, "vocab": [["a", 1]]}}', b'{"a": 1} 2',
+    ],
+    ids=range(14),
+)  # fmt: skip
+def test_a_damaged_tokenizer_is_an_error(library, xlmr, tmp_path, content):
+    bundle = copy_of(xlmr, tmp_path / "bundle")
+    replace_file(bundle, "tokenizer.json", content)
+    with pytest.raises(JqlError, match="JQL_INVALID_BUNDLE: .*tokenizer.json"):
+        NativeEngine(bundle, library)
