@@ -16,7 +16,21 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-CLUSTER = ("CR", "LF", "Control", "Extend", "ZWJ", "Regional_Indicator", "Prepend", "SpacingMark", "L", "V", "T", "LV", "LVT")
+CLUSTER = (
+    "CR",
+    "LF",
+    "Control",
+    "Extend",
+    "ZWJ",
+    "Regional_Indicator",
+    "Prepend",
+    "SpacingMark",
+    "L",
+    "V",
+    "T",
+    "LV",
+    "LVT",
+)
 CONJUNCT = ("Consonant", "Extend", "Linker")
 PICTOGRAPHIC = len(CLUSTER) + 1  # no code point has another cluster property besides
 CONJUNCT_SHIFT = 4

@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint8, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int32, c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,9 @@ class JqlError(Exception):
 class ArrowArrayStream(ctypes.Structure):
     """The stream interface's five pointers; pyarrow fills and reads them."""
 
-    _fields_ = tuple((name, c_void_p) for name in ("get_schema", "get_next", "get_last_error", "release", "private_data"))
+    _fields_ = tuple(
+        (name, c_void_p) for name in ("get_schema", "get_next", "get_last_error", "release", "private_data")
+    )
 
 
 def library_path() -> Path:
@@ -107,7 +109,9 @@ class NativeEngine:
             "openvino": str(package_file("openvino", "libs/libopenvino_c.so*")),
         } | options  # fmt: skip
         encoded = {name: value.encode() if isinstance(value, str) else value for name, value in given.items()}
-        self.call("jql_open", str(bundle).encode(), byref(Options(ctypes.sizeof(Options), **encoded)), byref(self._engine))
+        self.call(
+            "jql_open", str(bundle).encode(), byref(Options(ctypes.sizeof(Options), **encoded)), byref(self._engine)
+        )
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function that has err and err_size at its end."""
@@ -181,6 +185,3 @@ class NativeEngine:
         name = column.encode() if column is not None else None
         self.call("jql_score_arrow", self._engine, given, name, byref(scores))
         return pa.RecordBatchReader._import_from_c(ctypes.addressof(scores))
-
-
-__all__ = ["Computed", "JqlError", "NativeEngine", "Options", "c_float", "c_int64", "c_uint8", "load", "package_file"]

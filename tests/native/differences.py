@@ -25,7 +25,9 @@ from tests.native.strings import Source, code_points
 CHUNK = 20_000  # strings that are compared at a time
 
 
-def expected_ids(oracle: Tokenizer, texts: Sequence[str], prefix: list[int], suffix: list[int], limit: int) -> list[list[int]]:
+def expected_ids(
+    oracle: Tokenizer, texts: Sequence[str], prefix: list[int], suffix: list[int], limit: int
+) -> list[list[int]]:
     """The ids of `texts` by `tokenizers`, cut as a bundle's are."""
     room = limit - len(prefix) - len(suffix)
     found = oracle.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -85,7 +87,9 @@ def main() -> int:
                 n, n_wrong = n + len(part), n_wrong + len(wrong)
                 for text in wrong:
                     print(f"{kind}: {text!r}: {engine.tokenize(text)[0]}", flush=True)
-            print(f"{kind}: {n:,} strings in {time.monotonic() - started:.0f} s, {n_wrong} differences so far", flush=True)
+            print(
+                f"{kind}: {n:,} strings in {time.monotonic() - started:.0f} s, {n_wrong} differences so far", flush=True
+            )
     return min(1, n_wrong)
 
 

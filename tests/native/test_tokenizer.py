@@ -148,7 +148,9 @@ def test_too_little_room_says_how_much_is_needed(native):
         native.tokenize("two words", capacity=1)
 
 
-@pytest.mark.parametrize("text", [b"\xff", b"ok \xc3", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf4\x90\x80\x80", b"\xe2\x28\xa1"])
+@pytest.mark.parametrize(
+    "text", [b"\xff", b"ok \xc3", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf4\x90\x80\x80", b"\xe2\x28\xa1"]
+)
 def test_what_is_not_utf8_is_an_error(native, text):
     with pytest.raises(JqlError, match="JQL_INVALID_TEXT: the text is not UTF-8 at byte"):
         native.tokenize(text)

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jql_engine.bundle import MANIFEST
+from tests.native.binding import JqlError, NativeEngine, Options, package_file
+from tests.native.conftest import copy_of, replace_file
+
+
+@pytest.fixture
+def copy(xlmr, tmp_path):
+    """A bundle to damage."""
+    return copy_of(xlmr, tmp_path / "copy")
+
+
+def change(bundle: Path, path: str, value: object) -> None:
+    """Another value at `path` of bundle.json; None as the last name removes it."""
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    *names, last = path.split("/")
+    part = manifest
+    for name in names:
+        part = part[int(name) if name.isdigit() else name]
+    if value is ...:
+        del part[last]
+    else:
+        part[last] = value
+    replace_file(bundle, MANIFEST, json.dumps(manifest).encode())
+
+
+def refused(library, bundle, status, *parts, **options):
+    with pytest.raises(JqlError) as caught:
+        NativeEngine(bundle, library, **options)
+    assert caught.value.status == status, caught.value
+    for part in parts:
+        assert part in caught.value.sentence, caught.value
+
+
+def test_a_bundle_that_is_not_there(library, tmp_path):
+    refused(library, tmp_path / "none", "JQL_INVALID_BUNDLE", str(tmp_path / "none"), "No such file", "jql-export")
+    refused(library, tmp_path, "JQL_INVALID_BUNDLE", "is no bundle")
+    (tmp_path / MANIFEST).mkdir()
+    refused(library, tmp_path, "JQL_INVALID_BUNDLE", "is no bundle")
+
+
+@pytest.mark.parametrize(
+    "name", ["graphs/cpu-fp32.onnx", "graphs/cpu-fp32.onnx.data", "probes.safetensors", "tokenizer.json"]
+)
+def test_a_damaged_file(library, copy, name):
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    replace_file(copy, name, bytes(content), listed=False)
+    refused(library, copy, "JQL_INVALID_BUNDLE", name, "was changed: SHA-256")
+    replace_file(copy, name, bytes(content[:-1]), listed=False)
+    refused(library, copy, "JQL_INVALID_BUNDLE", name, "bytes, the manifest says")
+    (copy / name).unlink()
+    refused(library, copy, "JQL_INVALID_BUNDLE", name, "is missing")
+
+
+def test_a_damaged_file_is_not_noticed_where_nobody_looks(library, copy):
+    content = bytearray((copy / "readouts.safetensors").read_bytes())
+    content[-1] ^= 1
+    replace_file(copy, "readouts.safetensors", bytes(content), listed=False)
+    refused(library, copy, "JQL_INVALID_BUNDLE", "readouts.safetensors")
+    NativeEngine(copy, library, verify=0).close()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "status", "part"),
+    [
+        ("format", 3, "JQL_INVALID_BUNDLE", "has bundle format 3; this libjql reads 2: update libjql"),
+        ("format", 1, "JQL_INVALID_BUNDLE", "has bundle format 1; this libjql reads 2: export the bundle again"),
+        ("requires", ["telepathy"], "JQL_UNSUPPORTED", 'needs "telepathy"'),
+        ("max_tokens", ..., "JQL_INVALID_BUNDLE", '"max_tokens" is missing'),
+        ("max_tokens", 2, "JQL_INVALID_BUNDLE", "leaves no room for text"),
+        ("max_tokens", "many", "JQL_INVALID_BUNDLE", '"max_tokens" is a string, expected a number'),
+        ("max_tokens", 2**40, "JQL_INVALID_BUNDLE", '"max_tokens" is 1099511627776, expected a whole number from 1'),
+        ("tokenizer/pad", 1.5, "JQL_INVALID_BUNDLE", '"pad" is 1.5'),
+        ("variants/cpu-fp32/graph", "../graph.onnx", "JQL_INVALID_BUNDLE", "cannot be the name of a file"),
+        ("variants/cpu-fp32/graph", "/etc/passwd", "JQL_INVALID_BUNDLE", "cannot be the name of a file"),
+        ("variants/cpu-fp32/graph", "s3://x", "JQL_INVALID_BUNDLE", "cannot be the name of a file"),
+        ("variants/cpu-fp32/graph", "graphs/other.onnx", "JQL_INVALID_BUNDLE", "is not among its files"),
+        ("variants/cpu-fp32/layout", "packed", "JQL_UNSUPPORTED", "does not know the layout packed"),
+        ("variants/cpu-fp32/provider", "cuda", "JQL_UNSUPPORTED", "is written for cuda"),
+        ("variants/cpu-fp32", ..., "JQL_UNSUPPORTED", "has no variant cpu-fp32; it has: openvino-fp32, standard-fp32"),
+        ("variants/cpu-fp32/tolerance/score", ..., "JQL_INVALID_BUNDLE", "lacks score"),
+        ("variants/cpu-fp32/tolerance/score", 0.0, "JQL_PARITY", "score differs by"),
+        ("readouts/0/outputs", ["edu", "edu"], "JQL_INVALID_BUNDLE", "two scores have the same name"),
+        ("encoder/hidden_size", 7, "JQL_INVALID_BUNDLE", "is of another shape"),
+        ("files/probes.safetensors", ..., "JQL_INVALID_BUNDLE", "is not among its files"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_cannot_be_used(library, copy, path, value, status, part):
+    change(copy, path, value)
+    refused(library, copy, status, part)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b'{"format": 2}', b"\xff\xfe{", b"[" * 10**6])
+def test_a_manifest_that_is_none(library, copy, content):
+    replace_file(copy, MANIFEST, content)
+    refused(library, copy, "JQL_INVALID_BUNDLE", str(copy))
+
+
+def test_a_file_that_is_not_listed_beside_a_graph(library, copy):
+    (copy / "graphs" / "more.onnx.data").write_bytes(b"weights")
+    refused(library, copy, "JQL_INVALID_BUNDLE", "graphs/more.onnx.data", "is not listed")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08" + bytes(7) + b"{}      ", b"\xff" * 16])
+def test_damaged_probes(library, copy, content):
+    replace_file(copy, "probes.safetensors", content)
+    refused(library, copy, "JQL_INVALID_BUNDLE", "probes.safetensors")
+
+
+def test_a_graph_that_is_none(library, copy):
+    replace_file(copy, "graphs/cpu-fp32.onnx", b"no graph")
+    refused(library, copy, "JQL_RUNTIME_FAILED", "ONNX Runtime: ")
+    replace_file(copy, "graphs/openvino.onnx", b"no graph")
+    refused(library, copy, "JQL_RUNTIME_FAILED", "OpenVINO: ", variant="openvino-fp32")
+
+
+def test_a_readout_that_is_not_known_leaves_embeddings(library, copy):
+    change(copy, "readouts/0/layers/0/activation", "mystery")
+    with NativeEngine(copy, library) as engine:
+        assert engine.embed(["text"]).values.shape[0] == 1
+        for call in (lambda: engine.score(["text"]), lambda: engine.score_tokens([0, 2], [0, 2])):
+            with pytest.raises(JqlError, match="JQL_UNSUPPORTED: readout edu has the activation mystery"):
+                call()
+
+
+@pytest.mark.parametrize(("option", "variant"), [("onnxruntime", "cpu-fp32"), ("openvino", "openvino-fp32")])
+def test_a_runtime_that_is_none(library, xlmr, option, variant):
+    refused(library, xlmr.path, "JQL_NO_RUNTIME", "/none.so", variant=variant, **{option: "/none.so"})
+    refused(
+        library, xlmr.path, "JQL_NO_RUNTIME", "libm.so.6 is no", "it lacks", variant=variant, **{option: "libm.so.6"}
+    )
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+@pytest.mark.parametrize(
+    ("version", "fits"), [("1.23.9", False), ("2.0.0", False), ("nonsense", False), ("1.99.0", True)]
+)
+def test_the_version_of_onnx_runtime_is_read_before_its_api_is_asked_for(library, xlmr, tmp_path, version, fits):
+    """This one ends the process where it is asked for its API in vain."""
+    source, built = tmp_path / "fake.c", tmp_path / "fake.so"
+    source.write_text(
+        "#include <stdlib.h>\n"
+        f"static const void* api(unsigned v) {{ (void)v; {'return 0;' if fits else 'abort();'} }}\n"
+        f'static const char* version(void) {{ return "{version}"; }}\n'
+        "static const struct { const void* (*api)(unsigned); const char* (*version)(void); } base = {api, version};\n"
+        "const void* OrtGetApiBase(void) { return &base; }\n"
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", built, source], check=True)
+    refused(
+        library, xlmr.path, "JQL_NO_RUNTIME", f"is ONNX Runtime {version}, libjql needs 1.24", onnxruntime=str(built)
+    )
+
+
+@pytest.mark.parametrize(
+    ("ids", "offsets", "sentence"),
+    [
+        ([0, 5, 2], [1, 3], "offsets begin at 1, expected 0"),
+        ([0, 5, 2], [0, 3, 1], "document 1 ends before it begins"),
+        ([0, 5, 2], [0, 3, 3], "document 1 has no token"),
+        ([0, -1, 2], [0, 3], "document 0 has the id -1, expected 0 to"),
+        ([0, 2**31 - 1, 2], [0, 3], "document 0 has the id 2147483647"),
+        ([0] * 97, [0, 97], "document 0 has 97 tokens, the most are 96"),
+    ],
+)
+def test_ids_that_cannot_be_scored(native, ids, offsets, sentence):
+    with pytest.raises(JqlError, match=f"JQL_INVALID_ARGUMENT: {sentence}"):
+        native.score_tokens(ids, offsets)
+
+
+def test_null_arguments(library, native, xlmr):
+    error = ctypes.create_string_buffer(512)
+    engine, n_ids, ids, offsets = native._engine, ctypes.c_size_t(), (ctypes.c_int32 * 9)(), (ctypes.c_int64 * 2)(0, 1)
+    scores, texts = (ctypes.c_float * 9)(), (ctypes.c_char_p * 1)(b"text")
+    path = str(xlmr.path).encode()
+    calls = [
+        ("bundle_dir", library.jql_open, None, None, ctypes.byref(ctypes.c_void_p())),
+        ("engine", library.jql_open, path, None, None),
+        ("engine", library.jql_tokenize, None, b"a", 1, ids, 9, n_ids, None),
+        ("text", library.jql_tokenize, engine, None, 1, ids, 9, n_ids, None),
+        ("ids", library.jql_tokenize, engine, b"a", 1, None, 9, n_ids, None),
+        ("n_ids", library.jql_tokenize, engine, b"a", 1, ids, 9, None, None),
+        ("engine", library.jql_score_tokens, None, ids, offsets, 1, scores),
+        ("ids", library.jql_score_tokens, engine, None, offsets, 1, scores),
+        ("offsets", library.jql_score_tokens, engine, ids, None, 1, scores),
+        ("scores", library.jql_score_tokens, engine, ids, offsets, 1, None),
+        ("engine", library.jql_score_texts, None, texts, None, 1, scores, None, None, None),
+        ("texts", library.jql_score_texts, engine, None, None, 1, scores, None, None, None),
+        ("scores", library.jql_score_texts, engine, texts, None, 1, None, None, None, None),
+        ("embeddings", library.jql_embed_texts, engine, texts, None, 1, None, None, None, None),
+        ("engine", library.jql_score_arrow, None, None, None, None),
+        ("input", library.jql_score_arrow, engine, None, None, None),
+    ]
+    for name, function, *arguments in calls:
+        status = function(*arguments, error, 512)
+        assert (library.jql_status_name(status), error.value) == (b"JQL_INVALID_ARGUMENT", f"{name} is NULL".encode())
+        assert function(*arguments, None, 0) == status
+    library.jql_close(None)
+    assert (library.jql_head_count(None), library.jql_head_name(None, 0), library.jql_max_tokens(None)) == (0, None, 0)
+    assert library.jql_embedding_size(None) == 0 and library.jql_head_name(engine, 99) is None
+    assert library.jql_status_name(99) == library.jql_status_name(-1) == b"unknown"
+
+
+def test_texts_may_end_in_nul_and_their_counts_may_be_left_out(library, native):
+    scores, error = (ctypes.c_float * len(native.heads))(), ctypes.create_string_buffer(64)
+    texts = (ctypes.c_char_p * 1)(b"text")
+    assert library.jql_score_texts(native._engine, texts, None, 1, scores, None, None, None, error, 64) == 0
+    assert list(scores) == native.score(["text"]).values[0].tolist()
+
+
+def test_an_error_fills_no_more_than_its_buffer(library, tmp_path):
+    path = str(tmp_path / ("ü" * 40)).encode()
+    for size in range(1, 80):
+        error = ctypes.create_string_buffer(b"#" * 200)
+        assert library.jql_open(path, None, ctypes.byref(ctypes.c_void_p()), error, size) == 2
+        assert len(error.value) < size
+        error.value.decode()  # not cut within a character
+        assert error.raw[size:] == b"#" * (200 - size) + b"\0"
+
+
+def test_options_that_make_no_sense(library, xlmr):
+    refused(library, xlmr.path, "JQL_INVALID_ARGUMENT", "options.threads is -1", threads=-1)
+    refused(library, xlmr.path, "JQL_UNSUPPORTED", "has no variant nothing", variant="nothing")
+    engine, error = ctypes.c_void_p(), ctypes.create_string_buffer(512)
+    options = Options(0, None, str(package_file("onnxruntime", "capi/libonnxruntime.so.*")).encode())
+    status = library.jql_open(str(xlmr.path).encode(), ctypes.byref(options), ctypes.byref(engine), error, 512)
+    assert library.jql_status_name(status) == b"JQL_INVALID_ARGUMENT" and b"JQL_OPTIONS_INIT" in error.value
+    assert not engine
