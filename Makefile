@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 bin = $(VENV)/bin
 
-.PHONY: demo test check soak wheel bench
+.PHONY: demo test check soak wheel bench native native-check
 
 demo: $(VENV)/.installed
 	$(bin)/python examples/demo.py
@@ -38,6 +38,18 @@ wheel: $(VENV)/.installed
 	build/wheel/venv/bin/jql-cut --help > /dev/null
 	build/wheel/venv/bin/jql-report --help > /dev/null
 	build/wheel/venv/bin/jql-compare --help > /dev/null
+
+# libjql, its examples and their tests: see native/build.sh, which says what it needs.
+native: $(VENV)/.installed-dev
+	PYTHON=$(abspath $(bin))/python native/build.sh
+
+# libjql below valgrind and the sanitizers, and SECONDS of each fuzzer: see native/check.sh.
+SECONDS ?= 10
+native-check: native
+	$(bin)/python examples/demo.py > /dev/null
+	PYTHON=$(abspath $(bin))/python native/check.sh .demo/bundle \
+		$$($(bin)/python -c 'from tests.native.binding import package_file as f; print(f("onnxruntime", "capi/libonnxruntime.so.*"))') \
+		$(SECONDS)
 
 # ENCODER, BUNDLE, CORPUS and NAME: see benchmarks/throughput.py
 bench: $(VENV)/.installed-dev

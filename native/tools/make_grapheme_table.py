@@ -103,7 +103,7 @@ def main() -> None:
         assert table[code] == (12 if (code - 0xAC00) % 28 == 0 else 13), hex(code)
     names = ", ".join(f"{value} {name}" for value, name in enumerate((*CLUSTER, "Extended_Pictographic"), 1))
     lines = [
-        "// Made by native/tools/make_grapheme_table.py from Unicode 17.0.0. Each row: first and last code point, value.",
+        "// Made by native/tools/make_grapheme_table.py from Unicode 17.0.0. A row: first and last code point, value.",
         f"// value & 15: {names};",
         "// value >> 4: " + ", ".join(f"{value} InCB={name}" for value, name in enumerate(CONJUNCT, 1)) + ".",
         "// Hangul syllables (LV, LVT) follow a rule and are left out.",

@@ -202,8 +202,9 @@ def test_another_kind_of_tokenizer_leaves_ids(library, xlmr, tmp_path, where, va
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"{", b"[]", b"{}", b'{"model": {"type": "Unigram", "vocab": []}}', b'{"model": 1}', b"\xff", b"[" * 100_000,
-        b'{"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a"]]}}', b'{"a": "\\ud800"}', b'{"a": 01}', b'{"a": "\x01"}',
+        b"", b"{", b"[]", b"{}", b'{"model": {"type": "Unigram", "vocab": []}}', b'{"model": 1}', b"\xff",
+        b"[" * 100_000, b'{"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a"]]}}', b'{"a": "\\ud800"}',
+        b'{"a": 01}', b'{"a": "\x01"}',
         b'{"model": {"type": "Unigram", "unk_id": 9, "vocab": [["a", 1]]}}', b'{"a": 1} 2',
     ],
     ids=range(14),
@@ -211,5 +212,5 @@ def test_another_kind_of_tokenizer_leaves_ids(library, xlmr, tmp_path, where, va
 def test_a_damaged_tokenizer_is_an_error(library, xlmr, tmp_path, content):
     bundle = copy_of(xlmr, tmp_path / "bundle")
     replace_file(bundle, "tokenizer.json", content)
-    with pytest.raises(JqlError, match="JQL_INVALID_BUNDLE: .*tokenizer.json"):
+    with pytest.raises(JqlError, match=r"JQL_INVALID_BUNDLE: .*tokenizer\.json"):
         NativeEngine(bundle, library)

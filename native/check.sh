@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Memory errors, undefined behavior, data races and hangs of libjql, after `make native`: `make native-check`.
+#
+#   native/check.sh BUNDLE LIBONNXRUNTIME [SECONDS] [valgrind address thread fuzz ...]
+#
+# SECONDS: of each fuzzer (10). Fuzzing needs clang. Each check that is named runs, by default all.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bundle=$(realpath "$1") onnxruntime=$(realpath "$2") seconds=${3:-10}
+shift $(($# < 3 ? $# : 3))
+include=$(sed -n 's/^ONNXRUNTIME_INCLUDE:PATH=//p' build/native/CMakeCache.txt)
+jobs=2
+
+configure() { # folder, options
+  cmake -S native -B "$1" -DONNXRUNTIME_INCLUDE="$include" -DJQL_EXAMPLES=OFF "${@:2}" > /dev/null
+}
+
+valgrind_check() {
+  cmake --build build/native --parallel $jobs --target lifecycle
+  valgrind --quiet --error-exitcode=9 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
+    --suppressions=native/tests/valgrind.supp build/native/lifecycle "$bundle" "$onnxruntime" 2
+}
+
+# On all tests: Python's own leaks are not looked for, libjql's are in the program.
+address_check() {
+  configure build/native-address -DJQL_SANITIZE=address,undefined
+  cmake --build build/native-address --parallel $jobs --target jql lifecycle
+  build/native-address/lifecycle "$bundle" "$onnxruntime" 4
+  ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so)" \
+    JQL_LIBRARY=build/native-address/libjql.so "${PYTHON:-python3}" -m pytest -q tests/native --deselect tests/native/test_packaging.py
+}
+
+thread_check() {
+  configure build/native-thread -DJQL_SANITIZE=thread
+  cmake --build build/native-thread --parallel $jobs --target lifecycle
+  TSAN_OPTIONS="suppressions=$PWD/native/tests/thread.supp halt_on_error=1" \
+    build/native-thread/lifecycle "$bundle" "$onnxruntime" 4
+}
+
+fuzz_check() {
+  local fuzzers=(texts tokenizer manifest)
+  CC=clang CXX=clang++ configure build/native-fuzz -DJQL_FUZZERS=ON
+  cmake --build build/native-fuzz --parallel $jobs --target "${fuzzers[@]/#/fuzz_}"
+  for name in "${fuzzers[@]}"; do
+    mkdir -p "build/fuzz/$name"
+    build/native-fuzz/fuzz_$name "build/fuzz/$name" -max_total_time="$seconds" -timeout=25 -rss_limit_mb=3000 \
+      -max_len=4096 -print_final_stats=1 -dict=native/tests/fuzz_$name.dict -artifact_prefix="build/fuzz/$name-" 2>&1 |
+      grep -E "ERROR|SUMMARY|stat::|runtime error|DEDUP" 
+    [ "${PIPESTATUS[0]}" = 0 ]
+  done
+}
+
+for check in "${@:-valgrind address thread fuzz}"; do
+  for name in $check; do
+    echo "== $name"
+    "${name}_check"
+  done
+done
