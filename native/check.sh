@@ -39,13 +39,16 @@ thread_check() {
 
 fuzz_check() {
   local fuzzers=(texts tokenizer manifest)
-  CC=clang CXX=clang++ configure build/native-fuzz -DJQL_FUZZERS=ON
+  local clang
+  clang=$(compgen -c clang++ | sort -V | tail -1)
+  CC=${clang/++/} CXX=$clang configure build/native-fuzz -DJQL_FUZZERS=ON
   cmake --build build/native-fuzz --parallel $jobs --target "${fuzzers[@]/#/fuzz_}"
   for name in "${fuzzers[@]}"; do
     mkdir -p "build/fuzz/$name"
-    build/native-fuzz/fuzz_$name "build/fuzz/$name" -max_total_time="$seconds" -timeout=25 -rss_limit_mb=3000 \
-      -max_len=4096 -print_final_stats=1 -dict=native/tests/fuzz_$name.dict -artifact_prefix="build/fuzz/$name-" 2>&1 |
-      grep -E "ERROR|SUMMARY|stat::|runtime error|DEDUP" 
+    JQL_FUZZ_TOKENIZER=$bundle/tokenizer.json UBSAN_OPTIONS=print_stacktrace=1 \
+      build/native-fuzz/fuzz_$name "build/fuzz/$name" "native/tests/seeds/$name" -max_total_time="$seconds" -timeout=25 -rss_limit_mb=3000 \
+      -max_len=8192 -print_final_stats=1 -dict=native/tests/fuzz_$name.dict -artifact_prefix="build/fuzz/$name-" 2>&1 |
+      grep -E "ERROR|SUMMARY|stat::|runtime error|^Done"
     [ "${PIPESTATUS[0]}" = 0 ]
   done
 }

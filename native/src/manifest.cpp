@@ -134,6 +134,10 @@ Manifest Manifest::read(const std::string& folder) {
   } catch (const Error& error) {
     throw invalid_bundle(folder + " is no bundle: " + error.what() + "; make a bundle with jql-export");
   }
+  return parse(text, folder);
+}
+
+Manifest Manifest::parse(const std::string& text, const std::string& folder) {
   Json json(text, folder + "/bundle.json");
   JsonValue root = json.root();
   check_format(root, folder);

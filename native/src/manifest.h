@@ -21,6 +21,7 @@ struct BundleFile {
 struct Manifest {
   // Reads bundle.json in `folder`. Throws Error (JQL_INVALID_BUNDLE).
   static Manifest read(const std::string& folder);
+  static Manifest parse(const std::string& text, const std::string& folder);
 
   // Compares sizes, and SHA-256 if `hashes`, of all files with what is in `folder`. Throws Error (JQL_INVALID_BUNDLE).
   void verify(const std::string& folder, bool hashes) const;

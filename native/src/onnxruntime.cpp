@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "error.h"
@@ -72,6 +73,9 @@ OnnxRuntimeSession::OnnxRuntimeSession(const SessionRequest& request)
       api_(api_of(library_)), env_(own<OrtEnv>(nullptr, api_.ReleaseEnv)),
       memory_(own<OrtMemoryInfo>(nullptr, api_.ReleaseMemoryInfo)), session_(own<OrtSession>(nullptr, api_.ReleaseSession)),
       takes_mask_(request.variant.layout == "padded"), n_heads_(request.n_heads), hidden_size_(request.hidden_size) {
+  // From 1.29 on its telemetry starts a thread that stays, and sends a first event, before it can be disabled below; this
+  // is read then. A host that has set the variable keeps its value.
+  setenv("ORT_DISABLE_TELEMETRY", "1", 0);
   OrtEnv* env = nullptr;
   check(api_.CreateEnvWithCustomLogger(ignore_log, nullptr, ORT_LOGGING_LEVEL_FATAL, "jql", &env));
   env_.reset(env);

@@ -41,6 +41,11 @@ size_t skip_white_space_back(std::string_view text, size_t at, size_t stop) {
   return at;
 }
 
+// Beyond the limit, ids before this one may have been left out.
+void put_token(int32_t id, size_t limit, Tokenizer::Scratch& scratch) {
+  if (scratch.ids.size() <= limit) scratch.ids.push_back(id);
+}
+
 void replace_all(std::string_view text, std::string_view pattern, std::string_view content, std::string& out) {
   size_t at = 0;
   for (size_t found; (found = text.find(pattern, at)) != std::string_view::npos; at = found + pattern.size()) {
@@ -189,7 +194,7 @@ void Tokenizer::cut_at(const Trie& tokens, std::string_view text, Gap gap, Token
 void Tokenizer::encode(std::string_view text, size_t limit, Scratch& scratch) const {
   scratch.ids.clear();
   cut_at(raw_tokens_, text, [&](std::string_view gap) { encode_raw(gap, limit, scratch); },
-         [&](int32_t id) { scratch.ids.push_back(id); });
+         [&](int32_t id) { put_token(id, limit, scratch); });
 }
 
 // Where the first part of `text` ends that can be normalized by itself: before a space, and after a character that is
@@ -247,7 +252,7 @@ void Tokenizer::encode_normalized(std::string_view text, size_t limit, Scratch& 
     }
   };
   if (has_normalized_tokens_) {
-    cut_at(normalized_tokens_, text, encode_gap, [&](int32_t id) { scratch.ids.push_back(id); });
+    cut_at(normalized_tokens_, text, encode_gap, [&](int32_t id) { put_token(id, limit, scratch); });
   } else {
     encode_gap(text);
   }

@@ -106,6 +106,7 @@ def test_no_thread_is_left_behind(library, xlmr):
     """In a process of its own, where nothing else starts or ends threads."""
     script = """
 import sys
+from pathlib import Path
 from tests.native.binding import NativeEngine
 def n_threads():
     return len(list(Path("/proc/self/task").iterdir()))
