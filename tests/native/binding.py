@@ -113,6 +113,13 @@ class NativeEngine:
             "jql_open", str(bundle).encode(), byref(Options(ctypes.sizeof(Options), **encoded)), byref(self._engine)
         )
 
+    def shared(self) -> NativeEngine:
+        """The same open engine for another thread, which needs a buffer for errors of its own."""
+        other = object.__new__(NativeEngine)
+        other.library, other._engine = self.library, self._engine
+        other._error = ctypes.create_string_buffer(ERROR_SIZE)
+        return other
+
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function that has err and err_size at its end."""
         status = getattr(self.library, name)(*arguments, self._error, ERROR_SIZE)

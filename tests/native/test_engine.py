@@ -83,7 +83,7 @@ def test_one_engine_serves_many_threads(native):
     alone = [(native.score(part).values, [native.tokenize(text) for text in SENTENCES]) for part in parts]
 
     def work(part):
-        library_engine = SharedEngine(native)
+        library_engine = native.shared()
         return [
             (library_engine.score(part).values, [library_engine.tokenize(text) for text in SENTENCES]) for _ in range(5)
         ]
@@ -93,13 +93,6 @@ def test_one_engine_serves_many_threads(native):
             for values, ids in found:
                 np.testing.assert_allclose(values, expected[0], atol=TOLERANCE, rtol=0)
                 assert ids == expected[1]
-
-
-class SharedEngine(NativeEngine):
-    """The engine of another, with a buffer for errors of its own: each thread has one."""
-
-    def __init__(self, other: NativeEngine) -> None:
-        self.library, self._engine, self._error = other.library, other._engine, ctypes.create_string_buffer(512)
 
 
 def test_no_thread_is_left_behind(library, xlmr):
