@@ -22,7 +22,8 @@ unpack_headers() {
   echo "deb [signed-by=$key] http://deb.debian.org/debian trixie main" > "$state/sources.list"
   local apt=(apt-get -qq -o "Dir::Etc::SourceList=$state/sources.list" -o Dir::Etc::SourceParts=/dev/null
     -o "Dir::State::Lists=$state/lists" -o "Dir::Cache=$state/cache" -o APT::Sandbox::User=)
-  "${apt[@]}" update && (cd "$unpacked" && "${apt[@]}" download libonnxruntime-dev && dpkg-deb -x libonnxruntime-dev_*.deb .)
+  "${apt[@]}" update || true
+  (cd "$unpacked" && "${apt[@]}" download libonnxruntime-dev && dpkg-deb -x libonnxruntime-dev_*.deb .) || true
   rm -rf "$state"
 }
 
@@ -33,7 +34,9 @@ if [ -z "${ONNXRUNTIME_INCLUDE:-}" ]; then
   ONNXRUNTIME_INCLUDE=$PWD/$unpacked/usr/include/onnxruntime
   if [ ! -e "$ONNXRUNTIME_INCLUDE/onnxruntime_c_api.h" ]; then
     command -v apt-get > /dev/null || skip "there is no apt-get; set ONNXRUNTIME_INCLUDE to where onnxruntime_c_api.h lies"
-    unpack_headers || skip "Debian's libonnxruntime-dev cannot be downloaded; set ONNXRUNTIME_INCLUDE"
+    unpack_headers
+    [ -e "$ONNXRUNTIME_INCLUDE/onnxruntime_c_api.h" ] ||
+      skip "Debian's libonnxruntime-dev cannot be downloaded; set ONNXRUNTIME_INCLUDE to where onnxruntime_c_api.h lies"
   fi
 fi
 package() { "$PYTHON" -c "import importlib.util as u; s = u.find_spec('$1'); print(s.submodule_search_locations[0] if s else '')"; }
