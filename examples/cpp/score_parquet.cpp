@@ -34,7 +34,7 @@ Engine open_engine(const char* bundle, const char* onnxruntime) {
 
 // The scores of `texts`, which are pulled as the scores are.
 arrow::Result<std::shared_ptr<arrow::RecordBatchReader>> score(jql_engine* engine,
-                                                              std::shared_ptr<arrow::RecordBatchReader> texts) {
+                                                               std::shared_ptr<arrow::RecordBatchReader> texts) {
   char err[512];
   ArrowArrayStream input, scores;
   ARROW_RETURN_NOT_OK(arrow::ExportRecordBatchReader(std::move(texts), &input));
@@ -51,7 +51,8 @@ arrow::Status score_file(jql_engine* engine, const std::string& in, const std::s
   ARROW_ASSIGN_OR_RAISE(auto texts, reader->GetRecordBatchReader());
   ARROW_ASSIGN_OR_RAISE(auto scores, score(engine, std::move(texts)));
   ARROW_ASSIGN_OR_RAISE(auto sink, arrow::io::FileOutputStream::Open(out));
-  ARROW_ASSIGN_OR_RAISE(auto writer, parquet::arrow::FileWriter::Open(*scores->schema(), arrow::default_memory_pool(), sink));
+  ARROW_ASSIGN_OR_RAISE(auto writer,
+                        parquet::arrow::FileWriter::Open(*scores->schema(), arrow::default_memory_pool(), sink));
   while (true) {
     ARROW_ASSIGN_OR_RAISE(auto batch, scores->Next());
     if (!batch) break;

@@ -48,14 +48,15 @@ const char* jql_version(void) { return JQL_DOTTED(JQL_VERSION_MAJOR, JQL_VERSION
 
 const char* jql_status_name(jql_status status) {
   static constexpr const char* names[] = {
-      "JQL_OK",         "JQL_INVALID_ARGUMENT", "JQL_INVALID_BUNDLE", "JQL_INVALID_TEXT",
-      "JQL_UNSUPPORTED", "JQL_NO_RUNTIME",       "JQL_RUNTIME_FAILED", "JQL_PARITY",
-      "JQL_OUT_OF_MEMORY", "JQL_BUFFER_TOO_SMALL", "JQL_INPUT_FAILED", "JQL_INTERNAL"};
+      "JQL_OK",           "JQL_INVALID_ARGUMENT", "JQL_INVALID_BUNDLE", "JQL_INVALID_TEXT",  "JQL_UNSUPPORTED",
+      "JQL_NO_RUNTIME",   "JQL_RUNTIME_FAILED",   "JQL_PARITY",         "JQL_OUT_OF_MEMORY", "JQL_BUFFER_TOO_SMALL",
+      "JQL_INPUT_FAILED", "JQL_INTERNAL"};
   auto number = static_cast<size_t>(status);
   return number < sizeof names / sizeof *names ? names[number] : "unknown";
 }
 
-jql_status jql_open(const char* bundle_dir, const jql_options* options, jql_engine** engine, char* err, size_t err_size) {
+jql_status jql_open(const char* bundle_dir, const jql_options* options, jql_engine** engine, char* err,
+                    size_t err_size) {
   if (engine) *engine = nullptr;
   return guarded(err, err_size, [&] {
     require(bundle_dir, "bundle_dir");
@@ -82,8 +83,8 @@ size_t jql_embedding_size(const jql_engine* engine) {
   return engine ? reinterpret_cast<const Engine*>(engine)->hidden_size() : 0;
 }
 
-jql_status jql_tokenize(jql_engine* engine, const char* text, size_t length, int32_t* ids, size_t capacity, size_t* n_ids,
-                        int32_t* truncated, char* err, size_t err_size) {
+jql_status jql_tokenize(jql_engine* engine, const char* text, size_t length, int32_t* ids, size_t capacity,
+                        size_t* n_ids, int32_t* truncated, char* err, size_t err_size) {
   return guarded(err, err_size, [&] {
     require(engine, "engine");
     require(text || length == 0, "text");
@@ -94,15 +95,15 @@ jql_status jql_tokenize(jql_engine* engine, const char* text, size_t length, int
     *n_ids = found.size();
     if (truncated) *truncated = was_truncated;
     if (found.size() > capacity) {
-      throw jql::Error(JQL_BUFFER_TOO_SMALL, "the text has " + std::to_string(found.size()) + " ids, there is room for " +
-                                                 std::to_string(capacity));
+      throw jql::Error(JQL_BUFFER_TOO_SMALL, "the text has " + std::to_string(found.size()) +
+                                                 " ids, there is room for " + std::to_string(capacity));
     }
     std::copy(found.begin(), found.end(), ids);
   });
 }
 
-jql_status jql_score_tokens(jql_engine* engine, const int32_t* ids, const int64_t* offsets, size_t n_docs, float* scores,
-                            char* err, size_t err_size) {
+jql_status jql_score_tokens(jql_engine* engine, const int32_t* ids, const int64_t* offsets, size_t n_docs,
+                            float* scores, char* err, size_t err_size) {
   return guarded(err, err_size, [&] {
     require(engine, "engine");
     if (n_docs == 0) return;

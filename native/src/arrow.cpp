@@ -27,9 +27,7 @@ class Released {  // releases what a producer gave
   T value{};
 };
 
-bool bit(const void* bitmap, int64_t i) {
-  return static_cast<const unsigned char*>(bitmap)[i >> 3] >> (i & 7) & 1;
-}
+bool bit(const void* bitmap, int64_t i) { return static_cast<const unsigned char*>(bitmap)[i >> 3] >> (i & 7) & 1; }
 
 bool is_valid(const ArrowArray& array, int64_t i) {
   return array.n_buffers == 0 || !array.buffers[0] || bit(array.buffers[0], i);
@@ -102,7 +100,8 @@ void Stream::read_schema(const char* name) {
   check_input(&input.value, input.value.get_schema(&input.value, &schema.value));
   const ArrowSchema* field = &schema.value;
   if (name) {
-    if (std::strcmp(field->format, "+s") != 0) throw invalid_argument("the Arrow stream has no columns: column must be NULL");
+    if (std::strcmp(field->format, "+s") != 0)
+      throw invalid_argument("the Arrow stream has no columns: column must be NULL");
     const ArrowSchema* parent = field;
     field = nullptr;
     for (int64_t i = 0; i < parent->n_children; ++i) {
@@ -112,12 +111,16 @@ void Stream::read_schema(const char* name) {
     field = parent->children[column];
   }
   const std::string format = field->format;
-  if (format == "u") kind = Kind::utf8;
-  else if (format == "U") kind = Kind::large_utf8;
-  else if (format == "vu") kind = Kind::string_view;
+  if (format == "u")
+    kind = Kind::utf8;
+  else if (format == "U")
+    kind = Kind::large_utf8;
+  else if (format == "vu")
+    kind = Kind::string_view;
   if (field->dictionary || (format != "u" && format != "U" && format != "vu")) {
-    throw unsupported("the Arrow stream gives the format \"" + format + "\"" + (field->dictionary ? ", by dictionary" : "") +
-                      "; expected utf8, large_utf8 or string_view" + (format == "+s" ? ": name a column" : ""));
+    throw unsupported("the Arrow stream gives the format \"" + format + "\"" +
+                      (field->dictionary ? ", by dictionary" : "") + "; expected utf8, large_utf8 or string_view" +
+                      (format == "+s" ? ": name a column" : ""));
   }
 }
 
@@ -130,6 +133,7 @@ std::vector<Column> Stream::columns() const {
 }
 
 Texts Stream::texts_of(const ArrowArray& array) const {
+  if (column >= array.n_children) throw invalid_argument("an Arrow array has fewer columns than its schema");
   const ArrowArray& texts = column < 0 ? array : *array.children[column];
   const int64_t shift = column < 0 ? 0 : array.offset;  // of a record batch's rows in its columns
   Texts found(static_cast<size_t>(array.length));
@@ -154,7 +158,8 @@ void Stream::next(ArrowArray* out) {
   std::vector<int32_t> n_tokens(n);
   std::vector<uint8_t> truncated(n);
   float none = 0;  // a bundle without heads has no scores, and yet they are what is asked for
-  engine.compute_texts(texts, {scores.empty() ? &none : scores.data(), nullptr, n_tokens.data(), truncated.data(), nullptr});
+  engine.compute_texts(texts,
+                       {scores.empty() ? &none : scores.data(), nullptr, n_tokens.data(), truncated.data(), nullptr});
 
   std::vector<Column> found = columns();
   auto bytes_of = [](const auto& values) {
@@ -171,8 +176,10 @@ void Stream::next(ArrowArray* out) {
   int64_t n_null = 0;
   for (size_t i = 0; i < n; ++i) {
     if (truncated[i]) set_bit(flags, i);
-    if (texts[i].data()) set_bit(valid, i);
-    else ++n_null;
+    if (texts[i].data())
+      set_bit(valid, i);
+    else
+      ++n_null;
   }
   found[n_heads + 1].data = flags;
   if (n_null == 0) valid.clear();

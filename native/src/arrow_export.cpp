@@ -31,7 +31,8 @@ struct Kept {
 };
 
 // Fills `out` with a column; nothing is allocated once it owns something, so that an exception leaks nothing.
-void export_column(Column column, const std::vector<unsigned char>& valid, int64_t length, int64_t n_null, ArrowArray* out) {
+void export_column(Column column, const std::vector<unsigned char>& valid, int64_t length, int64_t n_null,
+                   ArrowArray* out) {
   auto kept = std::make_unique<Kept<ArrowArray>>();
   kept->data = std::move(column.data);
   kept->valid = valid;
@@ -45,7 +46,15 @@ void export_field(const Column& column, ArrowSchema* out) {
   auto kept = std::make_unique<Kept<ArrowSchema>>();
   kept->name = column.name;
   kept->format = column.format;
-  *out = {kept->format.c_str(), kept->name.c_str(), nullptr, nullable, 0, nullptr, nullptr, Kept<ArrowSchema>::release, nullptr};
+  *out = {kept->format.c_str(),
+          kept->name.c_str(),
+          nullptr,
+          nullable,
+          0,
+          nullptr,
+          nullptr,
+          Kept<ArrowSchema>::release,
+          nullptr};
   out->private_data = kept.release();
 }
 

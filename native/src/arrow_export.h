@@ -10,7 +10,7 @@
 namespace jql {
 
 struct Column {
-  std::string name, format;        // "f", "i", "b"
+  std::string name, format;  // "f", "i", "b"
   std::vector<unsigned char> data;
 };
 

@@ -107,7 +107,8 @@ void Charsmap::apply(std::string_view text, std::string& out) const {
 bool Charsmap::keeps(std::string_view text, size_t at, size_t next) const {
   auto may_cut = [&](size_t place) {
     return place == 0 || place >= text.size() ||
-           (!graphemes_.joins_after(decode(text, before(text, place))) && !graphemes_.joins_before(decode(text, place)));
+           (!graphemes_.joins_after(decode(text, before(text, place))) &&
+            !graphemes_.joins_before(decode(text, place)));
   };
   size_t after = next + length_of(static_cast<unsigned char>(text[next]));
   return plain_[decode(text, at)] && may_cut(at) && may_cut(next) && may_cut(after);

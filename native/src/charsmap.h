@@ -1,4 +1,5 @@
-// SentencePiece's precompiled character map, applied to grapheme clusters as the normalizer Precompiled of `tokenizers`.
+// SentencePiece's precompiled character map, applied to grapheme clusters as the normalizer Precompiled of
+// `tokenizers`.
 #pragma once
 
 #include <optional>
@@ -18,7 +19,8 @@ class Charsmap {
   // Appends `text`, mapped, to `out`.
   void apply(std::string_view text, std::string& out) const;
 
-  // Whether the code point in [at, next), and the one at `next`, are clusters by themselves, and the first stays as it is.
+  // Whether the code point in [at, next), and the one at `next`, are clusters by themselves, and the first stays as it
+  // is.
   bool keeps(std::string_view text, size_t at, size_t next) const;
 
  private:

@@ -21,7 +21,8 @@ constexpr size_t chunk_tokens = 1 << 20;  // tokens that are in memory at a time
 constexpr size_t kept_bytes = 1 << 20;    // of a buffer, once a text is done
 
 int threads_of(const jql_options& options) {
-  if (options.threads < 0) throw invalid_argument("options.threads is " + std::to_string(options.threads) + ", expected 0 or more");
+  if (options.threads < 0)
+    throw invalid_argument("options.threads is " + std::to_string(options.threads) + ", expected 0 or more");
   cpu_set_t cores;
   if (options.threads > 0) return options.threads;
   return sched_getaffinity(0, sizeof cores, &cores) == 0 ? std::max(1, CPU_COUNT(&cores)) : 1;
@@ -144,7 +145,8 @@ void Engine::check_tokens(const Documents& documents) const {
   auto fail = [](size_t i, const std::string& what) {
     throw invalid_argument("document " + std::to_string(i) + " " + what);
   };
-  if (documents.offsets[0] != 0) throw invalid_argument("offsets begin at " + std::to_string(documents.offsets[0]) + ", expected 0");
+  if (documents.offsets[0] != 0)
+    throw invalid_argument("offsets begin at " + std::to_string(documents.offsets[0]) + ", expected 0");
   for (size_t i = 0; i < documents.n; ++i) {
     int64_t begin = documents.offsets[i], end = documents.offsets[i + 1];
     if (end < begin) fail(i, "ends before it begins: offsets must not go back");
@@ -154,7 +156,8 @@ void Engine::check_tokens(const Documents& documents) const {
     }
     for (int64_t at = begin; at < end; ++at) {
       int32_t id = documents.ids[at];
-      if (id < 0 || id >= n_ids_) fail(i, "has the id " + std::to_string(id) + ", expected 0 to " + std::to_string(n_ids_ - 1));
+      if (id < 0 || id >= n_ids_)
+        fail(i, "has the id " + std::to_string(id) + ", expected 0 to " + std::to_string(n_ids_ - 1));
     }
   }
 }
@@ -180,7 +183,8 @@ void Engine::compute_texts(const Texts& texts, const TextResults& results) {
     const bool truncated = is_valid && append(text, *scratch, chunk.ids);
     if (results.status) results.status[row] = invalid == std::string_view::npos ? JQL_OK : JQL_INVALID_TEXT;
     if (results.truncated) results.truncated[row] = truncated;
-    if (results.n_tokens) results.n_tokens[row] = static_cast<int32_t>(static_cast<int64_t>(chunk.ids.size()) - chunk.offsets.back());
+    if (results.n_tokens)
+      results.n_tokens[row] = static_cast<int32_t>(static_cast<int64_t>(chunk.ids.size()) - chunk.offsets.back());
     if (is_valid) {
       chunk.offsets.push_back(static_cast<int64_t>(chunk.ids.size()));
       chunk.rows.push_back(row);
@@ -197,7 +201,8 @@ void Engine::compute_texts(const Texts& texts, const TextResults& results) {
 
 void Engine::compute_chunk(const Chunk& chunk, const TextResults& results) {
   const size_t n = chunk.rows.size();
-  std::vector<float> scores(results.scores ? n * heads().size() : 0), embeddings(results.embeddings ? n * hidden_size() : 0);
+  std::vector<float> scores(results.scores ? n * heads().size() : 0),
+      embeddings(results.embeddings ? n * hidden_size() : 0);
   compute(*session_, *slots_, {chunk.ids.data(), chunk.offsets.data(), n}, batch_tokens,
           {scores.empty() ? nullptr : scores.data(), embeddings.empty() ? nullptr : embeddings.data(), heads().size(),
            hidden_size()});

@@ -31,8 +31,10 @@ double scaled(uint64_t digits, int64_t exponent) {
     exponent += 308;
   }
   double power = 1;
-  if (exponent >= -308 && exponent <= 308) power = std::stod("1e" + std::to_string(std::abs(exponent)));
-  else power = value == 0 ? 1 : INFINITY;
+  if (exponent >= -308 && exponent <= 308)
+    power = std::stod("1e" + std::to_string(std::abs(exponent)));
+  else
+    power = value == 0 ? 1 : INFINITY;
   return exponent < 0 ? value / power : value * power;
 }
 
@@ -78,13 +80,9 @@ void Json::parse_value(int depth, uint32_t name) {
   if (at_ >= text_.size()) fail("it ends early");
   auto begin = static_cast<uint32_t>(at_);
   switch (text_[at_]) {
-    case '{':
-      return parse_members(add(JsonValue::Kind::object, begin, name), depth);
-    case '[':
-      return parse_elements(add(JsonValue::Kind::array, begin, name), depth);
-    case '"':
-      parse_string(name);
-      return;
+    case '{': return parse_members(add(JsonValue::Kind::object, begin, name), depth);
+    case '[': return parse_elements(add(JsonValue::Kind::array, begin, name), depth);
+    case '"': parse_string(name); return;
     case 'n': return parse_word("null", JsonValue::Kind::null, name);
     case 't': return parse_word("true", JsonValue::Kind::boolean, name);
     case 'f': return parse_word("false", JsonValue::Kind::boolean, name);

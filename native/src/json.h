@@ -1,4 +1,5 @@
-// A strict JSON reader for manifests and tokenizers: parsed into one flat list of nodes, strings decoded when asked for.
+// A strict JSON reader for manifests and tokenizers: parsed into one flat list of nodes, strings decoded when asked
+// for.
 #pragma once
 
 #include <cstdint>
@@ -61,11 +62,11 @@ class Json {
 
   struct Node {
     JsonValue::Kind kind;
-    bool flag;        // of a boolean: its value; of a string: it has escapes
-    uint32_t begin;   // in the text; of a string without its quotes
+    bool flag;       // of a boolean: its value; of a string: it has escapes
+    uint32_t begin;  // in the text; of a string without its quotes
     uint32_t end;
-    uint32_t next;    // the node after this one and all that is inside it
-    uint32_t name;    // the node of its name, in an object; 0 elsewhere
+    uint32_t next;  // the node after this one and all that is inside it
+    uint32_t name;  // the node of its name, in an object; 0 elsewhere
   };
   static constexpr int max_depth = 128;  // as serde_json
 

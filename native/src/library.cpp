@@ -56,8 +56,10 @@ Library::Library(const Search& search, const char* path) : title_(search.title) 
 // The library stays loaded: its own threads and thread-local data may outlive the last engine.
 bool Library::open(const std::string& path, std::string& tried) {
   handle_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-  if (handle_) path_ = path;
-  else tried += (tried.empty() ? "" : "; ") + std::string(dlerror());
+  if (handle_)
+    path_ = path;
+  else
+    tried += (tried.empty() ? "" : "; ") + std::string(dlerror());
   return handle_ != nullptr;
 }
 

@@ -9,10 +9,10 @@ namespace jql {
 class Library {
  public:
   struct Search {
-    std::string title;              // for errors: "ONNX Runtime"
-    std::string option;             // the field of jql_options that holds a path
+    std::string title;               // for errors: "ONNX Runtime"
+    std::string option;              // the field of jql_options that holds a path
     std::vector<std::string> names;  // for the loader: "libonnxruntime.so.1"
-    std::string in_packages;        // a pattern below a folder of Python packages: "onnxruntime/capi/lib*.so.*"
+    std::string in_packages;         // a pattern below a folder of Python packages: "onnxruntime/capi/lib*.so.*"
   };
 
   // `path` alone if it is given, else what the loader finds by the names, else the Python packages of $VIRTUAL_ENV,

@@ -1,6 +1,7 @@
 #include "manifest.h"
 
 #include <algorithm>
+#include <cctype>
 #include <filesystem>
 #include <set>
 
@@ -27,9 +28,8 @@ void check_name(const std::string& name) {
   }
   size_t colon = name.find(":/");  // joined to a remote folder it would lead elsewhere
   bool is_url = colon != std::string::npos && colon > 0 && std::isalpha(static_cast<unsigned char>(name[0])) &&
-                std::all_of(name.begin(), name.begin() + static_cast<std::ptrdiff_t>(colon), [](unsigned char c) {
-                  return std::isalnum(c) || c == '+' || c == '.' || c == '-';
-                });
+                std::all_of(name.begin(), name.begin() + static_cast<std::ptrdiff_t>(colon),
+                            [](unsigned char c) { return std::isalnum(c) || c == '+' || c == '.' || c == '-'; });
   if (!fine || is_url) {
     throw invalid_bundle("bundle.json: \"" + name.substr(0, 200) + "\" cannot be the name of a file inside a bundle");
   }
@@ -50,7 +50,8 @@ void check_format(JsonValue root, const std::string& folder) {
   }
   auto needs = root.find_value("requires");
   for (JsonValue feature : needs ? needs->items() : std::vector<JsonValue>()) {
-    throw Error(JQL_UNSUPPORTED, folder + " needs \"" + feature.string() + "\", which this libjql does not know: update it");
+    throw Error(JQL_UNSUPPORTED,
+                folder + " needs \"" + feature.string() + "\", which this libjql does not know: update it");
   }
 }
 
@@ -81,13 +82,17 @@ void read_tokenizer(JsonValue tokenizer, Manifest& manifest) {
   manifest.suffix = ids_of(tokenizer.at("suffix"));
   manifest.pad = static_cast<int32_t>(tokenizer.at("pad").integer(0, most));
   auto around = static_cast<int64_t>(manifest.prefix.size() + manifest.suffix.size());
-  if (around == 0) throw invalid_bundle("bundle.json: tokenizer has no prefix and no suffix: an empty text has no token");
+  if (around == 0)
+    throw invalid_bundle("bundle.json: tokenizer has no prefix and no suffix: an empty text has no token");
   if (manifest.max_tokens <= around) throw invalid_bundle("bundle.json: max_tokens leaves no room for text");
 }
 
 Variant read_variant(JsonValue fields) {
-  Variant variant{fields.at("graph").string(), fields.at("layout").string(), fields.at("precision").string(),
-                  fields.at("provider").string(), {}};
+  Variant variant{fields.at("graph").string(),
+                  fields.at("layout").string(),
+                  fields.at("precision").string(),
+                  fields.at("provider").string(),
+                  {}};
   for (JsonValue limit : fields.at("tolerance").items()) variant.tolerance[limit.name()] = limit.number();
   return variant;
 }
@@ -104,8 +109,8 @@ void check_names(const Manifest& manifest) {
   }
 }
 
-// A file beside a graph that is not listed: the runtime may load weights from it. In the bundle's own folder, where other
-// files lie as well, weights are named after their graph.
+// A file beside a graph that is not listed: the runtime may load weights from it. In the bundle's own folder, where
+// other files lie as well, weights are named after their graph.
 void check_beside(const std::string& root, const Manifest& manifest, const std::string& graph) {
   namespace fs = std::filesystem;
   fs::path folder = fs::path(root) / fs::path(graph).parent_path();

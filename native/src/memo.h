@@ -15,7 +15,8 @@ class Memo {
     if (word.size() > sizeof(Slot::bytes)) return false;
     const Slot& slot = slot_of(word);
     const size_t n_bytes = slot.n_ids * sizeof(int32_t);
-    if (slot.length != word.size() + 1 || std::memcmp(slot.bytes + n_bytes, word.data(), word.size()) != 0) return false;
+    if (slot.length != word.size() + 1 || std::memcmp(slot.bytes + n_bytes, word.data(), word.size()) != 0)
+      return false;
     const size_t size = ids.size();
     ids.resize(size + slot.n_ids);
     std::memcpy(ids.data() + size, slot.bytes, n_bytes);
@@ -35,8 +36,8 @@ class Memo {
  private:
   struct Slot {  // one cache line
     uint8_t n_ids = 0;
-    uint8_t length = 0;    // of the word, plus one; 0: empty
-    char bytes[62] = {};   // the ids, then the word
+    uint8_t length = 0;   // of the word, plus one; 0: empty
+    char bytes[62] = {};  // the ids, then the word
   };
   static constexpr size_t n_slots = 1 << 16;  // 4 MiB: what a core's own cache holds of them counts, not the number
 

@@ -15,7 +15,8 @@ namespace jql {
 namespace {
 
 constexpr int least_minor = 24;  // of version 1: what the bundles are tested with
-// On two cores two documents at a time are 6 % faster than one on both; but as many of the longest are in memory at once.
+// On two cores two documents at a time are 6 % faster than one on both; but as many of the longest are in memory at
+// once.
 constexpr int max_streams = 4;
 
 // Something of ONNX Runtime's that its own function releases.
@@ -41,7 +42,8 @@ const OrtApi& api_of(const Library& library) {
   const OrtApi* api = fits ? base->GetApi(ORT_API_VERSION) : nullptr;
   if (!api) {
     throw Error(JQL_NO_RUNTIME, library.path() + " is ONNX Runtime " + version + ", libjql needs 1." +
-                                    std::to_string(std::max<int>(least_minor, ORT_API_VERSION)) + " or later, of version 1");
+                                    std::to_string(std::max<int>(least_minor, ORT_API_VERSION)) +
+                                    " or later, of version 1");
   }
   return *api;
 }
@@ -67,14 +69,20 @@ class OnnxRuntimeSession : public Session {
 };
 
 OnnxRuntimeSession::OnnxRuntimeSession(const SessionRequest& request)
-    : library_({"ONNX Runtime", "onnxruntime", {"libonnxruntime.so.1", "libonnxruntime.so"},
+    : library_({"ONNX Runtime",
+                "onnxruntime",
+                {"libonnxruntime.so.1", "libonnxruntime.so"},
                 "onnxruntime/capi/libonnxruntime.so*"},
                request.options.onnxruntime),
-      api_(api_of(library_)), env_(own<OrtEnv>(nullptr, api_.ReleaseEnv)),
-      memory_(own<OrtMemoryInfo>(nullptr, api_.ReleaseMemoryInfo)), session_(own<OrtSession>(nullptr, api_.ReleaseSession)),
-      takes_mask_(request.variant.layout == "padded"), n_heads_(request.n_heads), hidden_size_(request.hidden_size) {
-  // From 1.29 on its telemetry starts a thread that stays, and sends a first event, before it can be disabled below; this
-  // is read then. A host that has set the variable keeps its value.
+      api_(api_of(library_)),
+      env_(own<OrtEnv>(nullptr, api_.ReleaseEnv)),
+      memory_(own<OrtMemoryInfo>(nullptr, api_.ReleaseMemoryInfo)),
+      session_(own<OrtSession>(nullptr, api_.ReleaseSession)),
+      takes_mask_(request.variant.layout == "padded"),
+      n_heads_(request.n_heads),
+      hidden_size_(request.hidden_size) {
+  // From 1.29 on its telemetry starts a thread that stays, and sends a first event, before it can be disabled below;
+  // this is read then. A host that has set the variable keeps its value.
   setenv("ORT_DISABLE_TELEMETRY", "1", 0);
   OrtEnv* env = nullptr;
   check(api_.CreateEnvWithCustomLogger(ignore_log, nullptr, ORT_LOGGING_LEVEL_FATAL, "jql", &env));

@@ -13,11 +13,13 @@ namespace jql {
 namespace {
 
 // The functions that are used, each under its own name.
-#define JQL_OPENVINO_FUNCTIONS(_)                                                                                    \
-  _(core_create) _(core_free) _(core_get_property) _(core_compile_model_from_file) _(compiled_model_free)            \
-  _(compiled_model_create_infer_request) _(infer_request_set_tensor) _(infer_request_infer) _(infer_request_get_tensor) \
-  _(infer_request_free) _(shape_create) _(shape_free) _(tensor_create_from_host_ptr) _(tensor_get_size)              \
-  _(tensor_get_element_type) _(tensor_data) _(tensor_free) _(free) _(get_error_info) _(get_last_err_msg)
+#define JQL_OPENVINO_FUNCTIONS(_)                                                                         \
+  _(core_create)                                                                                          \
+  _(core_free) _(core_get_property) _(core_compile_model_from_file) _(compiled_model_free)                \
+      _(compiled_model_create_infer_request) _(infer_request_set_tensor) _(infer_request_infer)           \
+          _(infer_request_get_tensor) _(infer_request_free) _(shape_create) _(shape_free)                 \
+              _(tensor_create_from_host_ptr) _(tensor_get_size) _(tensor_get_element_type) _(tensor_data) \
+                  _(tensor_free) _(free) _(get_error_info) _(get_last_err_msg)
 
 struct Functions {
 #define JQL_DECLARE(name) decltype(&ov_##name) name = nullptr;
@@ -57,15 +59,21 @@ class OpenVinoSession : public Session {
 };
 
 OpenVinoSession::OpenVinoSession(const SessionRequest& request)
-    : library_({"OpenVINO", "openvino", {"libopenvino_c.so"}, "openvino/libs/libopenvino_c.so*"}, request.options.openvino),
-      ov_(library_), core_(nullptr, ov_.core_free), model_(nullptr, ov_.compiled_model_free),
-      request_(nullptr, ov_.infer_request_free), takes_mask_(request.variant.layout == "padded"),
-      n_heads_(request.n_heads), hidden_size_(request.hidden_size) {
+    : library_({"OpenVINO", "openvino", {"libopenvino_c.so"}, "openvino/libs/libopenvino_c.so*"},
+               request.options.openvino),
+      ov_(library_),
+      core_(nullptr, ov_.core_free),
+      model_(nullptr, ov_.compiled_model_free),
+      request_(nullptr, ov_.infer_request_free),
+      takes_mask_(request.variant.layout == "padded"),
+      n_heads_(request.n_heads),
+      hidden_size_(request.hidden_size) {
   ov_core_t* core = nullptr;
   check(ov_.core_create(&core));
   core_.reset(core);
   if (request.variant.precision == "bf16" && !has_bf16()) {
-    throw unsupported("this CPU has no bf16 instructions, which " + request.variant.graph + " needs; open another variant");
+    throw unsupported("this CPU has no bf16 instructions, which " + request.variant.graph +
+                      " needs; open another variant");
   }
   compile(request);
   ov_infer_request_t* infer = nullptr;

@@ -30,7 +30,8 @@ std::vector<T> tensor(JsonValue header, std::string_view data, const char* name,
   bool fine = range.size() == 2 && info.at("dtype").string() == type;
   int64_t begin = fine ? range[0].integer(0, limit) : 0, end = fine ? range[1].integer(begin, limit) : 1;
   if (!fine || (end - begin) % static_cast<int64_t>(sizeof(T)) != 0) {
-    throw invalid_bundle(std::string("probes.safetensors has no ") + type + " as " + name + "; export the bundle again");
+    throw invalid_bundle(std::string("probes.safetensors has no ") + type + " as " + name +
+                         "; export the bundle again");
   }
   std::vector<T> values(static_cast<size_t>(end - begin) / sizeof(T));
   if (!values.empty()) std::memcpy(values.data(), data.data() + begin, values.size() * sizeof(T));
@@ -55,7 +56,8 @@ void check_shape(const Probes& probes, size_t n_heads, size_t width) {
               probes.offsets.back() == static_cast<int64_t>(probes.ids.size());
   for (size_t i = 0; fine && i < probes.size(); ++i) fine = probes.offsets[i] < probes.offsets[i + 1];
   fine = fine && probes.embeddings.size() == probes.size() * width && probes.scores.size() == probes.size() * n_heads;
-  if (!fine) throw invalid_bundle("probes.safetensors is of another shape than bundle.json says; export the bundle again");
+  if (!fine)
+    throw invalid_bundle("probes.safetensors is of another shape than bundle.json says; export the bundle again");
 }
 
 // The documents of up to `short_tokens` tokens, so that opening a bundle takes no longer than it must.
@@ -66,7 +68,9 @@ Probes short_ones(const Probes& all, size_t n_heads, size_t width) {
     if (end - begin > short_tokens) continue;
     some.ids.insert(some.ids.end(), all.ids.begin() + begin, all.ids.begin() + end);
     some.offsets.push_back(static_cast<int64_t>(some.ids.size()));
-    auto row = [i](const std::vector<float>& values, size_t n) { return values.begin() + static_cast<std::ptrdiff_t>(i * n); };
+    auto row = [i](const std::vector<float>& values, size_t n) {
+      return values.begin() + static_cast<std::ptrdiff_t>(i * n);
+    };
     some.embeddings.insert(some.embeddings.end(), row(all.embeddings, width), row(all.embeddings, width) + width);
     some.scores.insert(some.scores.end(), row(all.scores, n_heads), row(all.scores, n_heads) + n_heads);
   }
@@ -102,7 +106,8 @@ void certify(const std::string& folder, const Manifest& manifest, const std::str
     if (difference <= limit->second) return;
     throw Error(JQL_PARITY, "variant " + variant + " is out of tolerance on this machine: " + name + " differs by " +
                                 std::to_string(difference) + " on a probe document, allowed is " +
-                                std::to_string(limit->second) + ". It must not be used; please report this with the machine");
+                                std::to_string(limit->second) +
+                                ". It must not be used; please report this with the machine");
   };
   check("embedding", largest_difference(embeddings, probes.embeddings));
   check("score", largest_difference(scores, probes.scores));

@@ -4,7 +4,6 @@
 #include <atomic>
 #include <exception>
 #include <numeric>
-#include <system_error>
 #include <thread>
 
 namespace jql {
@@ -35,9 +34,10 @@ class Work {
   void run() {
     std::vector<std::thread> helpers;
     size_t n_threads = std::min<size_t>(static_cast<size_t>(session_.n_parallel), starts_.size() - 1);
+    helpers.reserve(n_threads);
     try {
       while (helpers.size() + 1 < n_threads) helpers.emplace_back([this] { take_batches(); });
-    } catch (const std::system_error&) {  // no more threads: those there are do all
+    } catch (const std::exception&) {  // no more threads: those there are do all
     }
     take_batches();
     for (std::thread& helper : helpers) helper.join();

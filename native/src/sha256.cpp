@@ -66,7 +66,8 @@ __attribute__((target("sha,sse4.1"))) void compress_sha(uint32_t* state, const u
       __m128i sum = _mm_add_epi32(w[round & 3], _mm_load_si128(reinterpret_cast<const __m128i*>(constants) + round));
       cdgh = _mm_sha256rnds2_epu32(cdgh, abef, sum);
       abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(sum, 0x0E));
-      __m128i &oldest = w[round & 3], &second = w[(round + 1) & 3], &third = w[(round + 2) & 3], &newest = w[(round + 3) & 3];
+      __m128i &oldest = w[round & 3], &second = w[(round + 1) & 3], &third = w[(round + 2) & 3],
+              &newest = w[(round + 3) & 3];
       oldest = _mm_add_epi32(_mm_sha256msg1_epu32(oldest, second), _mm_alignr_epi8(newest, third, 4));
       oldest = _mm_sha256msg2_epu32(oldest, newest);
     }

@@ -73,11 +73,12 @@ void Tokenizer::Scratch::shrink(size_t kept) {
   free(normalized), free(other), free(word), free(ids), free(unigram.nodes), free(unigram.path);
 }
 
-Tokenizer::Tokenizer(JsonValue root) : unigram_([&] {
-  std::string type = root.at("model").at("type").string();
-  if (type != "Unigram") throw unsupported("tokenizer.json has the model " + type + ", libjql knows Unigram");
-  return Unigram(root.at("model"));
-}()) {
+Tokenizer::Tokenizer(JsonValue root)
+    : unigram_([&] {
+        std::string type = root.at("model").at("type").string();
+        if (type != "Unigram") throw unsupported("tokenizer.json has the model " + type + ", libjql knows Unigram");
+        return Unigram(root.at("model"));
+      }()) {
   if (auto normalizer = root.find_value("normalizer")) read_normalizer(*normalizer);
   if (auto splitter = root.find_value("pre_tokenizer")) read_pre_tokenizer(*splitter);
   if (!has_metaspace_) throw unsupported("tokenizer.json has no pre_tokenizer Metaspace");
@@ -193,8 +194,9 @@ void Tokenizer::cut_at(const Trie& tokens, std::string_view text, Gap gap, Token
 
 void Tokenizer::encode(std::string_view text, size_t limit, Scratch& scratch) const {
   scratch.ids.clear();
-  cut_at(raw_tokens_, text, [&](std::string_view gap) { encode_raw(gap, limit, scratch); },
-         [&](int32_t id) { put_token(id, limit, scratch); });
+  cut_at(
+      raw_tokens_, text, [&](std::string_view gap) { encode_raw(gap, limit, scratch); },
+      [&](int32_t id) { put_token(id, limit, scratch); });
 }
 
 // Where the first part of `text` ends that can be normalized by itself: before a space, and after a character that is
@@ -220,8 +222,10 @@ void Tokenizer::encode_raw(std::string_view text, size_t limit, Scratch& scratch
 void Tokenizer::normalize(std::string_view text, bool is_first, std::string& out, std::string& other) const {
   out.clear();
   bool maps_first = !steps_.empty() && steps_[0].kind == Step::Kind::map;
-  if (maps_first) charsmap_->apply(text, out);
-  else out.assign(text);
+  if (maps_first)
+    charsmap_->apply(text, out);
+  else
+    out.assign(text);
   for (size_t i = maps_first; i < steps_.size(); ++i) apply(steps_[i], is_first, out, other);
 }
 

@@ -45,7 +45,7 @@ class Tokenizer {
   };
   struct Step {  // of the normalizer
     enum class Kind { map, strip, spaces, replace } kind;
-    bool left = false, right = false;   // strip
+    bool left = false, right = false;        // strip
     std::string pattern = {}, content = {};  // replace; spaces: two and more become `content`
   };
 

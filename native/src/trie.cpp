@@ -81,8 +81,10 @@ Trie::Trie(std::vector<Entry> entries) {
   std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.first < b.first; });
   std::vector<Entry> unique;
   for (Entry& entry : entries) {
-    if (!unique.empty() && unique.back().first == entry.first) unique.back().second = entry.second;
-    else unique.push_back(std::move(entry));
+    if (!unique.empty() && unique.back().first == entry.first)
+      unique.back().second = entry.second;
+    else
+      unique.push_back(std::move(entry));
   }
   Builder builder(unique, units_);
   if (!unique.empty()) builder.place(0, 0, unique.size(), 0);

@@ -26,8 +26,8 @@ struct Unigram::Output {
   const Unigram& model;
   std::string_view word;
   std::vector<int32_t>& ids;
-  size_t at = 0;             // how much of the word is done
-  size_t unknown_from = 0;   // where the unknown pieces at its end begin; at: there are none
+  size_t at = 0;            // how much of the word is done
+  size_t unknown_from = 0;  // where the unknown pieces at its end begin; at: there are none
 
   void put(uint32_t length, int32_t id) {
     if (id != model.unknown_) {
@@ -67,8 +67,7 @@ std::vector<Trie::Entry> Unigram::read_pieces(JsonValue vocabulary) {
   return pieces;
 }
 
-Unigram::Unigram(JsonValue model)
-    : trie_(read_pieces(model.at("vocab"))), scores_(read_scores(model.at("vocab"))) {
+Unigram::Unigram(JsonValue model) : trie_(read_pieces(model.at("vocab"))), scores_(read_scores(model.at("vocab"))) {
   if (scores_.empty()) throw invalid_bundle("tokenizer.json has no pieces");
   auto unknown = model.find_value("unk_id");
   if (!unknown) throw unsupported("tokenizer.json has no unk_id: a text with unknown characters would have no ids");

@@ -32,7 +32,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::vector<int32_t> ids = state.warm.ids;
   for (int32_t id : ids) check(id >= 0 && static_cast<size_t>(id) < state.tokenizer.size());
 
-  if (size % 16 == 0) {  // not always: it is 4 MiB
+  if (size % 16 == 0) {                                       // not always: it is 4 MiB
     auto cold = std::make_unique<jql::Tokenizer::Scratch>();  // remembers no word
     state.tokenizer.encode(text, all, *cold);
     check(cold->ids == ids);

@@ -7,7 +7,8 @@
 #include "tokenizer.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static constexpr const char* texts[] = {"a ab  abc<s>", "x\u0301 \u00a0\u2581y", "\U0001f389\u0915\u094d\u0937", "e\r\n\u0600a"};
+  static constexpr const char* texts[] = {"a ab  abc<s>", "x\u0301 \u00a0\u2581y", "\U0001f389\u0915\u094d\u0937",
+                                          "e\r\n\u0600a"};
   try {
     jql::Json json({reinterpret_cast<const char*>(data), size}, "tokenizer.json");
     jql::Tokenizer tokenizer(json.root());
