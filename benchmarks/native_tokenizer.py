@@ -2,8 +2,8 @@
 
 Method. The process is bound to one core. Every round each library, opened anew so that it remembers no word, encodes
 the corpus document by document, whole and without truncation; libjql through ctypes, on a copy of the bundle whose
-max_tokens are no limit. The libraries take turns; the median round counts. The number of documents whose ids differ
-from those of `tokenizers` is counted once.
+max_tokens are no limit. The libraries take turns; the median round counts. libjql's tokens hold each document's <s> and
+</s>. The number of documents whose ids differ from those of `tokenizers` is counted once.
 
     memory      resident memory before and after `--words` million different words of random letters, libjql and tokie,
                 each in a process of its own
