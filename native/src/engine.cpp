@@ -101,7 +101,11 @@ void Engine::read_tokenizer(const std::string& folder) {
     n_ids_ = std::max(n_ids_, static_cast<int64_t>(tokenizer_->size()));
   } catch (const Error& error) {
     if (error.status != JQL_UNSUPPORTED) throw;
-    no_tokenizer_ = std::string(error.what()) + "; texts cannot be scored, token ids can";
+    no_tokenizer_ = error.what();
+  }
+  if (!manifest_.unknown_texts.empty()) {
+    tokenizer_.reset();
+    no_tokenizer_ = manifest_.unknown_texts;
   }
   for (const auto* around : {&manifest_.prefix, &manifest_.suffix}) {
     for (int32_t id : *around) n_ids_ = std::max<int64_t>(n_ids_, id + int64_t{1});
@@ -109,7 +113,7 @@ void Engine::read_tokenizer(const std::string& folder) {
 }
 
 const Tokenizer& Engine::tokenizer() const {
-  if (!tokenizer_) throw unsupported(no_tokenizer_);
+  if (!tokenizer_) throw unsupported(no_tokenizer_ + "; texts cannot be scored, token ids can");
   return *tokenizer_;
 }
 

@@ -48,10 +48,17 @@ void check_format(JsonValue root, const std::string& folder) {
                          std::to_string(format) + ": " +
                          (found < format ? "export the bundle again" : "update libjql, or export the bundle again"));
   }
+}
+
+// Features that decide how texts become token ids, and nothing else: ids can be scored without knowing them.
+void read_features(JsonValue root, const std::string& folder, Manifest& manifest) {
   auto needs = root.find_value("requires");
   for (JsonValue feature : needs ? needs->items() : std::vector<JsonValue>()) {
-    throw Error(JQL_UNSUPPORTED,
-                folder + " needs \"" + feature.string() + "\", which this libjql does not know: update it");
+    const std::string name = feature.string();
+    if (name != "template" && name != "windows") {
+      throw unsupported(folder + " needs \"" + name + "\", which this libjql does not know: update it");
+    }
+    manifest.unknown_texts = folder + " needs \"" + name + "\", which this libjql does not know";
   }
 }
 
@@ -147,6 +154,7 @@ Manifest Manifest::parse(const std::string& text, const std::string& folder) {
   JsonValue root = json.root();
   check_format(root, folder);
   Manifest manifest;
+  read_features(root, folder, manifest);
   manifest.hidden_size = root.at("encoder").at("hidden_size").integer(1, most);
   manifest.max_tokens = root.at("max_tokens").integer(1, most);
   read_tokenizer(root.at("tokenizer"), manifest);

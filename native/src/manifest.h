@@ -31,6 +31,7 @@ struct Manifest {
 
   int64_t hidden_size = 0, max_tokens = 0;
   std::vector<std::string> outputs;  // of all readouts: the names of the scores
+  std::string unknown_texts;         // why texts cannot be turned into ids; empty: they can
   std::string unknown_readout;       // why the scores cannot be trusted; empty: they can
   std::vector<int32_t> prefix, suffix;
   int32_t pad = 0;

@@ -100,6 +100,16 @@ def test_a_manifest_that_cannot_be_used(library, copy, path, value, status, part
     refused(library, copy, status, part)
 
 
+@pytest.mark.parametrize("feature", ["template", "windows"])
+def test_a_template_or_windows_leave_ids(library, copy, feature):
+    change(copy, "requires", [feature])
+    with NativeEngine(copy, library) as engine:
+        assert engine.score_tokens([0, 5, 2], [0, 3]).shape == (1, 2)
+        for call in (engine.tokenize, lambda text: engine.score([text]), lambda text: engine.embed([text])):
+            with pytest.raises(JqlError, match=f'JQL_UNSUPPORTED: .*needs "{feature}".*texts cannot be scored'):
+                call("text")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b'{"format": 2}', b"\xff\xfe{", b"[" * 10**6])
 def test_a_manifest_that_is_none(library, copy, content):
     replace_file(copy, MANIFEST, content)
