@@ -8,7 +8,7 @@ No document's last quantile can be known without sorting all scores. But bins bo
 the ends of the bins that its scores fall into. So a pass counts the documents into bins, and another one counts, for
 every quantile at the end of a bin, the weight that is kept there at most and at least; the quantile that is sought lies
 between those where the two reach the target. Bins that may hold its like are cut, and counted again, until the two
-meet. That takes two rounds of two passes for a few groups, one or two more for thousands.
+meet. That takes two rounds of two passes for a dozen groups, three for hundreds, five or more for thousands.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ from jql_engine.errors import InputError
 def decide(files: ScoreFiles, request: Request) -> Decision:
     """Thresholds for `files`, and what they keep; raises InputError.
 
-    Passes over the score columns: one to count, two or three for the quantiles, one for what is kept; where a share or
-    a number of tokens is to be kept, three or four more.
+    Passes over the score columns: one to count, two for the quantiles, one for what is kept; three more where a share
+    or a number of tokens is to be kept. Of hundreds of groups it is a few more, see docs/deciding.md.
     """
     census = take_census(files)
     population = Population.of(files, census, (request.rule,), request.weight, request.kept_weight, request.min_group)
