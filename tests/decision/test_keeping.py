@@ -96,13 +96,24 @@ def expected(corpus: Path, scores: Path) -> dict[str, pa.Table]:
     return found
 
 
+def assert_same(found: pa.Table, wanted: pa.Table) -> None:
+    """The same rows of the same types; a dictionary may lack values that no row has."""
+    assert found.schema == wanted.schema
+    assert decoded(found).equals(decoded(wanted))
+
+
+def decoded(table: pa.Table) -> pa.Table:
+    return table.set_column(2, "lang", table["lang"].cast(pa.string()))
+
+
 def test_the_kept_rows_are_those_of_the_paper_s_rule_with_all_columns(tmp_path):
     corpus, scores = corpus_of(tmp_path)
     summary = keep(corpus, scores, tmp_path / "out")
     tables = expected(corpus, scores)
     for name, table in tables.items():
         found = pq.read_table(tmp_path / "out" / name)
-        assert found.equals(table) and found.schema.metadata[b"made_by"] == b"a test"
+        assert_same(found, table)
+        assert found.schema.metadata[b"made_by"] == b"a test"
     assert {p.name for p in (tmp_path / "out").rglob("*.*")} == {*(Path(n).name for n in tables), "thresholds.json"}
     decision = json.loads((tmp_path / "out" / "thresholds.json").read_text())
     for group in decision["groups"]:
@@ -196,7 +207,7 @@ def test_a_copied_corpus_is_taken_where_that_is_asked_for(tmp_path):
     of_a_copied_source(corpus, scores)
     keep(corpus, scores, tmp_path / "out", assume_unchanged=True)
     for name, table in expected(corpus, scores).items():
-        assert pq.read_table(tmp_path / "out" / name).equals(table)
+        assert_same(pq.read_table(tmp_path / "out" / name), table)
 
 
 def test_ids_are_compared_row_by_row(tmp_path):
@@ -235,7 +246,7 @@ def test_killed_at_any_moment_it_goes_on_and_writes_the_same(tmp_path, seed, kil
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["unfinished"] == []
     for name, table in expected(corpus, scores).items():
-        assert pq.read_table(out / name).equals(table), name
+        assert_same(pq.read_table(out / name), table)
     assert sorted(p.name for p in out.iterdir()) == ["a", "b", "thresholds.json"]
 
 

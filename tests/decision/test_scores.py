@@ -201,7 +201,7 @@ def test_columns_that_cannot_be_used_are_named(columns, group, message, tmp_path
 def test_scores_of_another_program_need_their_columns_named(tmp_path):
     file = write(tmp_path / "a.parquet", some(), settings=None)
     with pytest.raises(
-        InputError, match=r"not written by jql-run; name its score columns with --columns: it has score_a"
+        InputError, match=r"not written by jql-run; name its score columns with --columns .*: it has score_a"
     ):
         open_scores([str(file)])
 

@@ -28,6 +28,7 @@ def certificate(noises: tuple[float, ...] = (0.02, 0.0005, 0.03)) -> dict[str, A
         "bundle": "ab" * 32,
         "documents": 2_000,
         "corpus": {"given": "s3://key:secret@bucket/corpus", "documents": 123_456, "seed": 0},
+        "windows": {"take": "first", "aggregate": "max"},
         "cut": CUT,
         "machine": {"processor": "A processor", "cores": 2},
         "made_with": {"jql-engine": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
