@@ -91,15 +91,6 @@ def test_names_are_escaped_and_secrets_are_not_shown():
         assert "secret" not in page and not read.of("script") and not read.of("b") and not read.of("prose")
 
 
-def test_a_comparison_of_documents_without_a_score_in_common_has_a_page():
-    pair = paired(n=50, heads=1)
-    pair.second[:] = float("nan")
-    found = compare(pair)
-    assert found.compared == 0
-    read = Page(comparison_page(found, "a", "b"))
-    assert read.numbers[""] == [0, 50, 50, 0]
-
-
 def test_the_same_comparison_gives_the_same_page():
     assert certificate_page(certificate()) == certificate_page(certificate())
     assert HEADS[1] in Page(certificate_page(certificate())).texts
