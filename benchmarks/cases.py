@@ -17,8 +17,9 @@ from benchmarks.table import Row
 from jql_engine.bundle import READOUTS, Bundle
 from jql_engine.data import TokenBatch, score_column
 from jql_engine.job.finish import run
-from jql_engine.job.plan import Job, prepare
+from jql_engine.job.plan import Job
 from jql_engine.job.progress import Meter, RunLog
+from jql_engine.job.scoring import prepare
 from jql_engine.job.worker import Worker
 from jql_engine.readouts import Readouts
 from jql_engine.sessions.base import CHUNK_BYTES, Session

@@ -39,8 +39,9 @@ from benchmarks.table import Row, write_result
 from jql_engine.bundle import Bundle
 from jql_engine.data import Scores
 from jql_engine.job.launch import rescore
-from jql_engine.job.plan import Job, prepare
+from jql_engine.job.plan import Job
 from jql_engine.job.progress import RunLog
+from jql_engine.job.scoring import prepare
 from jql_engine.readouts import BLOCK_ROWS, Readouts
 from jql_engine.sessions.base import CHUNK_BYTES
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from jql_engine.bundle import Bundle, sha256_of
 from jql_engine.certificate import CERTIFICATE, CUT, FORMAT, FlipShare
 from jql_engine.data import DocumentBatch, ScoreBatch, TokenBatch
-from jql_engine.decision.compare import Comparison, Paired, compare, flips_at
+from jql_engine.decision.comparison import Comparison, Paired, compare, flips_at
 from jql_engine.decision.report.comparison import certificate_page
 from jql_engine.decision.report.plots import check_matplotlib
 from jql_engine.decision.written import write_json, write_text

@@ -7,7 +7,7 @@ from dataclasses import replace
 from jql_engine.sessions.base import ON_GPU
 from jql_engine.sessions.certify import LONG_TOKENS, Tolerance
 
-__all__ = ["LONG_TOKENS", "TOLERANCES", "Tolerance", "tolerance_of"]
+__all__ = ["EVALUATED_WINDOWS", "LONG_TOKENS", "TOLERANCES", "Tolerance", "tolerance_of"]
 
 TOLERANCES = {
     "fp32": Tolerance(embedding=1e-5, embedding_long=5e-5, score=1e-4, batch=1e-5),
@@ -18,6 +18,10 @@ TOLERANCES = {
     # graph, and --tolerance is the user's limit.
     "bf16": Tolerance(embedding=5e-3, embedding_long=5e-3, score=0.1, batch=0.1),
 }
+
+# Of an element of an embedding of the tests' ModernBERT, seven layers of wide weights, as the evaluator of CUDA's
+# operators computes it; found were 3.2e-3 and 2.4e-2. Published models are held to TOLERANCES.
+EVALUATED_WINDOWS = {"fp16": 1e-2, "bf16": 6e-2}
 
 
 def tolerance_of(precision: str, provider: str) -> Tolerance:

@@ -33,7 +33,7 @@ def run(
     version: options.Version = False,  # noqa: ARG001
 ) -> None:
     """How far two sets of scores are apart, and how many documents they decide differently."""
-    from jql_engine.decision.comparing import compare_files
+    from jql_engine.decision.compare import compare_files
 
     options.finish(compare_files(first, second, column, group_column, min_group, json_file=json_file, html=html))
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jql_engine.decision.keeping import Joined, keep_rows
+from jql_engine.decision.copying import Joined, keep_rows
 from jql_engine.decision.opening import open_scores
 from jql_engine.decision.result import Decision, Request
 from jql_engine.decision.scores import ScoreFiles

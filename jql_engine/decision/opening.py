@@ -16,10 +16,10 @@ from jql_engine.decision.finished import check_finished
 from jql_engine.decision.scores import TOKENS, ScoreFiles
 from jql_engine.errors import InputError
 from jql_engine.files.formats import unreadable
-from jql_engine.files.inputs import Columns, InputFile, SourceFile, check_group_type, find_files
+from jql_engine.files.inputs import InputFile, SourceFile, check_group_type, find_files, with_shared_schemas
 from jql_engine.files.output import METADATA_KEY, shown
+from jql_engine.files.parquet import describe_whole
 from jql_engine.files.retries import retry
-from jql_engine.files.storage import open_parquet
 from jql_engine.job.apart import in_threads
 
 # Settings that differ between the files of one job: the source's, and how many rows of the last file were scored.
@@ -56,7 +56,7 @@ def open_scores(
     has_tokens = TOKENS in first.file.schema.names
     for one in looked:
         _check_columns(one.file, scores, group_column, [*extra_columns, *((TOKENS,) if has_tokens else ())])
-    files = _with_shared_schemas([one.file for one in looked])
+    files = tuple(with_shared_schemas([one.file for one in looked]))
     return ScoreFiles(files, heads, scores, group_column, has_tokens, tuple(extra_columns), settings)
 
 
@@ -74,16 +74,10 @@ def _look(source: SourceFile) -> _Looked:
 
 
 def _describe(source: SourceFile) -> _Looked:
-    with open_parquet(source.location) as file:
-        schema, footer = file.schema_arrow, file.metadata
-    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-    rows = tuple(group.num_rows for group in groups)
-    if min(rows, default=0) < 0:
-        raise InputError(f"{source.location} is damaged: a row group has {min(rows)} rows")
-    found = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    file = describe_whole(source)
+    found = json.loads((file.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     shared = json.dumps({key: found[key] for key in sorted(found) if key not in OF_ONE_FILE})
-    sizes = tuple(group.total_byte_size for group in groups)
-    return _Looked(InputFile(source, Columns(), schema.remove_metadata(), rows, sizes), sys.intern(shared))
+    return _Looked(replace(file, schema=file.schema.remove_metadata()), sys.intern(shared))
 
 
 def _check_one_job(first: _Looked, other: _Looked) -> None:
@@ -128,9 +122,3 @@ def _check_columns(file: InputFile, scores: Sequence[str], group: str | None, ex
             raise InputError(f"{location}: column {name!r} is {kind}, expected numbers")
     if group is not None:
         check_group_type(location, group, schema.field(group).type)
-
-
-def _with_shared_schemas(files: Sequence[InputFile]) -> tuple[InputFile, ...]:
-    """One object for equal schemas: there may be a hundred thousand files."""
-    known: dict[pa.Schema, pa.Schema] = {}
-    return tuple(replace(file, schema=known.setdefault(file.schema, file.schema)) for file in files)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from jql_engine.decision.compare import Paired
+from jql_engine.decision.comparison import Paired
 from jql_engine.decision.ids import first_difference
 from jql_engine.decision.opening import open_scores
 from jql_engine.decision.scores import Rows, ScoreFiles
@@ -24,9 +24,9 @@ def read_pair(
     """
     a, b = open_scores(first, (), group_column), open_scores(second, columns)
     _check_same(a, b, bool(columns))
-    name = a.settings.get("id_column") or "id"
-    if all(file.schema.names.count(name) == 1 for file in (*a.files, *b.files)):
-        a, b = (replace(files, extra_columns=(name,)) for files in (a, b))
+    with_ids = a.with_ids()
+    if all(file.schema.names.count(name) == 1 for name in with_ids.extra_columns for file in b.files):
+        a, b = with_ids, replace(b, extra_columns=with_ids.extra_columns)
     scores = [np.empty((len(a.heads), a.n_rows), np.float32) for _ in range(2)]
     n_tokens, groups = np.zeros(a.n_rows, np.int64), np.zeros(a.n_rows, np.int64)
     row = 0

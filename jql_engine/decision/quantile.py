@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from jql_engine.decision.order import keys_of, scores_of
+from jql_engine.decision.order import scores_of
 from jql_engine.decision.partition import Partition, Sample
 from jql_engine.decision.ranks import Weight, needed_weight
 
@@ -47,10 +47,3 @@ def quantiles(
     series = np.repeat(np.arange(partition.n_series), len(at))
     scores = exact_scores(partition, samples, series, np.repeat(needed, n_heads, axis=0).ravel())
     return scores.reshape(len(totals), n_heads, len(at))
-
-
-def sample_of(
-    scores: NDArray[np.float32], slots: NDArray[np.int64], weights: NDArray[np.int64], kept: NDArray[np.int64]
-) -> Sample:
-    """Documents with finite `scores` [H, n]."""
-    return Sample(slots, keys_of(scores), weights, kept)

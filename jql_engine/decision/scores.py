@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -95,6 +95,12 @@ class ScoreFiles:
     def n_rows(self) -> int:
         """Rows of all files."""
         return sum(file.n_rows for file in self.files)
+
+    def with_ids(self) -> ScoreFiles:
+        """The same, read with the column of ids where every file has one."""
+        name = self.settings.get("id_column") or "id"
+        has_ids = all(file.schema.names.count(name) == 1 for file in self.files)
+        return replace(self, extra_columns=(name,) if has_ids else ())
 
     def read(self) -> Iterator[Rows]:
         """All rows, file by file, in order; raises InputError, also where a file was changed since it was found."""

@@ -11,6 +11,9 @@ from jql_engine.files.inputs import InputFile
 
 # Opening and writing files takes its time: with more of them in a chunk, reading would be over before writing begins.
 CHUNK_FILES = 100
+# Of a chunk whose rows are copied with all of their columns, all of which count.
+WHOLE_ROWS = 100_000
+WHOLE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)

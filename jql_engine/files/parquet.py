@@ -46,6 +46,18 @@ def describe_parquet(source: SourceFile, columns: Columns) -> InputFile:
     return InputFile(source, columns, schema, tuple(g.num_rows for g in groups), tuple(sizes))
 
 
+def describe_whole(source: SourceFile) -> InputFile:
+    """What the footer says of all columns together; raises UnreadableError where it is damaged."""
+    with open_parquet(source.location) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    rows = tuple(group.num_rows for group in groups)
+    if min(rows, default=0) < 0:
+        raise UnreadableError(f"{source.location} is damaged: a row group has {min(rows)} rows")
+    sizes = tuple(sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)) for group in groups)
+    return InputFile(source, Columns(), schema, rows, sizes)
+
+
 def parquet_batches(
     file: InputFile, first: int, columns: Sequence[str] | None, read_rows: int = READ_ROWS
 ) -> Iterator[pa.RecordBatch]:

@@ -17,7 +17,8 @@ from jql_engine.bundle import Bundle
 from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.files.inputs import InputFile
 from jql_engine.files.reading import Cursor, documents
-from jql_engine.job.plan import Job, open_inputs
+from jql_engine.job.plan import Job
+from jql_engine.job.scoring import open_inputs
 from jql_engine.sessions.base import Session, execute
 from jql_engine.tokenizer import Tokenizer
 from jql_engine.windows import Windows

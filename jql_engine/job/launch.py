@@ -15,10 +15,11 @@ from jql_engine.bundle import Bundle
 from jql_engine.errors import DeviceError
 from jql_engine.job.estimate import estimate_work
 from jql_engine.job.finish import Outcome, run
-from jql_engine.job.plan import Job, Work, prepare
+from jql_engine.job.plan import Job, Work
 from jql_engine.job.pool import Executed, Pool, Spec
 from jql_engine.job.progress import Meter, RunLog
 from jql_engine.job.rescore import Rescoring, prepare_rescoring
+from jql_engine.job.scoring import prepare
 from jql_engine.job.worker import Scoring
 from jql_engine.sessions.base import DEFAULTS, SessionOptions, check_options
 from jql_engine.sessions.open import open_session

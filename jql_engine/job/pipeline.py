@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
@@ -130,6 +130,16 @@ def pipeline(
             channel.abandon()
         for thread in threads:
             thread.join(JOIN_SECONDS)
+
+
+def in_laps(items: Iterable[Any], stages: Mapping[str, Stage]) -> Generator[tuple[Any, dict[str, StageSeconds]]]:
+    """The same, of stages by name, each result with how they spent their time since the one before."""
+    clocks = [StageTime(name) for name in stages]
+    lap = dict.fromkeys(stages, StageSeconds(0, 0, 0))
+    for item in pipeline(items, list(zip(clocks, stages.values(), strict=True))):
+        now = {clock.name: clock.seconds() for clock in clocks}
+        yield item, {name: now[name] - lap[name] for name in stages}
+        lap = now
 
 
 def _work(stage: Stage, clock: StageTime, source: Iterable[Any], target: _Channel[Any]) -> None:

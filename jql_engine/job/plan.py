@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import pyarrow as pa
 
 from jql_engine.bundle import Bundle
-from jql_engine.data import embedding_type, score_schema
-from jql_engine.errors import BundleError, EngineError, InputError, OutputError, UnreadableError
+from jql_engine.errors import EngineError, OutputError, UnreadableError
 from jql_engine.files.chunks import Chunk, Task, split
-from jql_engine.files.formats import open_file
-from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files
-from jql_engine.files.location import Location, locate
-from jql_engine.files.output import Kind, Target, check_settings, explained, is_finished, is_written_by_us, settings_of
-from jql_engine.files.parts import JOB, PARTS, Leftovers, Part, Settings, find_leftovers, key_of, parts_folder
+from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files, with_shared_schemas
+from jql_engine.files.location import Location
+from jql_engine.files.output import Kind, Target, check_settings, explained, is_finished, is_written_by_us
+from jql_engine.files.parts import JOB, PARTS, Leftovers, Part, find_leftovers, key_of, parts_folder
 from jql_engine.files.storage import list_files, remove_empty_folders, remove_file, remove_files
 from jql_engine.files.versions import version_of
 from jql_engine.files.writing import remove_version
 from jql_engine.job.apart import Child, CrashError, in_threads
-from jql_engine.job.check import check_names, check_output
+from jql_engine.job.check import check_output
 from jql_engine.job.claim import Claim
 from jql_engine.job.frozen import FrozenListing, freeze, is_frozen, remove_stray
 from jql_engine.job.ranks import Rank, share
@@ -33,14 +29,9 @@ from jql_engine.names import RelativeName
 
 CHUNK_ROWS = 20_000
 FIRST = 16  # files looked into at a time where only the first documents are to be scored
-LIBRARIES = ("jql-engine", "tokenizers")
 Versions: TypeAlias = Mapping[str, tuple[int, str]]  # sizes and versions of files, by their names
 # At an input file, in another process: what is in it, why it cannot be read, or None where its scores are finished.
 Look: TypeAlias = Callable[[SourceFile], InputFile | UnreadableError | None]
-COMPUTE = {  # by the provider of the variant
-    "openvino": ("openvino",),
-    "tensorrt": ("tensorrt", "tensorrt-rtx-cu13-libs", "onnxruntime-gpu"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,28 +122,6 @@ class Shared:
                 return False
 
 
-def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
-    """Find and check all inputs and the output folder, and claim it, before anything is computed.
-
-    Raises InputError, OutputError, and BundleError where the bundle has nothing to compute for this job.
-    """
-    if not bundle.heads and job.embeddings is None:
-        raise BundleError(f"{bundle.path} has no heads, only embeddings; give --embeddings fp16 or fp32 to keep those")
-    if job.embeddings is not None and (take := bundle.manifest.windows.take) != "first":
-        raise InputError(
-            f"--embeddings keeps one vector a document, not those of --windows {take}: give --windows first"
-        )
-    settings, scores = _settings(job, bundle, variant, chunk_bytes), _score_schema(job, bundle)
-    out = locate(job.out)
-
-    def target_of(file: InputFile) -> Target:
-        check_names(file, scores, job.output)
-        return Target(out, file, scores, job.output, settings)
-
-    look = partial(_describe_unfinished, job.columns(bundle), None if job.overwrite or job.limit else settings, out)
-    return plan(job, Claim(out, {**settings, "limit": job.limit}), look, target_of, chunk_bytes)
-
-
 def plan(job: Job, claim: Claim, look: Look, target_of: Callable[[InputFile], Target], chunk_bytes: int) -> Work:
     """Claim the output folder, and find the chunks that are not done of the files that `look` does not find finished.
 
@@ -170,7 +139,7 @@ def plan(job: Job, claim: Claim, look: Look, target_of: Callable[[InputFile], Ta
             before = _take(claim, job, listed.files)
         sources, shared = _share(job, claim, listed.files, look) if is_shared else (listed.files, None)
         with Child() as child:
-            seen = _look_into(job, child, sources, look)
+            seen = look_into(job, child, sources, look)
             targets = [target_of(file) for file in seen.files]
             finished = seen.finished
             if job.limit is not None and not job.overwrite:
@@ -188,7 +157,7 @@ def plan(job: Job, claim: Claim, look: Look, target_of: Callable[[InputFile], Ta
 def _check_first(job: Job, sources: Sequence[SourceFile], look: Look, target_of: Callable[[InputFile], Target]) -> None:
     """Raise what is wrong with the command before the first rank makes a listing that others would be bound to."""
     with Child() as child:
-        for file in _look_into(job, child, sources if job.limit else share(sources, job.rank), look).files:
+        for file in look_into(job, child, sources if job.limit else share(sources, job.rank), look).files:
             target_of(file)
 
 
@@ -282,7 +251,7 @@ def _check_traceable(sources: Sequence[SourceFile]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class Seen:
     """What was found in input files."""
 
     files: list[InputFile]  # to be scored
@@ -290,16 +259,7 @@ class _Seen:
     unreadable: list[Unfinished]
 
 
-def open_inputs(job: Job, bundle: Bundle) -> tuple[list[InputFile], list[Unfinished]]:
-    """The files of `job` that can be read, and those that cannot; raises InputError."""
-    listed = find_files(job.inputs)
-    look = partial(_describe_unfinished, job.columns(bundle), None, None)
-    with Child() as child:
-        seen = _look_into(job, child, listed.files if job.limit else share(listed.files, job.rank), look)
-    return seen.files, [*(Unfinished(one.file, one.reason) for one in listed.refused), *seen.unreadable]
-
-
-def _look_into(job: Job, child: Child, sources: Sequence[SourceFile], look: Look) -> _Seen:
+def look_into(job: Job, child: Child, sources: Sequence[SourceFile], look: Look) -> Seen:
     """Look at `sources`; with a limit open this rank's of the first with so many documents.
 
     Raises InputError where a file has not the columns, or none can be read.
@@ -326,30 +286,12 @@ def _look_into(job: Job, child: Child, sources: Sequence[SourceFile], look: Look
         mine = set(share([file.source for file in files], job.rank))
         files = [file for file in files if file.source in mine]
     unreadable = [Unfinished(str(source.location), str(error)) for source, error in errors]
-    return _Seen(_with_shared_schemas(files), finished, unreadable)
-
-
-def _describe_unfinished(
-    columns: Columns, settings: Settings | None, out: Location | None, source: SourceFile
-) -> InputFile | UnreadableError | None:
-    """What is in a file; None where its scores, with `settings`, are finished."""
-    if settings and out and is_finished(source.relative.below(out), settings_of(settings, source)):
-        return None
-    try:
-        return open_file(source, columns)
-    except UnreadableError as error:
-        return error
+    return Seen(with_shared_schemas(files), finished, unreadable)
 
 
 def crashed(source: SourceFile, error: CrashError) -> UnreadableError:
     """What to say of a file that a process died of."""
     return UnreadableError(f"{source.location} cannot be looked into: {error}; it is damaged, or takes more memory")
-
-
-def _with_shared_schemas(files: Sequence[InputFile]) -> list[InputFile]:
-    """One object for equal schemas: of a hundred thousand files each would keep half a gigabyte."""
-    known: dict[bytes, pa.Schema] = {}
-    return [replace(file, schema=known.setdefault(file.schema.serialize().to_pybytes(), file.schema)) for file in files]
 
 
 def _first(files: Iterable[InputFile], n_docs: int) -> Iterator[InputFile]:
@@ -396,43 +338,3 @@ def _is_usable(target: Target, part: Part) -> bool:
         return False
     check_settings(place, target.settings)
     return True
-
-
-def _score_schema(job: Job, bundle: Bundle) -> pa.Schema:
-    dtype = job.embedding_dtype
-    kept = None if dtype is None else embedding_type(bundle.manifest.encoder.hidden_size, dtype)
-    return score_schema(bundle.heads, kept, bundle.manifest.windows.take != "first")
-
-
-def _settings(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> dict[str, Any]:
-    """What decides about the scores; written into every output."""
-    compute = COMPUTE.get(bundle.manifest.variants[variant].provider, ("onnxruntime", "onnxruntime-gpu"))
-    return {
-        "bundle": bundle.hash,
-        "encoder": bundle.encoder_hash,
-        "variant": variant,
-        "precision": bundle.manifest.variants[variant].precision,
-        "heads": list(bundle.heads),
-        "tokenizer": bundle.manifest.tokenizer.fast or "tokenizers",
-        "output": job.output,
-        "embeddings": job.embeddings,
-        "text_column": job.text_column,
-        "id_column": job.id_column,
-        "group_column": job.group_column,
-        **_windows(bundle),
-        "chunk_rows": job.chunk_rows,
-        "chunk_bytes": chunk_bytes,
-        **{name: found for name in (*LIBRARIES, *compute) if (found := _version(name))},
-    }
-
-
-def _windows(bundle: Bundle) -> dict[str, str | None]:
-    windows = bundle.manifest.windows
-    return {"windows": windows.take, "aggregate": None if windows.take == "first" else windows.aggregate}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

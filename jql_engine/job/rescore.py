@@ -17,24 +17,19 @@ from numpy.typing import NDArray
 from jql_engine.bundle import Bundle
 from jql_engine.data import EMBEDDING, score_column
 from jql_engine.errors import InputError, UnreadableError
-from jql_engine.files.chunks import ChunkDone, ChunkEnd, Failure, Segment, StageSeconds, Task
+from jql_engine.files.chunks import WHOLE_BYTES, WHOLE_ROWS, ChunkDone, ChunkEnd, Failure, Segment, Task
 from jql_engine.files.dictionaries import encode, is_text
 from jql_engine.files.formats import unreadable
 from jql_engine.files.inputs import Columns, InputFile, SourceFile
 from jql_engine.files.location import Location, locate
 from jql_engine.files.output import METADATA_KEY, Target, is_finished
+from jql_engine.files.parquet import describe_whole
 from jql_engine.files.reading import Cursor
 from jql_engine.files.retries import retry
-from jql_engine.files.storage import open_parquet
 from jql_engine.job.claim import Claim
-from jql_engine.job.pipeline import StageTime, pipeline
+from jql_engine.job.pipeline import Stage, in_laps
 from jql_engine.job.plan import Job, Work, plan
 from jql_engine.readouts import Readouts
-
-STAGES = ("read", "execute", "write")
-# Of one chunk. All columns count: those of an appended output are copied.
-CHUNK_ROWS = 100_000
-CHUNK_BYTES = 64 << 20
 
 
 def prepare_rescoring(job: Job, bundle: Bundle) -> Work:
@@ -48,7 +43,7 @@ def prepare_rescoring(job: Job, bundle: Bundle) -> Work:
     claim = Claim(out, {"rescored": True, "bundle": bundle.hash, "heads": list(bundle.heads)})
     target_of = partial(_target, out, bundle)
     look = partial(_describe_unfinished, bundle, None if job.overwrite else out)
-    return plan(replace(job, chunk_rows=CHUNK_ROWS), claim, look, target_of, CHUNK_BYTES)
+    return plan(replace(job, chunk_rows=WHOLE_ROWS), claim, look, target_of, WHOLE_BYTES)
 
 
 def _describe_unfinished(
@@ -66,8 +61,8 @@ def _describe_unfinished(
 
 def _describe(bundle: Bundle, source: SourceFile) -> InputFile:
     """What is in a file of vectors; raises UnreadableError where they are none, or another encoder's."""
-    with open_parquet(source.location) as file:
-        schema, metadata = file.schema_arrow, file.metadata
+    file = describe_whole(source)
+    schema = file.schema
     try:
         stored = _stored_settings(schema)
         encoder, _ = str(stored["encoder"]), list(stored["heads"])
@@ -87,13 +82,7 @@ def _describe(bundle: Bundle, source: SourceFile) -> InputFile:
             f"{source.location} holds vectors of encoder {encoder[:12]}..., the heads of {bundle.path} read "
             f"those of {bundle.encoder_hash[:12]}...; use a bundle of the same encoder, pooling and length"
         )
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    if any(group.num_rows < 0 for group in groups):
-        raise UnreadableError(
-            f"{source.location} is damaged: a row group has {min(group.num_rows for group in groups)} rows"
-        )
-    sizes = tuple(sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)) for group in groups)
-    return InputFile(source, Columns(EMBEDDING), schema, tuple(group.num_rows for group in groups), sizes)
+    return replace(file, columns=Columns(EMBEDDING))
 
 
 def _holds_vectors(kind: pa.DataType, width: int) -> bool:
@@ -156,17 +145,12 @@ class Rescorer:
 
     def run(self, tasks: Iterable[Task]) -> Generator[ChunkDone]:
         """Apply the heads to the chunks of `tasks` and commit them; see Worker.run."""
-        clocks = [StageTime(name) for name in STAGES]
-        steps = (self._read, self._execute, self._write)
-        lap = dict.fromkeys(STAGES, StageSeconds(0, 0, 0))
-        for end, n_docs, n_null in pipeline(tasks, list(zip(clocks, steps, strict=True))):
-            now = {clock.name: clock.seconds() for clock in clocks}
+        steps: dict[str, Stage] = {"read": self._read, "execute": self._execute, "write": self._write}
+        for (end, n_docs, n_null), stages in in_laps(tasks, steps):
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            stages = {name: now[name] - lap[name] for name in STAGES}
             yield ChunkDone(
                 end.task, end.failures, documents=n_docs, null_documents=n_null, memory_bytes=memory, stages=stages
             )
-            lap = now
 
     def _read(self, tasks: Iterator[Task]) -> Iterator[tuple[Segment, pa.RecordBatch] | ChunkEnd]:
         for task in tasks:

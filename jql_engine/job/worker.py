@@ -24,7 +24,7 @@ from jql_engine.files.output import Target
 from jql_engine.files.reading import read
 from jql_engine.job.claim import Claim
 from jql_engine.job.distinct import ChunkDocuments, DistinctDocuments
-from jql_engine.job.pipeline import StageTime, pipeline
+from jql_engine.job.pipeline import Stage, in_laps
 from jql_engine.sessions.base import Session, SessionOptions, execute
 from jql_engine.sessions.open import open_session
 from jql_engine.sessions.select import Choice
@@ -33,7 +33,6 @@ from jql_engine.windows import Windows
 
 T = TypeVar("T")
 WRITERS = 16  # small files written at once: creating one waits for the disk, or for the network
-STAGES = ("read", "tokenize", "execute", "write")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +84,14 @@ class Worker:
 
         Raises OutputError where the output cannot be written; a file that cannot be read is named in its ChunkDone.
         """
-        clocks = [StageTime(name) for name in STAGES]
-        steps = (self._read, self._tokenize, self._execute, self._write)
-        lap = dict.fromkeys(STAGES, StageSeconds(0, 0, 0))
-        for item in pipeline(tasks, list(zip(clocks, steps, strict=True))):
-            now = {clock.name: clock.seconds() for clock in clocks}
-            yield item.done({name: now[name] - lap[name] for name in STAGES})
-            lap = now
+        steps: dict[str, Stage] = {
+            "read": self._read,
+            "tokenize": self._tokenize,
+            "execute": self._execute,
+            "write": self._write,
+        }
+        for item, stages in in_laps(tasks, steps):
+            yield item.done(stages)
 
     def _read(self, tasks: Iterator[Task]) -> Iterator[Piece | ChunkEnd]:
         return read(_Files(self.targets), self._until_stopped(tasks))

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,20 +18,11 @@ from jql_engine.job.launch import Machine, score
 from jql_engine.job.plan import Job
 from jql_engine.job.progress import RunLog
 from jql_engine.sessions.base import SessionOptions
+from tests.cli.command import Result, run_command
 from tests.decision.score_files import columns_of, write_many
 from tests.files.test_remote import client, moto, s3  # noqa: F401
 
 RULE = ("--rule", "all", "--group-column", "lang")
-
-
-class Result(NamedTuple):
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def summary(self) -> dict[str, object]:
-        return json.loads(self.stdout.splitlines()[-1])
 
 
 @pytest.fixture
@@ -41,10 +30,7 @@ def jql_cut(monkeypatch, capfd):
     """The command line in this process."""
 
     def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["jql-cut", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        return Result(exit_.value.code or 0, *capfd.readouterr())
+        return run_command(cli.main, "jql-cut", arguments, monkeypatch, capfd)
 
     return call
 

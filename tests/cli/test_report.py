@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pyarrow.parquet as pq
 import pytest
 
 from jql_engine.certificate import CERTIFICATE
 from jql_engine.cli import compare, report
+from tests.cli.command import Result, run_command
 from tests.decision.report.certificates import certificate
 from tests.decision.report.made import Made, make
 from tests.decision.report.reading import Page
@@ -23,11 +23,8 @@ def made(tmp_path_factory) -> Made:
 
 @pytest.fixture
 def call(monkeypatch, capfd):
-    def run(module, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["jql", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            module.main()
-        return exit_.value.code or 0, *capfd.readouterr()
+    def run(module, *arguments: object) -> Result:
+        return run_command(module.main, "jql", arguments, monkeypatch, capfd)
 
     return run
 

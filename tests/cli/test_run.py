@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import pyarrow.parquet as pq
@@ -17,6 +16,7 @@ import pytest
 from jql_engine.cli import run as cli
 from jql_engine.job.plan import CHUNK_ROWS
 from jql_engine.tokenizer_libraries import fast_name
+from tests.cli.command import Result, run_command
 from tests.conftest import without_gpu
 from tests.inputs import damage, made_with_other_tokie
 from tests.job.test_run import TEXTS, assert_scored, sparse, state, visible, write
@@ -26,27 +26,13 @@ FIGURES = {"documents", "tokens", "seconds", "tokens_per_second", "padding_share
 LONG = "Water boils at a lower temperature on a mountain. " * 10
 
 
-class Result(NamedTuple):
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def summary(self) -> dict[str, object]:
-        return json.loads(self.stdout.splitlines()[-1])
-
-
 @pytest.fixture
 def jql_run(bundle, monkeypatch, capfd):
     """The command line in this process, on the tiny bundle unless another is given."""
 
     def call(*arguments: object) -> Result:
-        given = [str(argument) for argument in arguments]
-        given += [] if "--bundle" in given else ["--bundle", str(bundle.path)]
-        monkeypatch.setattr(sys, "argv", ["jql-run", *given])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        return Result(exit_.value.code or 0, *capfd.readouterr())
+        given = arguments if "--bundle" in arguments else (*arguments, "--bundle", bundle.path)
+        return run_command(cli.main, "jql-run", given, monkeypatch, capfd)
 
     return call
 

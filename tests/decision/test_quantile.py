@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jql_engine.decision import partition
+from jql_engine.decision.order import keys_of
 from jql_engine.decision.partition import MOST_BINS, MOST_SERIES, Partition, Sample
-from jql_engine.decision.quantile import exact_scores, quantiles, sample_of
+from jql_engine.decision.quantile import exact_scores, quantiles
 from jql_engine.errors import InputError
 
 N = 1_000_000
@@ -31,7 +32,7 @@ def passes(scores: np.ndarray, slots: np.ndarray, weights: np.ndarray, size: int
     def samples() -> Iterator[Sample]:
         for start in range(0, len(slots), size):
             here = slice(start, start + size)
-            yield sample_of(scores[:, here], slots[here], weights[here], weights[here])
+            yield Sample(slots[here], keys_of(scores[:, here]), weights[here], weights[here])
 
     return samples
 

@@ -16,7 +16,8 @@ from jql_engine.decision import scores as module
 from jql_engine.decision.opening import open_scores
 from jql_engine.errors import InputError
 from jql_engine.files.chunks import Segment
-from jql_engine.job.plan import Job, prepare
+from jql_engine.job.plan import Job
+from jql_engine.job.scoring import prepare
 from jql_engine.sessions.base import CHUNK_BYTES
 from tests import servers
 from tests.decision.score_files import SETTINGS, columns_of, write, write_many

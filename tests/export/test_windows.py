@@ -23,6 +23,7 @@ from jql_export.graph.encoder import write_graph
 from jql_export.graph.standard import StandardDialect
 from jql_export.readouts.head_file import read_head
 from jql_export.reference import Reference
+from jql_export.tolerances import EVALUATED_WINDOWS
 from tests.export.test_cuda_packed import ON_THE_CPU, Written, check, documents, each_pooling, operators
 from tests.export.test_modernbert import MAX_TOKENS, write_modernbert
 from tests.operators import OPERATORS
@@ -30,8 +31,7 @@ from tests.operators import OPERATORS
 # Windows are of 4 tokens on either side: shorter documents, some of a block and of two, the longest.
 LENGTHS = (1, 2, MAX_TOKENS, 3, 1, 1, 40, 4, 5, 17, 8, 9, 1)
 PAD = 1
-# Of an element of an embedding after seven layers of wide weights.
-FP16, BF16 = 1e-2, 6e-2
+FP16, BF16 = EVALUATED_WINDOWS["fp16"], EVALUATED_WINDOWS["bf16"]
 MODELS = {
     "as published": {},
     "silu, biases": {"hidden_activation": "silu", "attention_bias": True, "mlp_bias": True, "norm_bias": True},

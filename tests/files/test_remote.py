@@ -33,8 +33,9 @@ from jql_engine.files import retries, storage, writing
 from jql_engine.files.inputs import find_files
 from jql_engine.files.reading import read
 from jql_engine.job.launch import Machine, score
-from jql_engine.job.plan import Job, prepare
+from jql_engine.job.plan import Job
 from jql_engine.job.progress import RunLog
+from jql_engine.job.scoring import prepare
 from jql_engine.sessions.base import SessionOptions
 from jql_export import probes
 from tests import servers

@@ -14,7 +14,8 @@ from jql_engine import Engine, probe_texts
 from jql_engine.bundle import MANIFEST, Bundle
 from jql_engine.errors import InputError, OutputError
 from jql_engine.files.output import METADATA_KEY
-from jql_engine.job.plan import Job, prepare
+from jql_engine.job.plan import Job
+from jql_engine.job.scoring import prepare
 from jql_export.tolerances import TOLERANCES
 from tests.job.test_run import score, write
 

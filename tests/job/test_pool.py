@@ -19,8 +19,9 @@ from jql_engine.files.chunks import Chunk, ChunkDone, Segment, Task
 from jql_engine.files.output import Target
 from jql_engine.files.parts import find_leftovers
 from jql_engine.job import pool
-from jql_engine.job.plan import Job, Work, prepare
+from jql_engine.job.plan import Job, Work
 from jql_engine.job.pool import Executed, Handout, Order, Pool
+from jql_engine.job.scoring import prepare
 from jql_engine.job.worker import Scoring
 from jql_engine.sessions.base import SessionOptions
 from jql_engine.sessions.select import Choice

@@ -18,8 +18,9 @@ from jql_engine.errors import OutputError
 from jql_engine.files.output import METADATA_KEY
 from jql_engine.files.parts import Part, key_of
 from jql_engine.job.finish import run
-from jql_engine.job.plan import CHUNK_ROWS, Job, prepare
+from jql_engine.job.plan import CHUNK_ROWS, Job
 from jql_engine.job.progress import Meter, RunLog
+from jql_engine.job.scoring import prepare
 from jql_engine.job.worker import Worker
 from jql_engine.sessions.base import CHUNK_BYTES
 from jql_engine.tokenizer import Tokenizer

@@ -21,9 +21,10 @@ from jql_engine.files.chunks import Chunk, ChunkDone, Segment, StageSeconds, Tas
 from jql_engine.files.parts import Part
 from jql_engine.job.launch import Machine
 from jql_engine.job.launch import score as launch
-from jql_engine.job.plan import CHUNK_ROWS, Job, prepare
+from jql_engine.job.plan import CHUNK_ROWS, Job
 from jql_engine.job.progress import Meter, RunLog
 from jql_engine.job.ranks import Rank
+from jql_engine.job.scoring import prepare
 from jql_engine.names import RelativeName
 from jql_engine.sessions.base import CHUNK_BYTES
 from jql_export.tolerances import TOLERANCES

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from jql_engine.decision.compare import spearman
+from jql_engine.decision.comparison import spearman
 from jql_engine.decision.report.figures import MOST_PAIRS, Agreement, Hexagons, Pair
 
 COLUMNS = 28  # hexagons side by side

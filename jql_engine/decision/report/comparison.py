@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jql_engine.decision.compare import Comparison
+from jql_engine.certificate import CUT
+from jql_engine.decision.comparison import Comparison
 from jql_engine.decision.report.page import (
     Column,
     Content,
@@ -28,7 +29,6 @@ from jql_engine.decision.report.page import (
 from jql_engine.decision.report.plots import Plots, check_matplotlib
 from jql_engine.printing import redact
 
-CUT = 0.6  # of the plots
 MOST_LISTED = 200  # groups in tables, the largest
 MOST_PLOTTED = 24  # and in a plot
 REFERENCE = "PyTorch in bf16"

@@ -12,12 +12,12 @@ from itertools import groupby
 
 import pyarrow as pa
 
+from jql_engine.decision.corpus import check_scored
 from jql_engine.decision.report.figures import Example
 from jql_engine.decision.scores import Rows, ScoreFiles
 from jql_engine.errors import InputError
 from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files
-from jql_engine.files.output import stored_settings
 from jql_engine.files.reading import Cursor, as_text
 
 ID = "id"
@@ -45,29 +45,8 @@ class Corpus:
         if name not in self.sources:
             raise InputError(f"the corpus holds no file that {found} could be the scores of: none is called {name}")
         file = open_file(self.sources[name], Columns(self.text_column))
-        self._check(file, scores)
+        check_scored(file, scores, self.assume_unchanged)
         return file
-
-    def _check(self, file: InputFile, scores: InputFile) -> None:
-        source, found = file.source, scores.source.location
-        if source.location == found:  # written with all columns of the corpus
-            return
-        settings = stored_settings(found)
-        if file.n_rows != scores.n_rows:
-            raise InputError(
-                f"{source.location} has {file.n_rows:,} rows and {found} {scores.n_rows:,}; they are not of the same "
-                "documents: give the corpus that was scored"
-            )
-        if settings.get("source_bytes", source.size) != source.size:
-            raise InputError(
-                f"{source.location} has {source.size:,} bytes and had {settings['source_bytes']:,} when {found} was "
-                "written; give the corpus that was scored, or score it again"
-            )
-        if not self.assume_unchanged and settings.get("source_version", source.version) != source.version:
-            raise InputError(
-                f"{source.location} was changed or copied since {found} was written (its time or tag is another); "
-                "score it again, or give --assume-unchanged if its rows are the same"
-            )
 
 
 def read_examples(

@@ -91,7 +91,7 @@ def agreement_section(figures: Figures, plots: Plots) -> Section:
             step = hexagons.width, hexagons.height
             plot = plots.hexagons(label, np.array(hexagons.centres), np.array(hexagons.documents), step)
             drawn.append(
-                (plot, f"{one.first} to the right, {one.second} upwards; the stronger the colour, the more documents")
+                (plot, f"{one.first} to the right, {one.second} upwards; the stronger the color, the more documents")
             )
     more = [paragraph(f"The first {MOST_PAIRS} pairs have a plot.")] if len(found.pairs) > MOST_PAIRS else []
     return Section("agreement", "How heads agree", [note, table.to_html(), side_by_side(drawn), *more])

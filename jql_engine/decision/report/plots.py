@@ -1,7 +1,7 @@
-"""Plots as inline SVG, drawn by matplotlib: text stays text, colours are the page's, and the same figures give the
+"""Plots as inline SVG, drawn by matplotlib: text stays text, colors are the page's, and the same figures give the
 same bytes.
 
-matplotlib knows colours as numbers alone. So plots are drawn in colours that stand for the page's, and these are put in
+matplotlib knows colors as numbers alone. So plots are drawn in colors that stand for the page's, and these are put in
 their place: a plot is light on a light page and dark on a dark one.
 """
 
@@ -23,10 +23,10 @@ from jql_engine.errors import EngineError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# What matplotlib draws in, and the page's colour for it; no two of them, and none of them black or white.
+# What matplotlib draws in, and the page's color for it; no two of them, and none of them black or white.
 INK, FAINT, LINE = "#010203", "#010204", "#010205"
 SERIES = ("#010206", "#010207", "#010208", "#010209", "#01020a", "#01020b")
-COLOURS = dict(
+COLORS = dict(
     zip(
         (INK, FAINT, LINE, *SERIES),
         ("ink", "faint", "line", "first", "second", "third", "fourth", "fifth", "sixth"),
@@ -122,9 +122,9 @@ class Plots:
         """Values over time, one below the other, in steps; a `times` more than values: their edges."""
 
         def draw(axes: Sequence[Axes]) -> None:
-            for one, (name, values), colour in zip(axes, series, SERIES, strict=False):
-                one.fill_between(times, [*values, values[-1]], step="post", color=colour, alpha=0.3, linewidth=0)
-                one.step(times, [*values, values[-1]], where="post", color=colour, linewidth=1.2)
+            for one, (name, values), color in zip(axes, series, SERIES, strict=False):
+                one.fill_between(times, [*values, values[-1]], step="post", color=color, alpha=0.3, linewidth=0)
+                one.step(times, [*values, values[-1]], where="post", color=color, linewidth=1.2)
                 one.set_ylim(0, 1.08 * max(*values, 1e-9))
                 one.set_ylabel(name)
                 one.locator_params(axis="y", nbins=4)
@@ -138,9 +138,9 @@ class Plots:
 
         def draw(axes: Axes) -> None:
             floor = np.zeros(len(times))
-            for (name, values), colour in zip(series, SERIES, strict=False):
+            for (name, values), color in zip(series, SERIES, strict=False):
                 top = floor + np.array([*values, values[-1]])
-                axes.fill_between(times, floor, top, step="post", color=colour, linewidth=0, label=name)
+                axes.fill_between(times, floor, top, step="post", color=color, linewidth=0, label=name)
                 floor = top
             axes.set_ylabel("% of busy time")
             axes.set_xlabel("minutes since the first line")
@@ -189,14 +189,14 @@ class Plots:
 
 
 def _inlined(svg: str, label: str, name: str, width: float) -> Html:
-    """A whole SVG file as an element of a page: with its own ids, the page's colours, and a name for who cannot see."""
+    """A whole SVG file as an element of a page: with its own ids, the page's colors, and a name for who cannot see."""
     inner = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     inner = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", inner, flags=re.DOTALL)  # the page has its own
     box = re.search(r'viewBox="([^"]+)"', svg)
     assert box is not None
     inner = re.sub(r'\b(id="|href="#|url\(#)', lambda found: f"{found[0]}{name}-", inner)
-    for colour, page_colour in COLOURS.items():
-        inner = inner.replace(colour, f"var(--{page_colour})")
+    for color, page_color in COLORS.items():
+        inner = inner.replace(color, f"var(--{page_color})")
     inner = re.sub(r"<[^>]+>", _shortened, inner)
     inner = re.sub(r" style=\"([^\"]*?)font-family: [^;\"]*; ?", r' style="\1', inner)
     pixels = round(width * 96)

@@ -23,8 +23,8 @@ const parse = (text) => {{
   return found.length > 3 ? found : [...found, 1];
 }};
 const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
-const light = (colour) => {{
-  const [r, g, b] = colour.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+const light = (color) => {{
+  const [r, g, b] = color.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }};
 const contrast = (a, b) => {{
@@ -43,8 +43,8 @@ const measure = () => {{
   while (walker.nextNode()) {{
     const element = walker.currentNode.parentElement, style = view.getComputedStyle(element);
     if (!walker.currentNode.data.trim() || !element.getClientRects().length) continue;
-    const colour = parse(element.closest("svg") ? style.fill : style.color), behind = ground(element);
-    texts.push([contrast(over(colour, behind), behind), walker.currentNode.data.slice(0, 40)]);
+    const color = parse(element.closest("svg") ? style.fill : style.color), behind = ground(element);
+    texts.push([contrast(over(color, behind), behind), walker.currentNode.data.slice(0, 40)]);
   }}
   const plots = [...page.querySelectorAll("svg")].map((svg) => {{
     const shapes = [...svg.querySelectorAll("path, use, rect")].filter((shape) => {{

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jql_engine.certificate import CUT, FORMAT, FlipShare
-from jql_engine.decision.compare import Comparison, Paired, compare, flips_at
+from jql_engine.decision.comparison import Comparison, Paired, compare, flips_at
 
 HEADS = ("education", "<prose>")
 

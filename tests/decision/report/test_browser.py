@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from jql_engine.decision.compare import compare
+from jql_engine.decision.comparison import compare
 from jql_engine.decision.report.comparison import certificate_page, comparison_page
 from tests.decision.report.browser import CHROMIUM, picture, show
 from tests.decision.report.certificates import certificate
-from tests.decision.test_compare import paired
+from tests.decision.test_comparison import paired
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
 DESKTOP, PHONE = 1_200, 375

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from jql_engine.decision.compare import CUTS, compare
+from jql_engine.decision.comparison import CUTS, compare
 from jql_engine.decision.report import comparison
 from jql_engine.decision.report.comparison import REFERENCE, certificate_page, comparison_page
 from tests.decision.report.certificates import HEADS, certificate
 from tests.decision.report.reading import Page
-from tests.decision.test_compare import paired
+from tests.decision.test_comparison import paired
 
 
 def flips_of(slice_) -> list[float]:

@@ -39,7 +39,9 @@ def test_excerpts_are_short_and_on_one_line():
 def test_a_corpus_with_other_rows_is_refused(copied, sources):
     table = pq.read_table(copied / "a/0.parquet")
     pq.write_table(table.slice(1), copied / "a/0.parquet")
-    with pytest.raises(InputError, match=r"0.parquet has 699 rows and .* 700; they are not of the same"):
+    with pytest.raises(
+        InputError, match=r"0.parquet has 699 rows and its scores .* 700; give the corpus that was scored"
+    ):
         take_figures(replace(sources, corpus=(str(copied),)))
 
 

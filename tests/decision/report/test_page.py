@@ -109,7 +109,7 @@ def test_the_same_figures_give_the_same_page(page, figures):
     assert report_page(figures) == page
 
 
-def test_plots_are_drawn_in_the_colours_of_the_page(page):
+def test_plots_are_drawn_in_the_colors_of_the_page(page):
     drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
     assert not re.findall(r"#[0-9a-f]{6}\b", drawn) and "var(--first)" in drawn and "var(--ink)" in drawn
     names = set(re.findall(r"var\(--([a-z]+)\)", page))

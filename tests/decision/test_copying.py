@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from jql_engine.decision.copying import Copier, Joined
 from jql_engine.decision.cut import Copies, Sources, cut
-from jql_engine.decision.keeping import Joined, Keeper
 from jql_engine.decision.opening import open_scores
 from jql_engine.decision.result import Request
 from jql_engine.decision.threshold import decide
@@ -187,8 +187,8 @@ def of_a_file_that_is_gone(corpus: Path, scores: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without_a_row, r"1\.parquet has 700 rows, its scores .*1\.parquet 699; score it again"),
-        (of_a_changed_source, r"1\.parquet has .* bytes and had .* when .* was written; score it again"),
+        (without_a_row, r"1\.parquet has 700 rows and its scores .*1\.parquet 699; .* score it again"),
+        (of_a_changed_source, r"1\.parquet has .* bytes and had .* when .* was written; .* score it again"),
         (of_a_copied_source, r"1\.parquet was changed or copied since .*, or give --assume-unchanged"),
         (without_a_file, r"1\.parquet has no scores: none of the score files is called b/1\.parquet"),
         (of_a_file_that_is_gone, r"1 of 4 score files are of no file of the corpus, b/1\.parquet among them"),
@@ -283,7 +283,7 @@ def test_a_text_that_repeats_is_held_once_until_it_is_written(tmp_path):
     [source_file] = find_files([str(tmp_path / "corpus")]).files
     file = InputFile(source_file, Columns(), pq.read_schema(source), (1_000,) * 3, (1,) * 3)
     target = Target(tmp_path / "out", file, file.schema, "derived", {})
-    kept = Keeper(joined, {0: target}, None, Event(), lambda *_: None)._kept(Segment(0, 0, n_rows))
+    kept = Copier(joined, {0: target}, None, Event(), lambda *_: None)._kept(Segment(0, 0, n_rows))
     assert len(kept) == 2_701 and kept.nbytes < 1 << 20
     target.commit(Segment(0, 0, n_rows), kept)
     assert pq.read_table(tmp_path / "out" / "a.parquet").equals(pq.read_table(source).slice(299))

@@ -19,31 +19,27 @@ from typing import Any
 
 import pyarrow as pa
 
+from jql_engine.decision.corpus import check_scored
 from jql_engine.decision.ids import first_difference
 from jql_engine.decision.kept import Cut
 from jql_engine.decision.result import Decision
 from jql_engine.decision.scores import ScoreFiles
 from jql_engine.errors import InputError, OutputError, UnreadableError
-from jql_engine.files.chunks import ChunkDone, ChunkEnd, Failure, Segment, StageSeconds, Task
+from jql_engine.files.chunks import WHOLE_BYTES, WHOLE_ROWS, ChunkDone, ChunkEnd, Failure, Segment, Task
 from jql_engine.files.dictionaries import Column
 from jql_engine.files.formats import unreadable
-from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files, identity
+from jql_engine.files.inputs import InputFile, SourceFile, find_files, identity
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import Target, is_finished, stored_settings
+from jql_engine.files.output import Target, is_finished
+from jql_engine.files.parquet import describe_whole
 from jql_engine.files.reading import Cursor
 from jql_engine.files.retries import retry
-from jql_engine.files.storage import open_parquet
 from jql_engine.job.check import check_apart
 from jql_engine.job.claim import Claim
 from jql_engine.job.launch import run_work
-from jql_engine.job.pipeline import StageTime, pipeline
+from jql_engine.job.pipeline import in_laps
 from jql_engine.job.plan import Job, plan
 from jql_engine.job.progress import RunLog
-
-STAGES = ("read", "write")
-# Of one chunk; all columns count.
-CHUNK_ROWS = 100_000
-CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +49,6 @@ class Joined:
     files: ScoreFiles
     cut: Cut
     digest: str  # of the decision: two that differ never mix their rows
-    ids: tuple[str, ...]  # the column of ids, where the score files have one
     numbers: Mapping[str, int]  # of score files, by name
 
     @classmethod
@@ -61,9 +56,7 @@ class Joined:
         """The decision about `files`, which have been read."""
         digest = hashlib.sha256(json.dumps(decision.to_json(), sort_keys=True).encode()).hexdigest()
         numbers = {file.source.relative.text: number for number, file in enumerate(files.files)}
-        name = files.settings.get("id_column") or "id"
-        ids = (name,) if all(file.schema.names.count(name) == 1 for file in files.files) else ()
-        return cls(replace(files, extra_columns=ids), Cut.of(decision, files), digest, ids, numbers)
+        return cls(files.with_ids(), Cut.of(decision, files), digest, numbers)
 
     def number_of(self, source: SourceFile) -> int:
         """Of the scores of a corpus file; raises InputError where there are none."""
@@ -91,8 +84,8 @@ def keep_rows(
     _check_apart(out, joined, scores)
     claim = Claim(out, {"cut": joined.digest})
     look = partial(_describe_unfinished, joined, job.assume_unchanged, None if job.overwrite else out)
-    work = plan(replace(job, chunk_rows=CHUNK_ROWS), claim, look, partial(_target, out, joined), CHUNK_BYTES)
-    specs = [Keeping(joined, work.claim)] * workers
+    work = plan(replace(job, chunk_rows=WHOLE_ROWS), claim, look, partial(_target, out, joined), WHOLE_BYTES)
+    specs = [Copying(joined, work.claim)] * workers
     return run_work(
         job, work, specs, on="their kept rows are copied", done="read", notes=[], began=began, log=log, stop=stop
     )
@@ -130,40 +123,14 @@ def _describe_unfinished(
             file = retry(source.location, lambda: _describe(source))
     except UnreadableError as error:
         return error
-    _check_scored(file, scores, assume_unchanged)
+    check_scored(file, scores, assume_unchanged)
     return file
 
 
 def _describe(source: SourceFile) -> InputFile:
     if source.format != "parquet":
         raise InputError(f"{source.location}: kept rows are written with all columns, of parquet files alone")
-    with open_parquet(source.location) as file:
-        schema, metadata = file.schema_arrow, file.metadata
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    if any(group.num_rows < 0 for group in groups):
-        raise UnreadableError(f"{source.location} is damaged: a row group has a negative number of rows")
-    sizes = tuple(sum(group.column(i).total_uncompressed_size for i in range(group.num_columns)) for group in groups)
-    return InputFile(source, Columns(), schema, tuple(group.num_rows for group in groups), sizes)
-
-
-def _check_scored(file: InputFile, scores: InputFile, assume_unchanged: bool) -> None:
-    """Raise InputError where `scores` are not those of `file` as it is."""
-    location, found = file.source.location, scores.source.location
-    if identity(location) == identity(found):  # scores that stand beside all columns
-        return
-    if file.n_rows != scores.n_rows:
-        raise InputError(f"{location} has {file.n_rows:,} rows, its scores {found} {scores.n_rows:,}; score it again")
-    settings = stored_settings(found)
-    if settings.get("source_bytes", file.source.size) != file.source.size:
-        raise InputError(
-            f"{location} has {file.source.size:,} bytes and had {settings['source_bytes']:,} when {found} was written; "
-            "score it again"
-        )
-    if not assume_unchanged and settings.get("source_version", file.source.version) != file.source.version:
-        raise InputError(
-            f"{location} was changed or copied since {found} was written (its time or tag is another); score it again, "
-            "or give --assume-unchanged if its rows are the same"
-        )
+    return describe_whole(source)
 
 
 def _settings(joined: Joined, source: SourceFile) -> dict[str, Any]:
@@ -182,7 +149,7 @@ def _target(out: Location, joined: Joined, file: InputFile) -> Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Keeping:
+class Copying:
     """What a process needs to copy kept rows; see jql_engine.job.pool.Spec."""
 
     joined: Joined
@@ -197,11 +164,11 @@ class Keeping:
         say: Callable[[str], None],  # noqa: ARG002
     ) -> Callable[[Iterable[Task]], Generator[ChunkDone]]:
         """See jql_engine.job.pool.Spec."""
-        return Keeper(self.joined, targets, self.claim, stop, executed).run
+        return Copier(self.joined, targets, self.claim, stop, executed).run
 
 
 @dataclass(frozen=True, slots=True)
-class Keeper:
+class Copier:
     """Tasks in, committed chunks out: read | write, each in its thread."""
 
     joined: Joined
@@ -212,16 +179,11 @@ class Keeper:
 
     def run(self, tasks: Iterable[Task]) -> Generator[ChunkDone]:
         """Copy the kept rows of the chunks of `tasks` and commit them; see Worker.run."""
-        clocks = [StageTime(name) for name in STAGES]
-        lap = dict.fromkeys(STAGES, StageSeconds(0, 0, 0))
-        for end in pipeline(tasks, list(zip(clocks, (self._read, self._write), strict=True))):
-            now = {clock.name: clock.seconds() for clock in clocks}
+        for end, stages in in_laps(tasks, {"read": self._read, "write": self._write}):
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            stages = {name: now[name] - lap[name] for name in STAGES}
             failed = {failure.segment for failure in end.failures}
             n_docs = sum(s.stop - s.start for s in end.task.chunk.segments if s not in failed)
             yield ChunkDone(end.task, end.failures, documents=n_docs, memory_bytes=memory, stages=stages)
-            lap = now
 
     def _read(self, tasks: Iterator[Task]) -> Iterator[tuple[Segment, pa.Table] | ChunkEnd]:
         for task in tasks:
@@ -248,7 +210,7 @@ class Keeper:
             kept = pa.array(self.joined.cut.kept(rows))
             at = 0
             for batch in cursor.take(len(rows)):
-                _check_ids(batch, rows.columns.slice(at, batch.num_rows), self.joined.ids, target, rows.start + at)
+                _check_ids(batch, rows.columns.slice(at, batch.num_rows), files.extra_columns, target, rows.start + at)
                 for column, part in zip(columns, batch.filter(kept.slice(at, batch.num_rows)).columns, strict=True):
                     column.add(pa.chunked_array([part]))
                 at += batch.num_rows

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from jql_engine.decision.compare import BANDS, CUTS, Paired, compare, flips_at, spearman
+from jql_engine.decision.comparison import BANDS, CUTS, Paired, compare, flips_at, spearman
 from jql_engine.errors import InputError
 
 
