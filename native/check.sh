@@ -44,8 +44,7 @@ address_check() {
 thread_check() {
   configure build/native-thread -DJQL_SANITIZE=thread
   cmake --build build/native-thread --parallel $jobs --target lifecycle
-  TSAN_OPTIONS="suppressions=$PWD/native/tests/thread.supp halt_on_error=1" \
-    build/native-thread/lifecycle "$bundle" "$onnxruntime" 4
+  TSAN_OPTIONS=halt_on_error=1 build/native-thread/lifecycle "$bundle" "$onnxruntime" 4
 }
 
 fuzz_check() {
