@@ -32,7 +32,8 @@ def export(
     encoder: Annotated[
         str | None,
         typer.Option(
-            help=f"Checkpoint directory or hub id of the encoder; by default the classifier's, else {SNOWFLAKE}.",
+            help="Checkpoint directory or hub id (or ID@REVISION) of the encoder; by default the classifier's, else "
+            f"{SNOWFLAKE}.",
             show_default=False,
         ),
     ] = None,
@@ -46,7 +47,8 @@ def export(
     classifier: Annotated[
         list[str],
         typer.Option(
-            help="NAME=DIRECTORY or hub id of a sequence classifier; repeat where they share an encoder.",
+            help="NAME=DIRECTORY, NAME=ID on the hub or NAME=ID@REVISION of a sequence classifier; repeat where they "
+            "share an encoder.",
             show_default=False,
         ),
     ] = [],  # noqa: B006
@@ -124,7 +126,7 @@ def export(
         raise typer.BadParameter("is for --classifier, which is not asked for", param_hint="--activation")
     if aggregate is not None and windows == "first":
         raise typer.BadParameter("is for --windows first+last or all", param_hint="--aggregate")
-    _check_heads(encoder or SNOWFLAKE, bool(pairs or classifiers), no_heads, heads_revision)
+    _check_heads((encoder or SNOWFLAKE).partition("@")[0], bool(pairs or classifiers), no_heads, heads_revision)
     if library and not compute_capability:
         raise typer.BadParameter("say for which GPU engines are to be built", param_hint="--compute-capability")
     if compute_capability and TENSORRT not in variant:
