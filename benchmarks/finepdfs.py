@@ -1,9 +1,10 @@
 """How far FinePDFs' own windows are from ours: what cutting characters and tokenizing again changes in the scores.
 
 Method. FinePDFs labels the first 10,000 characters of a document, and where it has more than 20,000 the last 10,000
-too, cut to the model's tokens; these are decoded, trimmed to white space and tokenized again, and the larger score
-counts. Ours are windows of the document's ids (`--windows first+last --aggregate max`). Both are scored by the same
-session, on the documents of a corpus that are longer than a window.
+too: each is cut to 2,046 tokens, decoded, trimmed by what stands beyond the outer white space, or by ten characters
+where there is none, and tokenized again; the larger score counts. Ours are windows of the document's ids (`--windows
+first+last --aggregate max`). Both are scored by the same session, on the documents of a corpus that are longer than a
+window. For a bundle that reads other than 2,048 tokens, the characters are fewer or more in proportion.
 
     python -m benchmarks.finepdfs --bundle BUNDLE --corpus PARQUET --documents 200
 """
@@ -11,6 +12,7 @@ session, on the documents of a corpus that are longer than a window.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -23,24 +25,20 @@ from tokenizers import Tokenizer as Oracle
 from jql_engine.bundle import TOKENIZER
 from jql_engine.engine import Engine
 
-CHARACTERS = 10_000
-LONG = 20_000
+CHARACTERS, TOKENS = 10_000, 2_048  # of one end of a document, and of a window, special tokens included
 LETTERS = 4  # of a token, about: shorter texts are not looked at
-SPARE = 2  # tokens that FinePDFs leaves beside the special ones
+WITHOUT_SPACE = 10  # characters that go where there is no white space to trim at
 
 
-def published_windows(text: str, oracle: Oracle, room: int) -> list[str]:
-    """The texts that FinePDFs' pipeline scores of a document."""
-    pieces = [text[:CHARACTERS], *([text[-CHARACTERS:]] if len(text) > LONG else [])]
-    windows = []
-    for number, piece in enumerate(pieces):
-        ids = oracle.encode(piece, add_special_tokens=False).ids
-        if len(ids) <= room:
-            windows.append(piece)
-            continue
-        decoded = oracle.decode(ids[:room] if number == 0 else ids[-room:])
-        head, _, tail = decoded.rpartition(" ") if number == 0 else decoded.partition(" ")
-        windows.append((head if number == 0 else tail) or decoded)
+def published_windows(text: str, oracle: Oracle, room: int, characters: int = CHARACTERS) -> list[str]:
+    """The texts that FinePDFs' pipeline scores of a document, of which `room` ids are kept."""
+    first = oracle.decode(oracle.encode(text[:characters], add_special_tokens=False).ids[:room])
+    spaces = [match.start() for match in re.finditer(r"\s", first)]
+    windows = [first[: spaces[-1] if spaces else -WITHOUT_SPACE]]
+    if len(text) > 2 * characters:
+        last = oracle.decode(oracle.encode(text[-characters:], add_special_tokens=False).ids[-room:])
+        space = re.search(r"\s", last)
+        windows.append(last[space.end() if space else WITHOUT_SPACE :])
     return windows
 
 
@@ -58,7 +56,8 @@ def main(
     found = ours.score(pa.array(long, pa.large_string()))
     assert found.n_windows is not None
     chosen = np.flatnonzero(found.n_windows > 1)[:documents]
-    windows = [published_windows(long[i], oracle, ours.windows.room - SPARE) for i in chosen]
+    characters = CHARACTERS * ours.tokenizer.max_tokens // TOKENS
+    windows = [published_windows(long[i], oracle, ours.windows.room, characters) for i in chosen]
     scores = first.score([window for one in windows for window in one]).values
     starts = np.cumsum([0, *(len(one) for one in windows[:-1])])
     difference = np.abs(np.maximum.reduceat(scores, starts) - found.values[chosen])

@@ -46,7 +46,7 @@ from jql_export.onnx_encoder import explained
 from jql_export.readouts.base import Readout, check_readouts, write_readouts
 from jql_export.reference import Reference
 from jql_export.settings import KNOWN_POOLING, check_texts, max_tokens_of, pooling_of
-from jql_export.tokenizer import write_tokenizer
+from jql_export.tokenizer import difference_to_auto, tokenizer_of, write_tokenizer
 from jql_export.tolerances import tolerance_of
 from jql_export.variants import VARIANTS
 
@@ -76,13 +76,17 @@ def export_bundle(
     """
     if unknown := sorted(set(variants) - set(VARIANTS)):
         raise BundleError(f"variant {unknown[0]!r} is unknown; known are {', '.join(VARIANTS)}")
-    known = KNOWN_POOLING.get(checkpoint.id) or next((r.pooling for r in readouts if r.pooling), None)
+    # A head that does not say how it pools reads the embedding, of which a classifier beside it knows nothing.
+    own = readouts[0].pooling if all(readout.pooling for readout in readouts) and readouts else None
+    known = KNOWN_POOLING.get(checkpoint.id) or own
     chosen_pooling = pooling_of(checkpoint.directory, pooling, report, known)
     check_texts(checkpoint.directory)
     taken = {name for readout in readouts if readout.checkpoint == checkpoint.directory for name in readout.tensors}
     encoder = read_sources(checkpoint.directory, variants, encoder_onnx, report, taken)
     _check_shared(checkpoint.directory, encoder, readouts)
     limit = max_tokens_of(checkpoint.directory, encoder.shape.max_positions, max_tokens)
+    if max_tokens is None:
+        _check_limits(checkpoint.directory, limit, encoder.shape.max_positions, readouts)
     check_readouts(readouts, encoder.shape.hidden_size)
     with _written_aside(out, overwrite) as folder:
         (folder / "graphs").mkdir()
@@ -110,10 +114,18 @@ def _check_shared(directory: Path, encoder: Encoder, readouts: Sequence[Readout]
                 f"classifier {name}: the encoder in {other} is not that in {directory}: {what}; classifiers share a "
                 "bundle where they share an encoder, so export one for each"
             )
-        files = [folder / TOKENIZER for folder in (directory, other)]
-        if not all(file.is_file() for file in files) or sha256_of(files[0]) != sha256_of(files[1]):
+        if tokenizer_of(directory) != tokenizer_of(other):
             raise CheckpointError(
                 f"classifier {name}: {other} has no {TOKENIZER} that equals that of {directory}; export one for each"
+            )
+
+
+def _check_limits(directory: Path, limit: int, max_positions: int, readouts: Sequence[Readout]) -> None:
+    """Raise CheckpointError where classifiers that share a pass read documents of different length."""
+    for other in dict.fromkeys(r.checkpoint for r in readouts if r.checkpoint not in (None, directory)):
+        if other is not None and (found := max_tokens_of(other, max_positions, None)) != limit:
+            raise CheckpointError(
+                f"{directory} reads {limit} tokens of a document, {other} {found}; say which it is: --max-tokens"
             )
 
 
@@ -125,6 +137,8 @@ def _write_tokenizer(folder: Path, checkpoint: Checkpoint, pad_id: int, report: 
         report(f"tokenizer: {info.fast}, which gives the ids of `tokenizers` on all {len(texts)} probe texts")
     else:
         report("tokenizer: `tokenizers`; for this vocabulary tokie, which is faster, is not proven to be identical")
+    if difference := difference_to_auto(checkpoint.directory, file, texts):
+        report(f"tokenizer: {difference}")
     return info
 
 

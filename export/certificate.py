@@ -117,6 +117,12 @@ def _check_sources(bundle: Bundle, checkpoint: Checkpoint, readouts: Sequence[Re
             f"head {wrong}: {bundle.path} was made of other heads, {', '.join(made_of)}; give the same files in the "
             "same order"
         )
+    for readout, recorded in zip(readouts, m.readouts, strict=True):
+        if (given_layers := readout.info(m.pooling).layers) != recorded.layers:
+            raise BundleError(
+                f"head {readout.name}: {bundle.path} has the activation {recorded.layers[-1].activation}, given was "
+                f"{given_layers[-1].activation}: repeat the --activation that it was exported with"
+            )
     if not readouts:
         raise BundleError(f"{bundle.path} has no heads: there is nothing to decide by")
 

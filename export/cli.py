@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,18 +14,26 @@ from jql_engine.errors import EngineError
 from jql_engine.template import Template
 from jql_export.defaults import EDU_REPOSITORY, SNOWFLAKE
 
+if TYPE_CHECKING:
+    from jql_engine.bundle import Bundle, EngineKey
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 TENSORRT = "tensorrt-fp16"
+# Options that only make sense for an export, and only for a certificate.
+OF_EXPORT = ("out", "no_heads", "variant", "compute_capability", "library", "encoder_onnx", "overwrite")
+OF_CERTIFICATE = ("bundle", "documents", "text_column")
 
 
 @app.command()
 def export(
+    ctx: typer.Context,
     out: Annotated[Path | None, typer.Option(help="The bundle to write.", show_default=False)] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
-            help=f"Checkpoint directory or hub id of the encoder; by default the classifier's, else {SNOWFLAKE}.",
+            help="Checkpoint directory or hub id (or ID@REVISION) of the encoder; by default the classifier's, else "
+            f"{SNOWFLAKE}.",
             show_default=False,
         ),
     ] = None,
@@ -38,7 +47,8 @@ def export(
     classifier: Annotated[
         list[str],
         typer.Option(
-            help="NAME=DIRECTORY or hub id of a sequence classifier; repeat where they share an encoder.",
+            help="NAME=DIRECTORY, NAME=ID on the hub or NAME=ID@REVISION of a sequence classifier; repeat where they "
+            "share an encoder.",
             show_default=False,
         ),
     ] = [],  # noqa: B006
@@ -108,7 +118,7 @@ def export(
     text_column: Annotated[str, typer.Option(help="For --certify: column with the documents.")] = "text",
 ) -> None:
     """Fuse an encoder and all regression heads into one graph and certify it against PyTorch."""
-    _check_certify(certify, bundle, out)
+    _check_certify(ctx, certify is not None)
     filled = _template(template)
     pairs = [_named(value, "--head", "NAME=FILE") for value in head]
     classifiers = [_named(value, "--classifier", "NAME=DIRECTORY or hub id") for value in classifier]
@@ -116,7 +126,7 @@ def export(
         raise typer.BadParameter("is for --classifier, which is not asked for", param_hint="--activation")
     if aggregate is not None and windows == "first":
         raise typer.BadParameter("is for --windows first+last or all", param_hint="--aggregate")
-    _check_heads(encoder or SNOWFLAKE, bool(pairs or classifiers), no_heads, heads_revision)
+    _check_heads((encoder or SNOWFLAKE).partition("@")[0], bool(pairs or classifiers), no_heads, heads_revision)
     if library and not compute_capability:
         raise typer.BadParameter("say for which GPU engines are to be built", param_hint="--compute-capability")
     if compute_capability and TENSORRT not in variant:
@@ -124,7 +134,7 @@ def export(
     warnings.filterwarnings("ignore")  # torch and transformers warn of what this command checks itself
     from transformers.utils import logging as transformers_logging
 
-    from jql_engine.bundle import Bundle, EngineKey, WindowsInfo
+    from jql_engine.bundle import Bundle, WindowsInfo
     from jql_engine.certificate import CERTIFICATE
     from jql_engine.sessions.tensorrt.build import RTX
     from jql_engine.sessions.tensorrt.cache import build_ahead
@@ -154,6 +164,7 @@ def export(
     own = found[0] if found and encoder is None else None
     checkpoint = own or find_checkpoint(encoder or SNOWFLAKE, revision)
     if certify is not None and bundle is not None:
+        _check_settings(ctx, Bundle.open(bundle), filled)
         certificate = certify_bundle(
             bundle, checkpoint, heads, certify, text_column=text_column, n_docs=documents, report=report
         )
@@ -178,15 +189,33 @@ def export(
     report(f"{written.path}: bundle {written.hash[:12]}, {names}")
 
 
-def _check_certify(certify: str | None, bundle: Path | None, out: Path | None) -> None:
-    if certify is None and out is None:
-        raise typer.BadParameter("give the bundle to write", param_hint="--out")
-    if certify is not None and out is not None:
-        raise typer.BadParameter(
-            "--certify writes no bundle; name the one to certify with --bundle", param_hint="--out"
-        )
-    if (certify is None) != (bundle is None):
-        raise typer.BadParameter("give --certify CORPUS and --bundle BUNDLE together", param_hint="--certify")
+def _given(ctx: typer.Context, names: Sequence[str]) -> list[str]:
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_certify(ctx: typer.Context, certify: bool) -> None:
+    wanted = "bundle" if certify else "out"
+    for name in _given(ctx, OF_EXPORT if certify else OF_CERTIFICATE):
+        why = "is for an export; --certify writes a certificate into --bundle" if certify else "is for --certify"
+        raise typer.BadParameter(why, param_hint=_flag(name))
+    if ctx.params[wanted] is None:
+        raise typer.BadParameter(f"give the bundle to {'certify' if certify else 'write'}", param_hint=_flag(wanted))
+
+
+def _check_settings(ctx: typer.Context, bundle: Bundle, template: Template | None) -> None:
+    """A bundle says how its documents are read; who repeats it must mean the same."""
+    m = bundle.manifest
+    has = {"pooling": m.pooling, "max_tokens": m.max_tokens, "template": m.template}
+    has |= {"windows": m.windows.take, "aggregate": m.windows.aggregate}
+    asked = ctx.params | {"template": template and template.source}
+    for name in _given(ctx, list(has)):
+        if asked[name] != has[name]:
+            raise typer.BadParameter(f"{bundle.path} has {has[name]!r}, not {asked[name]!r}", param_hint=_flag(name))
 
 
 def _check_heads(encoder: str, given: bool, no_heads: bool, heads_revision: str | None) -> None:

@@ -37,7 +37,12 @@ class Checkpoint:
 
 
 def find_checkpoint(encoder: str, revision: str | None = None) -> Checkpoint:
-    """A local directory as it is, or the snapshot of a hub id; raises CheckpointError."""
+    """A local directory as it is, or the snapshot of a hub id; `id@revision` goes before `revision`.
+
+    Raises CheckpointError.
+    """
+    if not Path(encoder).is_dir() and "@" in encoder:
+        encoder, _, revision = encoder.partition("@")
     if Path(encoder).is_dir():
         if revision is not None:
             raise CheckpointError(f"--revision {revision} is for a hub id; {encoder} is a directory here")

@@ -46,6 +46,10 @@ ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
 }
 
 
+# Whatever config.json asks for.
+PLAIN = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+
+
 class Reference:
     """Encoder, pooling and readouts in eager PyTorch; of a classifier the class that transformers has for all of it."""
 
@@ -73,7 +77,7 @@ class Reference:
 
     def _run(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Embedding [1, D] and scores [1, H] of one document [1, L]."""
-        hidden = self.encoder(input_ids=ids).last_hidden_state
+        hidden = self.encoder(input_ids=ids, **PLAIN).last_hidden_state
         embedding = nn.functional.normalize(_pool(hidden, self.pooling), dim=1)
         return embedding, torch.cat([embedding[:, :0], *(scorer(ids, hidden) for scorer in self.scorers)], dim=1)
 
@@ -98,7 +102,7 @@ class _Classifier:
         self._model, self._activation = load_classifier(directory, dtype), readout.layers[-1].activation
 
     def __call__(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        logits: torch.Tensor = self._model(input_ids=ids).logits
+        logits: torch.Tensor = self._model(input_ids=ids, **PLAIN).logits
         return logits if self._activation is None else ACTIVATIONS[self._activation]()(logits)
 
 
@@ -135,10 +139,12 @@ def _load_auto(kind: Any, directory: Path, config: Mapping[str, Any], dtype: tor
         encoder, report = kind.from_pretrained(
             directory, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
         )
-    except (ValueError, KeyError) as error:  # no class of that name, or one that its config does not fit
+    except Exception as error:  # of its checks of config.json, of torch, of a missing class: they share none
+        own = " without code of its repository" if config.get("auto_map") else ""
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(
-            f"{directory}: transformers cannot load model_type {config.get('model_type')!r} without code of its "
-            f"repository, so there is no reference to certify a graph against ({str(error).splitlines()[0]})"
+            f"{directory}: transformers cannot load model_type {config.get('model_type')!r}{own}, so there is no "
+            f"reference to certify a graph against ({what})"
         ) from error
     _check(directory, report, kind is AutoModel)
     return encoder

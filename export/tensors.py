@@ -145,7 +145,7 @@ def open_tensors(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
             if name.endswith(".bin"):
                 check_zip(file)
                 state = torch.load(file, map_location="cpu", weights_only=True)
-                return {key: partial(_same, tensor) for key, tensor in state.items()}
+                return {_current(key): partial(_same, tensor) for key, tensor in state.items()}
             shards = {name}
             if name.endswith(".index.json"):
                 shards = set(read_json(file)["weight_map"].values())
@@ -158,7 +158,12 @@ def open_tensors(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
 def _open_shard(directory: Path, name: str) -> dict[str, Callable[[], torch.Tensor]]:
     file = directory / RelativeName(name).text
     shard: Any = safe_open(file, framework="pt")  # untyped; reads a tensor when asked for it
-    return {key: partial(shard.get_tensor, key) for key in shard.keys()}  # noqa: SIM118 (no mapping)
+    return {_current(key): partial(shard.get_tensor, key) for key in shard.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _current(name: str) -> str:
+    """The name that a tensor has today: layer norms of BERT's time, bert-base-uncased's for one, had gamma and beta."""
+    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
 
 
 def check_zip(file: Path) -> None:

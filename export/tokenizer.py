@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as OracleTokenizer
+from transformers import AutoTokenizer
 
 from jql_engine.bundle import TokenizerInfo
 from jql_engine.errors import CheckpointError, TokenizerError
 from jql_engine.rust import rust_errors
 from jql_engine.tokenizer_libraries import parse_oracle
 from jql_export.settings import read_settings
+from jql_export.tensors import read_json
 
 # transformers' classes that take tokenizer.json as it is, whatever tokenizer_config.json says of lower case.
 TAKE_THE_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -23,6 +26,7 @@ SWITCHES = {
     "strip_accents": ("\u00e9|", "e|", "strips accents", "keeps accents"),
     "tokenize_chinese_chars": ("中中", "中  中", "sets Chinese characters apart", "leaves Chinese characters together"),
 }
+SHOWN = 60  # characters of a text in a message
 # Saved are the ids up to the largest, with four bytes of memory for each one that no piece has.
 LARGEST_ID = 1 << 24
 
@@ -54,6 +58,34 @@ def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
         return TokenizerInfo(prefix, suffix, pad_id, None, oracle.token_to_id("\u2581"), added)
     except ValueError as error:
         raise TokenizerError(f"{file} is damaged: {error}") from error
+
+
+def difference_to_auto(source: Path, file: Path, texts: Sequence[str]) -> str | None:
+    """What transformers' AutoTokenizer makes otherwise of `texts` than the tokenizer.json `file`; None for nothing.
+
+    Releases from 5 on rebuild the tokenizers of some classes from their vocabulary; those before took tokenizer.json,
+    which published heads and classifiers were trained with, as it is.
+    """
+    oracle = parse_oracle(file)
+    try:
+        auto = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        found = [auto(text)["input_ids"] for text in texts]
+    except Exception as error:  # of transformers' own checks, of a missing library, of custom classes
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return f"not compared with AutoTokenizer, which cannot be loaded ({what})"
+    for text, ids in zip(texts, found, strict=True):
+        if ids != oracle.encode(text).ids:
+            shown = text if len(text) <= SHOWN else text[:SHOWN] + "..."
+            return (
+                f"transformers {version('transformers')} builds another one from {source} than tokenizer.json "
+                f"describes, which this bundle uses: their ids differ for {shown!r}"
+            )
+    return None
+
+
+def tokenizer_of(source: Path) -> Mapping[str, Any]:
+    """What `source`/tokenizer.json says of ids, which truncation and padding are not; CheckpointError without one."""
+    return read_json(source / "tokenizer.json") | {"truncation": None, "padding": None}
 
 
 def _check_config(source: Path, config: Mapping[str, Any], oracle: OracleTokenizer) -> None:

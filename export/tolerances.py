@@ -14,9 +14,10 @@ TOLERANCES = {
     # Measured with fp16 weights and activations, sums in fp32: embeddings 4e-4 on the tests' encoders, 3e-4 on the
     # demo's; scores of the demo's learned heads 1.3e-3. A score's error grows with the head's weights.
     "fp16": Tolerance(embedding=1e-3, embedding_long=1e-3, score=1e-2, batch=1e-2),
-    # transformers' own bf16 is 1.8e-3 away on multilingual e5, and its scores 0.024: the bundle has the figure of each
-    # graph, and --tolerance is the user's limit.
-    "bf16": Tolerance(embedding=5e-3, embedding_long=5e-3, score=0.1, batch=0.1),
+    # transformers' own bf16 is 1.8e-3 away on multilingual e5, and its scores 0.024; in GTE base's shape with random
+    # weights it is 5.6e-3 away (OpenVINO 5.1e-3). The bundle has the figure of each graph, and --tolerance is the
+    # user's limit.
+    "bf16": Tolerance(embedding=1e-2, embedding_long=1e-2, score=0.1, batch=0.1),
 }
 
 # Of an element of an embedding of the tests' ModernBERT, seven layers of wide weights, as the evaluator of CUDA's

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jql_engine.data import Layout
 from jql_engine.errors import BundleError, InputError, UnsafeNameError
@@ -105,6 +105,12 @@ class WindowsInfo:
 
     take: Take = "first"
     aggregate: Aggregate = "max"  # of each score over the windows
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a rule that is none: from Python anything may be given."""
+        for found, known in ((self.take, get_args(Take)), (self.aggregate, get_args(Aggregate))):
+            if found not in known:
+                raise ValueError(f"{found!r} is no rule for windows; known are {', '.join(known)}")
 
 
 FIRST_WINDOW = WindowsInfo()
@@ -226,12 +232,15 @@ class Bundle:
     def with_windows(self, take: Take | None, aggregate: Aggregate | None) -> Bundle:
         """The same bundle with other windows than its default; None leaves the one or the other as it is.
 
-        Raises InputError for an `aggregate` where there is nothing to put together.
+        Raises InputError for a rule that is none, and an `aggregate` where there is nothing to put together.
         """
         if take is None and aggregate is None:
             return self
         windows = self.manifest.windows
-        windows = WindowsInfo(take or windows.take, aggregate or windows.aggregate)
+        try:
+            windows = WindowsInfo(take or windows.take, aggregate or windows.aggregate)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         if aggregate is not None and windows.take == "first":
             raise InputError(f"{aggregate} of one window is its score: give windows first+last or all, or no aggregate")
         return replace(self, manifest=replace(self.manifest, windows=windows))

@@ -4,7 +4,7 @@
 #   PYTHON               Python with this repository and its `dev` extra installed
 #   ONNXRUNTIME_INCLUDE  folder of onnxruntime_c_api.h; by default Debian 13's package is downloaded and unpacked
 #
-# Where a compiler or the header cannot be had it says so, and is done.
+# Where a compiler or the header cannot be had it says so, and is done; with NATIVE_REQUIRED=1 it fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -12,7 +12,7 @@ unpacked=build/onnxruntime-dev
 
 skip() {
   echo "make native is skipped: $1"
-  exit 0
+  exit "${NATIVE_REQUIRED:-0}"
 }
 
 # Debian's own package of another release than this machine's, with state of its own: apt's is not touched.
@@ -42,7 +42,8 @@ fi
 package() { "$PYTHON" -c "import importlib.util as u; s = u.find_spec('$1'); print(s.submodule_search_locations[0] if s else '')"; }
 openvino=$(package openvino)
 cmake -S native -B build/native -DONNXRUNTIME_INCLUDE="$ONNXRUNTIME_INCLUDE" \
-  -DOPENVINO_INCLUDE="${openvino:+$openvino/include}" -DARROW_ROOT="$(package pyarrow)" > build/native-configure.log ||
+  -DOPENVINO_INCLUDE="${openvino:+$openvino/include}" -DARROW_ROOT="$(package pyarrow)" \
+  -DCMAKE_COMPILE_WARNING_AS_ERROR=ON > build/native-configure.log ||
   { cat build/native-configure.log; exit 1; }
 cmake --build build/native --parallel 2
 "$PYTHON" -m pytest -q tests/native

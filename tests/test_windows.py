@@ -88,5 +88,9 @@ def test_the_first_window_alone_is_what_was_always_scored(bundle, engine):
 def test_an_aggregate_of_one_window_and_an_embedding_of_several_are_errors(bundle):
     with pytest.raises(InputError, match=r"mean of one window is its score: give windows first\+last or all"):
         Engine(bundle, device="cpu", aggregate="mean")
+    with pytest.raises(InputError, match=r"'last' is no rule for windows; known are first, first\+last, all"):
+        Engine(bundle, device="cpu", windows="last")
+    with pytest.raises(InputError, match="'median' is no rule for windows; known are max, mean"):
+        Engine(bundle, device="cpu", windows="all", aggregate="median")
     with pytest.raises(InputError, match="an embedding is of one window, and windows are all"):
         Engine(bundle, device="cpu", windows="all").embed(["text"])

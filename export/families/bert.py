@@ -30,7 +30,8 @@ def read_bert(directory: Path, config: Mapping[str, Any]) -> EncoderWeights:
     expect(directory, config, "hidden_act", "gelu")
     expect(directory, config, "position_embedding_type", "absolute", None)
     expect(directory, config, "is_decoder", False, None)
-    expect(directory, config, "rope_theta", None)  # of repositories whose own code rotates
+    for key in ("rope_theta", "rope_parameters", "rope_scaling"):  # of repositories whose own code rotates
+        expect(directory, config, key, None)
     tensors = TensorFile(directory)
     rows = number(directory, config, "max_position_embeddings")
     # XLM-R numbers positions from pad + 1: 514 rows are 512 tokens. The row of pad itself serves pad ids.

@@ -34,6 +34,11 @@ def is_jina_v3(config: Mapping[str, Any]) -> bool:
 
 def read_jina_v3(directory: Path, config: Mapping[str, Any]) -> EncoderWeights:
     """jina-embeddings-v3 (jinaai/xlm-roberta-flash-implementation): XLM-R with RoPE, and LoRA everywhere."""
+    if "lora_adaptations" not in config:
+        raise CheckpointError(
+            f"{directory}: config.json has position_embedding_type = 'rotary', and no lora_adaptations: of XLM-R with "
+            "RoPE jina-embeddings-v3 is known, and nothing else"
+        )
     expect(directory, config, "hidden_act", "gelu")
     expect(directory, config, "rotary_emb_interleaved", False, None)
     expect(directory, config, "rotary_emb_scale_base", None)

@@ -33,4 +33,17 @@ def read_encoder(directory: Path) -> EncoderWeights:
         raise CheckpointError(
             f"{directory}: model_type {family!r} is not supported; known are {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[family](directory, config)
+    try:
+        weights = FAMILIES[family](directory, config)
+    except CheckpointError as error:
+        if not config.get("auto_map"):
+            raise
+        raise CheckpointError(
+            f"{error}; config.json names code of the repository's own (auto_map), which is never run: known are "
+            f"{', '.join(sorted(FAMILIES))} in transformers' layouts, and Jina v3's"
+        ) from error
+    if (said := config.get("vocab_size", len(weights.word))) != len(weights.word):
+        raise CheckpointError(
+            f"{directory}: config.json has vocab_size = {said!r}, the table of the words has {len(weights.word)} rows"
+        )
+    return weights

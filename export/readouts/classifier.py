@@ -20,9 +20,8 @@ from jql_export.tensors import WEIGHT_FILES, Array, Linear, Norm, open_tensors
 
 T = TypeVar("T")
 Output = Literal["sigmoid", "softmax"]
-SUFFIX = "ForSequenceClassification"
 PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
-DEFAULT_LABELS = {0: "LABEL_0", 1: "LABEL_1"}  # of a config that names none
+DEFAULT_LABELS = 2  # of a config that says nothing: LABEL_0, LABEL_1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +82,24 @@ def _one_of(checkpoint: _Checkpoint, key: str, default: str, known: Mapping[str,
     return known[found]
 
 
-# By model_type: what stands before the last layer, and that layer's name.
-LAYOUTS: Mapping[str, tuple[Callable[[_Checkpoint], tuple[Pooling, Layer]], str]] = {
-    "bert": (partial(_tanh, "pooler.dense"), "classifier"),
-    "gte": (partial(_tanh, "pooler.dense"), "classifier"),
-    "modernbert": (_modernbert, "classifier"),
-    "new": (partial(_tanh, "pooler.dense"), "classifier"),
-    "xlm-roberta": (partial(_tanh, "classifier.dense"), "classifier.out_proj"),
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where a family keeps its head, and the classes that compute it so."""
+
+    classes: tuple[str, ...]
+    before: Callable[[_Checkpoint], tuple[Pooling, Layer]]  # reads what stands before the last layer
+    last: str = "classifier"  # the last layer's name
+
+
+_POOLER = partial(_tanh, "pooler.dense")
+LAYOUTS: Mapping[str, _Layout] = {  # by model_type
+    "bert": _Layout(("BertForSequenceClassification",), _POOLER),
+    "gte": _Layout(("GteForSequenceClassification",), _POOLER),
+    "modernbert": _Layout(("ModernBertForSequenceClassification",), _modernbert),
+    "new": _Layout(("NewForSequenceClassification", "GteForSequenceClassification"), _POOLER),
+    "xlm-roberta": _Layout(
+        ("XLMRobertaForSequenceClassification",), partial(_tanh, "classifier.dense"), "classifier.out_proj"
+    ),
 }
 
 
@@ -111,9 +121,9 @@ def read_classifier(
     config = read_config(directory)
     _check(name, directory, config)
     checkpoint = _Checkpoint(name, directory, config, open_tensors(directory), taken=[])
-    read, last = LAYOUTS[config["model_type"]]
-    pooling, hidden = read(checkpoint)
-    output = checkpoint.linear(last, len(hidden.linear.weight))
+    layout = LAYOUTS[config["model_type"]]
+    pooling, hidden = layout.before(checkpoint)
+    output = checkpoint.linear(layout.last, len(hidden.linear.weight))
     outputs = _outputs(name, directory, config, len(output.weight))
     if activation == "softmax" and len(outputs) == 1:
         raise HeadError(f"classifier {name} has one output, of which a softmax is always 1; ask for sigmoid")
@@ -134,35 +144,32 @@ def read_classifier(
 
 def _check(name: str, directory: Path, config: Mapping[str, Any]) -> None:
     """Raise HeadError where config.json describes something else than a sequence classifier of a known family."""
-    classes = config.get("architectures") or []
-    kinds = ", ".join(sorted(LAYOUTS))
-    if not (isinstance(classes, list) and any(str(one).endswith(SUFFIX) for one in classes)):
-        raise HeadError(
-            f"classifier {name}: {directory} is {', '.join(map(str, classes)) or 'of no architecture'}, expected a "
-            f"...{SUFFIX} of {kinds}"
-        )
-    if not isinstance(config.get("model_type"), str) or config["model_type"] not in LAYOUTS:
-        raise HeadError(
-            f"classifier {name}: {directory} has model_type {config.get('model_type')!r}; known are {kinds}"
-        )
+    where, kind = f"classifier {name}: {directory}", config.get("model_type")
+    known = "; ".join(f"{family}: {' or '.join(layout.classes)}" for family, layout in sorted(LAYOUTS.items()))
+    if not isinstance(kind, str) or kind not in LAYOUTS:
+        raise HeadError(f"{where} has model_type {kind!r}; known are {known}")
+    found = config.get("architectures")
+    if not isinstance(found, list) or not set(map(str, found)) & set(LAYOUTS[kind].classes):
+        classes = ", ".join(map(str, found)) if isinstance(found, list) else repr(found)
+        own = ", with code of its repository (auto_map), which is never run" if config.get("auto_map") else ""
+        raise HeadError(f"{where} is {classes or 'of no architecture'} of model_type {kind}{own}; known are {known}")
     if config.get("problem_type") not in PROBLEMS:
         raise HeadError(
-            f"classifier {name}: {directory} has problem_type {config['problem_type']!r}; known are "
-            f"{', '.join(map(str, PROBLEMS[1:]))}"
+            f"{where} has problem_type {config['problem_type']!r}; known are {', '.join(map(str, PROBLEMS[1:]))}"
         )
 
 
 def _outputs(name: str, directory: Path, config: Mapping[str, Any], n_outputs: int) -> tuple[str, ...]:
-    labels = config.get("id2label") or DEFAULT_LABELS
+    said = config.get("num_labels")
+    labels = config.get("id2label") or {i: f"LABEL_{i}" for i in range(said or DEFAULT_LABELS)}
     try:
         by_number = {int(number): str(label) for number, label in labels.items()}
     except (AttributeError, ValueError) as error:
         raise HeadError(f"classifier {name}: {directory}: config.json has id2label = {labels!r}") from error
-    said = config.get("num_labels", len(by_number))
-    if sorted(by_number) != list(range(n_outputs)) or said != n_outputs:
+    if sorted(by_number) != list(range(n_outputs)) or said not in (None, n_outputs):
         raise HeadError(
-            f"classifier {name}: {directory}: its last layer has {n_outputs} outputs, config.json names {said} labels "
-            f"({', '.join(map(str, by_number.values()))}); num_labels or id2label must fit"
+            f"classifier {name}: {directory}: its last layer has {n_outputs} outputs, config.json has num_labels = "
+            f"{said} and the labels {', '.join(map(str, by_number.values()))}; both must fit"
         )
     if n_outputs == 1:
         return (name,)

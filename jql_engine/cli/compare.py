@@ -30,6 +30,7 @@ def run(
         str | None, typer.Option("--json", help="File of all figures.", rich_help_panel=OUTPUT)
     ] = None,
     html: Annotated[str | None, typer.Option(help="File of a page that shows them.", rich_help_panel=OUTPUT)] = None,
+    retry_minutes: options.RetryMinutes = 10.0,  # noqa: ARG001
     version: options.Version = False,  # noqa: ARG001
 ) -> None:
     """How far two sets of scores are apart, and how many documents they decide differently."""

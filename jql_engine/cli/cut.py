@@ -65,7 +65,7 @@ def cut(
     ] = None,
     workers: options.Workers = None,
     metrics: options.Metrics = None,
-    retry_minutes: options.RetryMinutes = 10.0,
+    retry_minutes: options.RetryMinutes = 10.0,  # noqa: ARG001
     version: options.Version = False,  # noqa: ARG001
 ) -> None:
     """Turn scores into a decision: thresholds for each head and group, and what they keep."""
@@ -73,7 +73,6 @@ def cut(
     from jql_engine.decision.cut import cut as compute
     from jql_engine.decision.result import Request
     from jql_engine.files.location import locate
-    from jql_engine.files.retries import RetryPolicy, set_retries
     from jql_engine.job.interrupt import interruptible
     from jql_engine.job.plan import Job
     from jql_engine.job.progress import RunLog
@@ -85,7 +84,6 @@ def cut(
               "--workers": workers, "--metrics": metrics}  # fmt: skip
     if out is None and (option := next((name for name, value in unused.items() if value), None)):
         raise typer.BadParameter(f"give the folder that the kept rows go to: {option} is for those", param_hint="--out")
-    set_retries(RetryPolicy(retry_minutes))
     request = Request(rule, weight, quantile, keep, None if keep_tokens is None else int(keep_tokens), min_group)
     sources = Sources(tuple(scores), tuple(columns or ()), group_column)
     target = thresholds or str(locate(out or "") / "thresholds.json")

@@ -23,6 +23,13 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _set_retries(minutes: float) -> float:
+    from jql_engine.files.retries import RetryPolicy, set_retries
+
+    set_retries(RetryPolicy(minutes))
+    return minutes
+
+
 INPUT, OUTPUT, DEVICE = "Input", "Output", "Device"
 TENSORRT, MACHINES, JOB, RULE = "TensorRT", "Several machines", "Job", "Rule"
 
@@ -49,7 +56,12 @@ AssumeUnchanged = Annotated[
 ]
 RetryMinutes = Annotated[
     float,
-    typer.Option(min=0, help="How long a remote file system that fails is asked again.", rich_help_panel=INPUT),
+    typer.Option(
+        min=0,
+        callback=_set_retries,
+        help="How long a remote file system that fails is asked again.",
+        rich_help_panel=INPUT,
+    ),
 ]
 Rank = Annotated[
     int | None,

@@ -57,16 +57,14 @@ def run(
         Literal["documents", "tokens"], typer.Option(help="What quantiles are counted in.", rich_help_panel=RULE)
     ] = "documents",
     min_group: options.MinGroup = 1_000,
-    retry_minutes: options.RetryMinutes = 10.0,
+    retry_minutes: options.RetryMinutes = 10.0,  # noqa: ARG001
     version: options.Version = False,  # noqa: ARG001
 ) -> None:
     """What there is in scores, and what each rule would keep: as a page, and as JSON."""
     from jql_engine.decision.report.report import Sources, report
-    from jql_engine.files.retries import RetryPolicy, set_retries
 
     if html is None and json_file is None:
         raise typer.BadParameter("give --html, --json or both", param_hint="--html")
-    set_retries(RetryPolicy(retry_minutes))
     sources = Sources(
         inputs=tuple(scores),
         columns=tuple(columns or ()),

@@ -19,7 +19,7 @@ def rescore(
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     assume_unchanged: options.AssumeUnchanged = False,
-    retry_minutes: options.RetryMinutes = 10.0,
+    retry_minutes: options.RetryMinutes = 10.0,  # noqa: ARG001
     workers: options.Workers = None,
     rank: options.Rank = None,
     world_size: options.WorldSize = None,
@@ -28,7 +28,6 @@ def rescore(
 ) -> None:
     """Apply the heads of a bundle with the same encoder to stored vectors: new scores without the encoder."""
     from jql_engine.bundle import Bundle
-    from jql_engine.files.retries import RetryPolicy, set_retries
     from jql_engine.job.interrupt import interruptible
     from jql_engine.job.launch import rescore as apply_heads
     from jql_engine.job.plan import Job
@@ -38,7 +37,6 @@ def rescore(
     if out is None:
         raise typer.BadParameter("give the folder of the score files", param_hint="--out")
     options.check_rank(rank, world_size)
-    set_retries(RetryPolicy(retry_minutes))
     job = Job(
         tuple(scores),
         out,

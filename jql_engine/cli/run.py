@@ -32,7 +32,7 @@ def run(
         int | None, typer.Option(min=1, help="Score the first documents only.", rich_help_panel=INPUT)
     ] = None,
     assume_unchanged: options.AssumeUnchanged = False,
-    retry_minutes: options.RetryMinutes = 10.0,
+    retry_minutes: options.RetryMinutes = 10.0,  # noqa: ARG001
     out: options.Out = None,
     output: Annotated[
         Literal["sidecar", "append"],
@@ -128,7 +128,6 @@ def run(
 ) -> None:
     """Score the documents of files: one row out for each row in, in the same order."""
     from jql_engine.bundle import Bundle
-    from jql_engine.files.retries import RetryPolicy, set_retries
     from jql_engine.job.interrupt import interruptible
     from jql_engine.job.launch import Machine, score
     from jql_engine.job.launch import estimate as predict
@@ -145,7 +144,6 @@ def run(
     if tolerance is not None and max_flips is not None:
         raise typer.BadParameter("is another limit of what --tolerance limits: give one", param_hint="--max-flips")
     options.check_rank(rank, world_size)
-    set_retries(RetryPolicy(retry_minutes))
     job = Job(
         tuple(inputs),
         out or "",

@@ -36,7 +36,10 @@ def stats_adapter(writer: DiskWriter, document: Document, expand_metadata: bool 
 
 
 class JQLAnnotator(PipelineStep):  # type: ignore[misc]  # datatrove is untyped
-    """Adds `score_<head>` to the metadata of every document and passes all of them on, in order."""
+    """Adds `score_<head>` to the metadata of every document and passes all of them on, in order.
+
+    And `n_windows`, where the bundle scores several windows of a long document.
+    """
 
     name = "📊 Score"
     type = "🔢 - JQL-ANNOTATOR"
@@ -140,7 +143,9 @@ def _unicode(text: str | None) -> str | None:
     return text
 
 
-def _values(scores: Scores) -> Iterator[dict[str, float | None]]:
+def _values(scores: Scores) -> Iterator[dict[str, float | int | None]]:
     names = [score_column(head) for head in scores.heads]
-    for row, valid in zip(scores.values.tolist(), scores.valid.tolist(), strict=True):
-        yield dict(zip(names, row if valid else [None] * len(names), strict=True))
+    n_windows = [None] * len(scores.values) if scores.n_windows is None else scores.n_windows.tolist()
+    for row, valid, n in zip(scores.values.tolist(), scores.valid.tolist(), n_windows, strict=True):
+        values = dict(zip(names, row if valid else [None] * len(names), strict=True))
+        yield values if scores.n_windows is None else values | {"n_windows": n if valid else None}

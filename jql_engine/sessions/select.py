@@ -31,7 +31,7 @@ SPEED = {
 # What a score may differ by from the fp32 reference where nobody asks for more or less: OpenVINO's bf16 passes. On
 # multilingual e5's probe documents transformers itself is 0.024 away in bf16, OpenVINO 0.016.
 TOLERANCE = 2e-2
-# The same of an embedding, in a bundle without heads; as certified of bf16.
+# The same of an embedding, in a bundle without heads.
 EMBEDDING_TOLERANCE = 5e-3
 OR_CPU = "or take the CPU: --device cpu, in Python device='cpu'"
 

@@ -63,9 +63,10 @@ typedef struct jql_options {
   int32_t threads;         /* CPU threads that compute; 0: every core this process may use */
   int32_t verify;          /* 0: the files' SHA-256 are not compared with the manifest */
   int32_t certify;         /* 0: the probe documents are not computed; nothing is known of this machine then */
+  int32_t reserved;        /* 0; no padding, whose bytes would be anything, becomes a field later */
 } jql_options;
 
-#define JQL_OPTIONS_INIT {sizeof(jql_options), NULL, NULL, NULL, 0, 1, 1}
+#define JQL_OPTIONS_INIT {sizeof(jql_options), NULL, NULL, NULL, 0, 1, 1, 0}
 
 /* Version of the library that is loaded, "0.1.0". Never NULL. */
 JQL_API const char *jql_version(void);
@@ -77,6 +78,9 @@ JQL_API const char *jql_status_name(jql_status status);
  * Opens the bundle in the directory `bundle_dir` and loads a graph. `options` may be NULL. Computes the bundle's short
  * probe documents and compares them with the reference, as docs/bundle-format.md asks. On success *engine is set and
  * must be given to jql_close; after an error it is NULL.
+ *
+ * Sets the environment variable ORT_DISABLE_TELEMETRY where it is not set: ONNX Runtime from 1.29 on would send reports.
+ * A program whose threads change the environment meanwhile sets it itself, before.
  *
  * A bundle whose tokenizer this library does not know opens as well; calls with text then return JQL_UNSUPPORTED.
  */

@@ -17,11 +17,14 @@ using jql::require;
 
 namespace {
 
+constexpr size_t first_size = offsetof(jql_options, reserved) + sizeof(int32_t);  // of the options of version 0.1
+static_assert(sizeof(jql_options) == first_size, "no padding at the end, and a new size for each version");
+
 // What the caller knows of the options, the rest as it is by default.
 jql_options complete(const jql_options* given) {
   jql_options options = JQL_OPTIONS_INIT;
   if (!given) return options;
-  if (given->size < offsetof(jql_options, variant) + sizeof given->variant || given->size > 4096) {
+  if (given->size < first_size || given->size > 4096) {
     throw jql::invalid_argument("options.size is " + std::to_string(given->size) + ": begin with JQL_OPTIONS_INIT");
   }
   auto bytes = reinterpret_cast<const char*>(given);
@@ -29,6 +32,7 @@ jql_options complete(const jql_options* given) {
     throw jql::invalid_argument("options has fields that this libjql " + std::string(jql_version()) + " does not know");
   }
   std::memcpy(&options, given, std::min(given->size, sizeof options));
+  if (options.reserved != 0) throw jql::invalid_argument("options.reserved is not 0: begin with JQL_OPTIONS_INIT");
   return options;
 }
 

@@ -218,6 +218,7 @@ extern "C" jql_status jql_score_arrow(jql_engine* engine, struct ArrowArrayStrea
     jql::require(engine, "engine");
     jql::require(input && input->release, "input");
     jql::require(scores, "scores");
+    reinterpret_cast<jql::Engine*>(engine)->check_texts(true);
     auto stream = std::make_unique<jql::Stream>(*reinterpret_cast<jql::Engine*>(engine));
     stream->input.value = *input;
     try {

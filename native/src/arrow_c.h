@@ -1,9 +1,11 @@
 /* The Arrow C data and stream interfaces, as https://arrow.apache.org/docs/format/CDataInterface.html defines them. */
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
 
+#ifdef __cplusplus
 extern "C" {
+#endif
 
 #ifndef ARROW_C_DATA_INTERFACE
 #define ARROW_C_DATA_INTERFACE
@@ -47,4 +49,7 @@ struct ArrowArrayStream {
 };
 
 #endif
+
+#ifdef __cplusplus
 }
+#endif

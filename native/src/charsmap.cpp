@@ -9,6 +9,7 @@ namespace jql {
 
 namespace {
 
+constexpr size_t largest_value = 1024;   // bytes of what a character becomes; the largest that Unicode has are 33
 constexpr size_t largest_cluster = 5;  // bytes of a cluster that is looked up as a whole
 
 std::string decode_base64(std::string_view text) {
@@ -43,6 +44,10 @@ Charsmap::Charsmap(std::string_view base64) : plain_(0x110000) {
   values_ = bytes.substr(4 + n_bytes) + '\0';
   if (find_invalid_utf8(values_) != std::string::npos) {
     throw invalid_bundle("tokenizer.json: precompiled_charsmap holds text that is not UTF-8");
+  }
+  for (size_t at = 0, end; at < values_.size(); at = end + 1) {
+    end = values_.find('\0', at);
+    if (end - at > largest_value) throw unsupported("tokenizer.json: precompiled_charsmap has a value of over 1,024 bytes");
   }
   std::string text;
   for (uint32_t c = 0; c < 0x110000; ++c) {

@@ -28,17 +28,30 @@ int threads_of(const jql_options& options) {
   return sched_getaffinity(0, sizeof cores, &cores) == 0 ? std::max(1, CPU_COUNT(&cores)) : 1;
 }
 
-// One more than the largest id of a tokenizer of any kind.
+// One more than the largest id of a tokenizer of any kind: its vocabulary is a list, or gives each piece its id.
 int64_t n_ids_of(JsonValue root) {
   int64_t n = 0;
   auto model = root.find_value("model");
   auto vocabulary = model ? model->find_value("vocab") : std::nullopt;
-  if (vocabulary) n = static_cast<int64_t>(vocabulary->items().size());
+  if (vocabulary && vocabulary->kind() == JsonValue::Kind::object) {
+    for (JsonValue id : vocabulary->items()) n = std::max(n, id.integer(0, INT32_MAX) + 1);
+  } else if (vocabulary) {
+    n = static_cast<int64_t>(vocabulary->items().size());
+  }
   auto added = root.find_value("added_tokens");
   for (JsonValue token : added ? added->items() : std::vector<JsonValue>()) {
     n = std::max(n, token.at("id").integer(0, INT32_MAX) + 1);
   }
   return n;
+}
+
+// All of them, before the first is computed: it may be hours until the last one's turn.
+void check_utf8(const Texts& texts) {
+  for (size_t row = 0; row < texts.size(); ++row) {
+    if (size_t at = find_invalid_utf8(texts[row]); at != std::string_view::npos) {
+      throw Error(JQL_INVALID_TEXT, "text " + std::to_string(row) + " is not UTF-8 at byte " + std::to_string(at));
+    }
+  }
 }
 
 }  // namespace
@@ -117,6 +130,11 @@ const Tokenizer& Engine::tokenizer() const {
   return *tokenizer_;
 }
 
+void Engine::check_texts(bool scored) const {
+  tokenizer();
+  if (scored) check_readouts();
+}
+
 void Engine::check_readouts() const {
   if (!manifest_.unknown_readout.empty()) throw unsupported(manifest_.unknown_readout);
 }
@@ -169,23 +187,20 @@ void Engine::check_tokens(const Documents& documents) const {
 void Engine::score_tokens(const Documents& documents, float* scores) {
   check_readouts();
   check_tokens(documents);
-  compute(*session_, *slots_, documents, batch_tokens, {scores, nullptr, heads().size(), hidden_size()});
+  compute(*session_, *slots_, documents, batch_tokens, {scores, nullptr, heads().size(), hidden_size(), nullptr});
 }
 
 void Engine::compute_texts(const Texts& texts, const TextResults& results) {
-  tokenizer();
-  if (results.scores) check_readouts();
+  check_texts(results.scores != nullptr);
+  if (!results.status) check_utf8(texts);
   Chunk chunk;
   Lease scratch(*this);
   for (size_t row = 0; row < texts.size(); ++row) {
     std::string_view text = texts[row];
-    size_t invalid = text.data() ? find_invalid_utf8(text) : std::string_view::npos;
-    if (invalid != std::string_view::npos && !results.status) {
-      throw Error(JQL_INVALID_TEXT, "text " + std::to_string(row) + " is not UTF-8 at byte " + std::to_string(invalid));
-    }
-    const bool is_valid = text.data() && invalid == std::string_view::npos;
+    const bool is_utf8 = !results.status || find_invalid_utf8(text) == std::string_view::npos;
+    const bool is_valid = text.data() && is_utf8;
     const bool truncated = is_valid && append(text, *scratch, chunk.ids);
-    if (results.status) results.status[row] = invalid == std::string_view::npos ? JQL_OK : JQL_INVALID_TEXT;
+    if (results.status) results.status[row] = is_utf8 ? JQL_OK : JQL_INVALID_TEXT;
     if (results.truncated) results.truncated[row] = truncated;
     if (results.n_tokens)
       results.n_tokens[row] = static_cast<int32_t>(static_cast<int64_t>(chunk.ids.size()) - chunk.offsets.back());
@@ -197,24 +212,11 @@ void Engine::compute_texts(const Texts& texts, const TextResults& results) {
       if (results.embeddings) std::fill_n(results.embeddings + row * hidden_size(), hidden_size(), NAN);
     }
     if (chunk.ids.size() >= chunk_tokens || row + 1 == texts.size()) {
-      compute_chunk(chunk, results);
+      compute(*session_, *slots_, {chunk.ids.data(), chunk.offsets.data(), chunk.rows.size()}, batch_tokens,
+              {results.scores, results.embeddings, heads().size(), hidden_size(), chunk.rows.data()});
       chunk = Chunk();
     }
   }
-}
-
-void Engine::compute_chunk(const Chunk& chunk, const TextResults& results) {
-  const size_t n = chunk.rows.size();
-  std::vector<float> scores(results.scores ? n * heads().size() : 0),
-      embeddings(results.embeddings ? n * hidden_size() : 0);
-  compute(*session_, *slots_, {chunk.ids.data(), chunk.offsets.data(), n}, batch_tokens,
-          {scores.empty() ? nullptr : scores.data(), embeddings.empty() ? nullptr : embeddings.data(), heads().size(),
-           hidden_size()});
-  auto spread = [&](const std::vector<float>& values, float* out, size_t width) {
-    for (size_t i = 0; out && i < n; ++i) std::copy_n(values.data() + i * width, width, out + chunk.rows[i] * width);
-  };
-  spread(scores, results.scores, heads().size());
-  spread(embeddings, results.embeddings, hidden_size());
 }
 
 }  // namespace jql

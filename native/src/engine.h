@@ -38,6 +38,9 @@ class Engine {
   // Ids of valid or invalid UTF-8: special tokens included, and whether they were truncated. Throws Error.
   std::vector<int32_t> tokenize(std::string_view text, bool& truncated);
 
+  // Throws Error (JQL_UNSUPPORTED) where texts cannot be embedded, or not scored.
+  void check_texts(bool scored) const;
+
   // Throws Error.
   void score_tokens(const Documents& documents, float* scores);
   void compute_texts(const Texts& texts, const TextResults& results);
@@ -51,7 +54,6 @@ class Engine {
   void check_tokens(const Documents& documents) const;
   const Tokenizer& tokenizer() const;
   bool append(std::string_view text, Tokenizer::Scratch& scratch, std::vector<int32_t>& ids) const;
-  void compute_chunk(const Chunk& chunk, const TextResults& results);
 
   Manifest manifest_;
   std::unique_ptr<Tokenizer> tokenizer_;

@@ -1,4 +1,4 @@
-// The one exception of the library: a status and a sentence. It is caught in api.cpp, and nowhere else.
+// The one exception of the library: a status and a sentence. guard.h makes a status of it.
 #pragma once
 
 #include <stdexcept>

@@ -4,6 +4,7 @@
 #include <glob.h>
 
 #include <cstdlib>
+#include <mutex>
 
 #include "error.h"
 
@@ -31,35 +32,50 @@ std::vector<std::string> files_like(const std::string& pattern) {
 
 }  // namespace
 
-Library::Library(const Search& search, const char* path) : title_(search.title) {
+Library::Library(const Search& wanted, const char* path) : title_(wanted.title) {
+  static std::mutex one_at_a_time;  // getenv and setenv
+  std::lock_guard<std::mutex> lock(one_at_a_time);
+  search(wanted, path);
+}
+
+void Library::search(const Search& wanted, const char* path) {
   std::string tried;
   if (path) {
-    if (open(path, tried)) return;
-    throw Error(JQL_NO_RUNTIME, title_ + " cannot be loaded: " + tried);
+    if (!open(path, tried)) throw Error(JQL_NO_RUNTIME, title_ + " cannot be loaded: " + tried);
+    return wanted.check(*this);
   }
-  for (const std::string& name : search.names) {
-    if (open(name, tried)) return;
+  for (const std::string& name : wanted.names) {
+    if (open_usable(name, wanted, tried)) return;
   }
   std::string folders;
   for (const std::string& folder : package_folders()) {
-    std::string pattern = folder + "/lib/python3*/*-packages/" + search.in_packages;
-    for (const std::string& file : files_like(pattern)) {
-      if (open(file, tried)) return;
+    for (const std::string& file : files_like(folder + "/lib/python3*/*-packages/" + wanted.in_packages)) {
+      if (open_usable(file, wanted, tried)) return;
     }
     folders += (folders.empty() ? "" : ", ") + folder;
   }
-  throw Error(JQL_NO_RUNTIME, title_ + " was not found: the loader gives \"" + tried + "\", and no " +
-                                  search.in_packages + " lies among the Python packages of " + folders +
-                                  "; install it, or name it in options." + search.option);
+  throw Error(JQL_NO_RUNTIME, title_ + " was not found by the loader, nor as " + wanted.in_packages +
+                                  " among the Python packages of " + folders + " (" + tried +
+                                  "); install it, or name it in options." + wanted.option);
+}
+
+bool Library::open_usable(const std::string& path, const Search& wanted, std::string& tried) {
+  if (!open(path, tried)) return false;
+  try {
+    wanted.check(*this);
+  } catch (const Error& error) {
+    tried += (tried.empty() ? "" : "; ") + std::string(error.what());
+    return false;
+  }
+  return true;
 }
 
 // The library stays loaded: its own threads and thread-local data may outlive the last engine.
 bool Library::open(const std::string& path, std::string& tried) {
+  if (handle_) dlclose(handle_);
+  path_ = path;
   handle_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-  if (handle_)
-    path_ = path;
-  else
-    tried += (tried.empty() ? "" : "; ") + std::string(dlerror());
+  if (!handle_) tried += (tried.empty() ? "" : "; ") + std::string(dlerror());
   return handle_ != nullptr;
 }
 

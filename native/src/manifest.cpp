@@ -87,7 +87,6 @@ void read_readouts(JsonValue readouts, Manifest& manifest) {
 void read_tokenizer(JsonValue tokenizer, Manifest& manifest) {
   manifest.prefix = ids_of(tokenizer.at("prefix"));
   manifest.suffix = ids_of(tokenizer.at("suffix"));
-  manifest.pad = static_cast<int32_t>(tokenizer.at("pad").integer(0, most));
   auto around = static_cast<int64_t>(manifest.prefix.size() + manifest.suffix.size());
   if (around == 0)
     throw invalid_bundle("bundle.json: tokenizer has no prefix and no suffix: an empty text has no token");

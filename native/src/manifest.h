@@ -34,7 +34,6 @@ struct Manifest {
   std::string unknown_texts;         // why texts cannot be turned into ids; empty: they can
   std::string unknown_readout;       // why the scores cannot be trusted; empty: they can
   std::vector<int32_t> prefix, suffix;
-  int32_t pad = 0;
   std::map<std::string, Variant> variants;
   std::map<std::string, BundleFile> files;
 };

@@ -48,6 +48,13 @@ const OrtApi& api_of(const Library& library) {
   return *api;
 }
 
+void prepare(const Library& library) {
+  api_of(library);
+  // From 1.29 on its telemetry starts a thread that stays, and sends a first event, before it can be disabled by a
+  // call; the variable is read before. A host that has set it keeps its value.
+  setenv("ORT_DISABLE_TELEMETRY", "1", 0);
+}
+
 class OnnxRuntimeSession : public Session {
  public:
   explicit OnnxRuntimeSession(const SessionRequest& request);
@@ -72,7 +79,8 @@ OnnxRuntimeSession::OnnxRuntimeSession(const SessionRequest& request)
     : library_({"ONNX Runtime",
                 "onnxruntime",
                 {"libonnxruntime.so.1", "libonnxruntime.so"},
-                "onnxruntime/capi/libonnxruntime.so*"},
+                "onnxruntime/capi/libonnxruntime.so*",
+                prepare},
                request.options.onnxruntime),
       api_(api_of(library_)),
       env_(own<OrtEnv>(nullptr, api_.ReleaseEnv)),
@@ -81,9 +89,6 @@ OnnxRuntimeSession::OnnxRuntimeSession(const SessionRequest& request)
       takes_mask_(request.variant.layout == "padded"),
       n_heads_(request.n_heads),
       hidden_size_(request.hidden_size) {
-  // From 1.29 on its telemetry starts a thread that stays, and sends a first event, before it can be disabled below;
-  // this is read then. A host that has set the variable keeps its value.
-  setenv("ORT_DISABLE_TELEMETRY", "1", 0);
   OrtEnv* env = nullptr;
   check(api_.CreateEnvWithCustomLogger(ignore_log, nullptr, ORT_LOGGING_LEVEL_FATAL, "jql", &env));
   env_.reset(env);

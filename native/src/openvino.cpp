@@ -59,7 +59,11 @@ class OpenVinoSession : public Session {
 };
 
 OpenVinoSession::OpenVinoSession(const SessionRequest& request)
-    : library_({"OpenVINO", "openvino", {"libopenvino_c.so"}, "openvino/libs/libopenvino_c.so*"},
+    : library_({"OpenVINO",
+                "openvino",
+                {"libopenvino_c.so"},
+                "openvino/libs/libopenvino_c.so*",
+                [](const Library& library) { Functions{library}; }},
                request.options.openvino),
       ov_(library_),
       core_(nullptr, ov_.core_free),
@@ -103,8 +107,8 @@ bool OpenVinoSession::has_bf16() const {
 
 void OpenVinoSession::check(ov_status_e status) const {
   if (status == OK) return;
-  const char* sentence = ov_.get_last_err_msg();
-  std::string what = sentence && *sentence ? sentence : ov_.get_error_info(status);
+  Owned<const char> sentence(ov_.get_last_err_msg(), ov_.free);  // a copy
+  std::string what = sentence && *sentence ? sentence.get() : ov_.get_error_info(status);
   throw Error(JQL_RUNTIME_FAILED, "OpenVINO: " + what);
 }
 

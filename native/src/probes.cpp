@@ -1,6 +1,7 @@
 #include "probes.h"
 
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 
@@ -87,6 +88,12 @@ double largest_difference(const std::vector<float>& found, const std::vector<flo
   return largest;
 }
 
+std::string number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2e", value);
+  return text;
+}
+
 }  // namespace
 
 void certify(const std::string& folder, const Manifest& manifest, const std::string& variant, Session& session,
@@ -97,16 +104,15 @@ void certify(const std::string& folder, const Manifest& manifest, const std::str
   Probes probes = short_ones(all, n_heads, width);
   Documents documents{probes.ids.data(), probes.offsets.data(), probes.size()};
   std::vector<float> scores(probes.scores.size()), alone(scores.size()), embeddings(probes.embeddings.size());
-  compute(session, slots, documents, batch_tokens, {scores.data(), embeddings.data(), n_heads, width});
-  if (n_heads) compute(session, slots, documents, 1, {alone.data(), nullptr, n_heads, width});
+  compute(session, slots, documents, batch_tokens, {scores.data(), embeddings.data(), n_heads, width, nullptr});
+  if (n_heads) compute(session, slots, documents, 1, {alone.data(), nullptr, n_heads, width, nullptr});
   const auto& limits = manifest.variant(variant).tolerance;
   auto check = [&](const char* name, double difference) {
     auto limit = limits.find(name);
     if (limit == limits.end()) throw invalid_bundle("bundle.json: tolerance of " + variant + " lacks " + name);
     if (difference <= limit->second) return;
     throw Error(JQL_PARITY, "variant " + variant + " is out of tolerance on this machine: " + name + " differs by " +
-                                std::to_string(difference) + " on a probe document, allowed is " +
-                                std::to_string(limit->second) +
+                                number(difference) + " on a probe document, allowed is " + number(limit->second) +
                                 ". It must not be used; please report this with the machine");
   };
   check("embedding", largest_difference(embeddings, probes.embeddings));

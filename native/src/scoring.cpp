@@ -75,7 +75,9 @@ class Work {
   void put(const std::vector<float>& values, float* out, size_t width, size_t begin, size_t end) const {
     if (!out) return;
     const float* row = values.data();
-    for (size_t i = begin; i < end; ++i, row += width) std::copy(row, row + width, out + order_[i] * width);
+    for (size_t i = begin; i < end; ++i, row += width) {
+      std::copy(row, row + width, out + (results_.rows ? results_.rows[order_[i]] : order_[i]) * width);
+    }
   }
 
   Session& session_;

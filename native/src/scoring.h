@@ -25,11 +25,12 @@ class Slots {
   int n_;
 };
 
-// Where results go; either may be null. Row i belongs to document i.
+// Where results go; either may be null. Document i has row i, or rows[i].
 struct Results {
   float* scores;      // [n][n_heads]
   float* embeddings;  // [n][hidden_size]
   size_t n_heads, hidden_size;
+  const size_t* rows;
 };
 
 // Computes all documents, in batches of at most `max_tokens` tokens or one document. Throws Error.

@@ -1,6 +1,7 @@
 #include "tokenizer.h"
 
 #include <algorithm>
+#include <set>
 
 #include "error.h"
 #include "utf8.h"
@@ -10,6 +11,7 @@ namespace jql {
 namespace {
 
 constexpr std::string_view marker = "\xE2\x96\x81";  // U+2581, which stands for a space
+constexpr size_t most_growth = 64;  // of a text by all replacements together; those of real models double or treble it
 constexpr size_t part_size = 1 << 14;  // bytes that are normalized at a time, where there is a place to cut
 
 bool is_true(JsonValue value, std::string_view name, bool otherwise) {
@@ -75,7 +77,8 @@ void Tokenizer::Scratch::shrink(size_t kept) {
 
 Tokenizer::Tokenizer(JsonValue root)
     : unigram_([&] {
-        std::string type = root.at("model").at("type").string();
+        auto named = root.at("model").find_value("type");
+        std::string type = named ? named->string() : "of no type";
         if (type != "Unigram") throw unsupported("tokenizer.json has the model " + type + ", libjql knows Unigram");
         return Unigram(root.at("model"));
       }()) {
@@ -97,16 +100,21 @@ void Tokenizer::read_normalizer(JsonValue step) {
   } else if (type == "Strip") {
     steps_.push_back({Step::Kind::strip, step.at("strip_left").boolean(), step.at("strip_right").boolean()});
   } else if (type == "Replace") {
-    auto pattern = step.at("pattern").items().at(0);
-    bool is_regex = pattern.name() == "Regex";
-    Step::Kind kind = is_regex ? Step::Kind::spaces : Step::Kind::replace;
-    if ((is_regex && pattern.string() != " {2,}") || pattern.string().empty()) {
-      throw unsupported("tokenizer.json replaces the pattern " + pattern.string() + ", which libjql does not know");
-    }
-    steps_.push_back({kind, false, false, pattern.string(), step.at("content").string()});
+    read_replacement(step);
   } else {
     throw unsupported("tokenizer.json has the normalizer " + type + ", which libjql does not know");
   }
+}
+
+void Tokenizer::read_replacement(JsonValue step) {
+  auto regex = step.at("pattern").find("Regex");
+  std::string pattern = (regex ? *regex : step.at("pattern").at("String")).string(), content = step.at("content").string();
+  if ((regex && pattern != " {2,}") || pattern.empty()) {
+    throw unsupported("tokenizer.json replaces the pattern " + pattern + ", which libjql does not know");
+  }
+  growth_ *= std::max<double>(1, static_cast<double>(content.size()) / static_cast<double>(regex ? 2 : pattern.size()));
+  if (growth_ > most_growth) throw unsupported("tokenizer.json replaces a text by one over 64 times as long");
+  steps_.push_back({regex ? Step::Kind::spaces : Step::Kind::replace, false, false, pattern, content});
 }
 
 void Tokenizer::read_pre_tokenizer(JsonValue step) {
@@ -142,16 +150,14 @@ bool Tokenizer::steps_work_on_parts() const {
 
 void Tokenizer::read_added_tokens(JsonValue tokens) {
   std::vector<Trie::Entry> raw, normalized;
-  std::vector<std::string> contents;
+  std::set<std::string> contents;
   for (JsonValue token : tokens.items()) {
     std::string content = token.at("content").string(), other;
     if (content.empty()) continue;
     if (is_true(token, "single_word", false)) throw unsupported("tokenizer.json has an added token of single words");
-    if (content.size() > 1024) throw unsupported("tokenizer.json has an added token of over 1,024 bytes");
-    if (std::find(contents.begin(), contents.end(), content) != contents.end()) {
+    if (!contents.insert(content).second) {
       throw unsupported("tokenizer.json has the added token " + content + " twice");
     }
-    contents.push_back(content);
     int32_t id = unigram_.id_of(content);
     if (id < 0) id = static_cast<int32_t>(size_);
     size_ = std::max(size_, static_cast<size_t>(id) + 1);

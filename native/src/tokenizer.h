@@ -50,6 +50,7 @@ class Tokenizer {
   };
 
   void read_normalizer(JsonValue step);
+  void read_replacement(JsonValue step);
   void read_pre_tokenizer(JsonValue step);
   void read_metaspace(JsonValue step);
   void read_added_tokens(JsonValue tokens);
@@ -69,6 +70,7 @@ class Tokenizer {
 
   Unigram unigram_;
   std::vector<Step> steps_;
+  double growth_ = 1;  // how many times as long the replacements may make a text
   std::unique_ptr<Charsmap> charsmap_;
   bool splits_white_space_ = false, has_metaspace_ = false, works_on_parts_ = false;
   std::vector<Added> added_;

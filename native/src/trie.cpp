@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "error.h"
+
 namespace jql {
 
 // Places nodes depth first. Free units are found through a list of them that begins at `first_free_`.
@@ -81,6 +83,9 @@ Trie::Trie(std::vector<Entry> entries) {
   std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.first < b.first; });
   std::vector<Entry> unique;
   for (Entry& entry : entries) {
+    if (entry.first.size() > longest_key) {
+      throw unsupported("tokenizer.json has a piece or an added token of over 1,024 bytes");
+    }
     if (!unique.empty() && unique.back().first == entry.first)
       unique.back().second = entry.second;
     else

@@ -12,8 +12,10 @@ namespace jql {
 class Trie {
  public:
   using Entry = std::pair<std::string, int32_t>;
+  static constexpr size_t longest_key = 1024;
 
-  // Of keys that are not empty, each with a value from 0; of equal keys the last counts.
+  // Of keys that are not empty, each with a value from 0; of equal keys the last counts. Throws Error
+  // (JQL_UNSUPPORTED) for a key of over `longest_key` bytes: it is built by recursion, to the depth of its keys.
   explicit Trie(std::vector<Entry> entries);
 
   // Calls found(length, value) for every key that `text` begins with, shortest first.

@@ -11,7 +11,6 @@ namespace jql {
 namespace {
 
 constexpr double unknown_penalty = 10;
-constexpr size_t longest_piece = 1024;  // bytes: the trie is built and searched to this depth
 
 std::vector<double> read_scores(JsonValue vocabulary) {
   std::vector<double> scores;
@@ -61,7 +60,6 @@ std::vector<Trie::Entry> Unigram::read_pieces(JsonValue vocabulary) {
     std::vector<JsonValue> pair = entry.items();
     if (pair.size() != 2) throw invalid_bundle("tokenizer.json: a piece is no pair of a text and a score");
     pieces.emplace_back(pair[0].string(), id++);
-    if (pieces.back().first.size() > longest_piece) throw unsupported("tokenizer.json has a piece of over 1,024 bytes");
     if (pieces.back().first.empty()) pieces.pop_back();  // is nowhere in a text
   }
   return pieces;
@@ -88,7 +86,7 @@ void Unigram::extend(std::string_view rest, size_t at, Scratch& scratch, size_t&
   size_t first = length_of(static_cast<unsigned char>(rest[0]));
   auto offer = [&](size_t length, int32_t id, double score) {
     size_t end = at + length;
-    if (end >= nodes.size()) nodes.resize(std::max(end + 1, 2 * nodes.size()), {0, 0, 0});
+    if (end >= nodes.size()) nodes.resize(std::min(at + rest.size() + 1, std::max(end + 1, 2 * nodes.size())), {0, 0, 0});
     Scratch::Node& node = nodes[end];
     double total = score + until_here;
     if (node.length == 0 || total > node.score) node = {total, static_cast<uint32_t>(length), id};

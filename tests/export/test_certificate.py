@@ -13,13 +13,16 @@ from jql_engine.bundle import MANIFEST, Bundle, describe_files
 from jql_engine.certificate import CERTIFICATE, CUT, read_certificate
 from jql_engine.errors import BundleError, InputError, ParityError
 from jql_engine.sessions.select import choose
+from jql_export.bundle import export_bundle
 from jql_export.certificate import PAGE, certify_bundle, draw
 from jql_export.families.read import read_encoder
 from jql_export.graph.encoder import write_graph
 from jql_export.hub import Checkpoint
+from jql_export.readouts.classifier import read_classifier
 from jql_export.readouts.head_file import read_head
 from jql_export.variants import VARIANTS as KINDS
 from tests.conftest import export, write_head
+from tests.export.test_classifier import write_classifier
 from tests.export.test_parity import Graph, key_bias_dropped, positions_shifted
 from tests.job.test_run import score, write
 
@@ -123,6 +126,14 @@ def test_other_sources_than_those_of_the_bundle_are_refused(made, encoders, corp
     with pytest.raises(InputError, match="does not exist"):
         certify_bundle(bundle.path, checkpoint, heads, str(tmp_path / "nothing"))
     assert not (bundle.path / CERTIFICATE).exists()
+
+
+def test_another_activation_than_that_of_the_bundle_is_named(encoders, corpus, tmp_path):
+    classifier = write_classifier(tmp_path / "classifier", encoders["bert"], "bert")
+    checkpoint = Checkpoint(classifier, "classifier", None)
+    bundle = export_bundle(checkpoint, [read_classifier("q", classifier, "sigmoid")], tmp_path / "out")
+    with pytest.raises(BundleError, match=r"head q: .* has the activation sigmoid, given was None: repeat the --activ"):
+        certify_bundle(bundle.path, checkpoint, [read_classifier("q", classifier)], str(corpus))
 
 
 def one_head_perturbed(graph):

@@ -174,22 +174,110 @@ def test_a_classifier_without_the_tokenizer_is_refused(classifiers, tmp_path):
     other = Path(shutil.copytree(classifiers["bert", 3], tmp_path / "other"))
     (other / "tokenizer.json").unlink()
     first = classifiers["bert", 1]
-    with pytest.raises(CheckpointError, match=r"classifier b: .*other has no tokenizer\.json that equals that of"):
+    with pytest.raises(CheckpointError, match=r"other/tokenizer\.json cannot be read: No such file"):
         export(first, read_classifier("a", first), read_classifier("b", other), out=tmp_path / "out")
+
+
+def test_a_tokenizer_of_other_ids_is_refused_and_one_of_another_truncation_is_not(classifiers, tmp_path):
+    first, other = classifiers["bert", 1], Path(shutil.copytree(classifiers["bert", 3], tmp_path / "other"))
+    readouts = [read_classifier("a", first), read_classifier("b", other)]
+    said = json.loads((other / "tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    (other / "tokenizer.json").write_text(json.dumps(said | {"truncation": cut}, indent=1))
+    export(first, *readouts, out=tmp_path / "out")
+    (other / "tokenizer.json").write_text(json.dumps(said | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(CheckpointError, match=r"classifier b: .*other has no tokenizer\.json that equals that of"):
+        export(first, *readouts, out=tmp_path / "other-out")
+
+
+def test_classifiers_of_different_length_leave_the_choice_to_the_user(classifiers, tmp_path):
+    first, other = classifiers["bert", 1], Path(shutil.copytree(classifiers["bert", 3], tmp_path / "other"))
+    (other / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 8}))
+    readouts = [read_classifier("a", first), read_classifier("b", other)]
+    with pytest.raises(CheckpointError, match=rf"reads {MAX_TOKENS} tokens of a document, .*other 8; .*--max-tokens"):
+        export(first, *readouts, out=tmp_path / "out")
+    assert export(first, *readouts, out=tmp_path / "out", max_tokens=8).manifest.max_tokens == 8
+
+
+def test_a_head_beside_a_classifier_does_not_take_over_its_pooling(classifiers, tmp_path):
+    folder = classifiers["bert", 1]
+    readouts = [read_head("edu", write_head(tmp_path / "edu.ckpt")), read_classifier("a", folder)]
+    with pytest.raises(CheckpointError, match="give --pooling"):
+        export(folder, *readouts, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("labels", [{"id2label": None, "num_labels": 3}, {"id2label": {}, "num_labels": 3}])
+def test_labels_that_are_not_named_are_numbered(classifiers, tmp_path, labels):
+    folder = Path(shutil.copytree(classifiers["bert", 3], tmp_path / "bert"))
+    config = json.loads((folder / "config.json").read_text()) | labels
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read_classifier("x", folder).outputs == ("x_LABEL_0", "x_LABEL_1", "x_LABEL_2")
+
+
+def test_layer_norms_may_have_the_names_of_berts_time(classifiers, tmp_path):
+    """gamma and beta, as bert-base-uncased has them."""
+    folder = Path(shutil.copytree(classifiers["bert", 1], tmp_path / "bert"))
+    renamed = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    state = load_file(folder / "model.safetensors")
+    for new, old in renamed.items():
+        state = {name.replace(new, old): value for name, value in state.items()}
+    assert sum("gamma" in name for name in state) == 5
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    bundle = export(folder, read_classifier("a", folder), out=tmp_path / "out")
+    expected = logits(classifiers["bert", 1], TEXTS)
+    np.testing.assert_allclose(Engine(bundle.path, "cpu").score(TEXTS).values, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["BertForTokenClassification"]}, "is BertForTokenClassification, expected a ...For"),
-        ({"architectures": ["LlamaForCausalLM"]}, "is LlamaForCausalLM, expected a"),
-        ({"architectures": None}, "of no architecture"),
-        ({"model_type": "deberta-v2"}, "model_type 'deberta-v2'; known are bert, gte, mod"),
-        ({"id2label": {"0": "a"}}, "3 outputs, config.json names 1 labels"),
-        ({"num_labels": 2}, "3 outputs, config.json names 2 labels"),
+        ({"vocab_size": 7}, "vocab_size = 7, the table of the words has"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters"),
+        ({"initializer_range": "wide"}, "transformers cannot load model_type 'bert', so there is no reference"),
+    ],
+)
+def test_a_config_that_fits_no_model_is_an_error_of_one_line(classifiers, tmp_path, changes, message):
+    folder = Path(shutil.copytree(classifiers["bert", 1], tmp_path / "bert"))
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        export(folder, read_classifier("a", folder), out=tmp_path / "out")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_another_tokenizer_by_transformers_is_reported(classifiers, tmp_path):
+    folder = Path(shutil.copytree(classifiers["bert", 1], tmp_path / "bert"))
+    lines = []
+    config = {"model_max_length": MAX_TOKENS, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    export(folder, read_classifier("a", folder), out=tmp_path / "out", report=lines.append)
+    assert not [line for line in lines if "AutoTokenizer" in line or "differ" in line]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "T5Tokenizer"}))
+    export(folder, read_classifier("a", folder), out=tmp_path / "again", report=lines.append)
+    assert [line for line in lines if "AutoTokenizer" in line or "their ids differ for" in line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["BertForTokenClassification"]},
+            "is BertForTokenClassification of model_type bert; known are bert: BertForSeq",
+        ),
+        ({"architectures": ["LlamaForCausalLM"]}, "is LlamaForCausalLM of model_type bert; known"),
+        ({"architectures": None}, "is None of model_type bert"),
+        ({"architectures": []}, "is of no architecture of model_type bert"),
+        ({"architectures": ["XLMRobertaForSequenceClassification"]}, "is XLMRobertaForSequenceClassification of mod"),
+        (
+            {"architectures": ["RoPEBertForSequenceClassification"], "auto_map": {"AutoModel": "own.Model"}},
+            "with code of its repository (auto_map), which is never run",
+        ),
+        ({"model_type": "deberta-v2"}, "model_type 'deberta-v2'; known are bert: "),
+        ({"id2label": {"0": "a"}}, "3 outputs, config.json has num_labels = None and the labels a;"),
+        ({"num_labels": 2}, "3 outputs, config.json has num_labels = 2 and the labels Science"),
         ({"id2label": {"0": "a b", "1": "a-b", "2": "c"}}, "several labels become the column score_x_a_b"),
         ({"id2label": ["a", "b", "c"]}, "id2label = "),
-        ({"model_type": ["bert"]}, "model_type ['bert']; known are bert"),
+        ({"model_type": ["bert"]}, "model_type ['bert']; known are bert: "),
         ({"problem_type": "ranking"}, "problem_type 'ranking'; known are regression"),
     ],
 )
@@ -228,7 +316,8 @@ def test_names_and_activations_that_make_no_sense_are_refused(classifiers, tmp_p
         read_classifier("a", folder, "softmax")
     three = read_classifier("a", classifiers["bert", 3])
     with pytest.raises(HeadError, match="two outputs would be the column score_a_News"):
-        export(folder, read_head("a_News", write_head(tmp_path / "h.ckpt")), three, out=tmp_path / "out")
+        head = read_head("a_News", write_head(tmp_path / "h.ckpt"))
+        export(folder, head, three, out=tmp_path / "out", pooling="cls")
 
 
 def test_a_reader_of_the_wrong_head_is_refused_by_transformers_own_class(classifiers, tmp_path, monkeypatch):

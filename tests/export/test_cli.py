@@ -11,9 +11,12 @@ import pytest
 
 from jql_engine import Engine
 from jql_engine.bundle import MANIFEST, Bundle, WindowsInfo, describe_files
+from jql_engine.certificate import CERTIFICATE
 from jql_export import cli
 from jql_export.families.read import read_encoder
 from tests.conftest import MAX_TOKENS
+from tests.export.test_certificate import TEXTS
+from tests.job.test_run import write
 
 SCRIPT = Path(sys.executable).with_name("jql-export")
 
@@ -133,6 +136,32 @@ def test_a_missing_option_is_misuse(call, missing):
     given = {"--encoder": "any", "--head": "edu=any", "--out": "any"}
     status, err = call(*(f"{name}={value}" for name, value in given.items() if name != missing))
     assert status == 2 and missing in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["--certify=any", "--bundle=any", "--variant=cpu-fp32"], "--variant"),
+        (["--certify=any", "--bundle=any", "--out=any"], "--out"),
+        (["--certify=any"], "--bundle"),
+        (["--out=any", "--documents=10"], "--documents"),
+        (["--out=any", "--bundle=any"], "--bundle"),
+    ],
+)
+def test_options_of_the_certificate_and_of_the_export_exclude_each_other(call, arguments, option):
+    status, err = call("--encoder=any", "--head=edu=any", *arguments)
+    assert status == 2 and option in err
+
+
+def test_a_certificate_is_made_with_what_the_bundle_says(call, checkpoint, head_files, tmp_path):
+    of_both = ("--encoder", checkpoint, f"--head=edu={head_files['edu']}")
+    assert call(*of_both, "--out", tmp_path / "out", "--max-tokens=16")[0] == 0
+    write(tmp_path / "corpus.parquet", TEXTS[:30], 10)
+    certify = (*of_both, "--certify", tmp_path / "corpus.parquet", "--bundle", tmp_path / "out", "--documents=20")
+    status, err = call(*certify, "--max-tokens=32")
+    assert status == 2 and "has 16, not 32" in " ".join(err.split()), err
+    status, err = call(*certify, "--max-tokens=16", "--pooling=cls")
+    assert status == 0 and (tmp_path / "out" / CERTIFICATE).is_file(), err
 
 
 def test_a_request_overrides_what_the_checkpoint_says(call, checkpoint, head_files, tmp_path):

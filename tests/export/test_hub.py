@@ -151,6 +151,8 @@ def test_revisions_pin_what_main_has_moved_on_from(hub, repositories, tmp_path):
     manifest = Bundle.open(tmp_path / "out").manifest
     assert (manifest.encoder.revision, manifest.max_tokens) == (before[SNOWFLAKE], 64)
     assert (manifest.readouts[0].revision, manifest.readouts[0].sha256) == (before[EDU_REPOSITORY], old)
+    assert export(hub, tmp_path, "--overwrite", f"--encoder={SNOWFLAKE}@{before[SNOWFLAKE]}").returncode == 0
+    assert Bundle.open(tmp_path / "out").manifest.encoder.revision == before[SNOWFLAKE]
     assert export(hub, tmp_path, "--overwrite").returncode == 0
     manifest = Bundle.open(tmp_path / "out").manifest
     assert (manifest.encoder.revision, manifest.max_tokens) == (head_of(hub, SNOWFLAKE), 32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from datatrove.pipeline.readers import JsonlReader, ParquetReader
 from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
 
 from jql_engine import probe_texts
-from jql_engine.bundle import sha256_of
+from jql_engine.bundle import MANIFEST, sha256_of
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.integrations import datatrove
 from jql_engine.integrations.datatrove import JQLAnnotator, stats_adapter
@@ -62,6 +64,17 @@ def test_what_is_no_text_has_no_score(bundle):
     found = annotate(["Water", None, "\ud800", ""], bundle=bundle.path)
     assert [d.metadata["score_edu"] is None for d in found] == [False, True, True, False]
     assert [d.text for d in found] == ["Water", None, "\ud800", ""]
+
+
+def test_several_windows_are_counted(bundle, tmp_path):
+    """A bundle says itself which windows are scored."""
+    long = Path(shutil.copytree(bundle.path, tmp_path / "long", copy_function=os.link))
+    manifest = json.loads((long / MANIFEST).read_text())
+    manifest |= {"windows": {"take": "all", "aggregate": "mean"}, "requires": ["windows"]}
+    (long / MANIFEST).unlink()
+    (long / MANIFEST).write_text(json.dumps(manifest))
+    found = annotate(["Water", None, " ".join(probe_texts.SENTENCES)], bundle=long)
+    assert [d.metadata["n_windows"] for d in found[:2]] == [1, None] and found[2].metadata["n_windows"] > 2
 
 
 def test_no_documents_are_no_documents(bundle):

@@ -25,7 +25,7 @@ class Options(ctypes.Structure):
 
     _fields_ = (
         ("size", c_size_t), ("variant", c_char_p), ("onnxruntime", c_char_p), ("openvino", c_char_p),
-        ("threads", c_int32), ("verify", c_int32), ("certify", c_int32),
+        ("threads", c_int32), ("verify", c_int32), ("certify", c_int32), ("reserved", c_int32),
     )  # fmt: skip
 
 

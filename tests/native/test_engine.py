@@ -34,7 +34,8 @@ def both(request, library, xlmr):
 
 def test_scores_and_embeddings_are_those_of_the_engine(both):
     engine, python = both
-    found, expected = engine.score(TEXTS), python.score(TEXTS)
+    texts = [*TEXTS, *DOCUMENTS]
+    found, expected = engine.score(texts), python.score(texts)
     assert engine.heads == python.heads
     np.testing.assert_allclose(found.values, expected.values, atol=TOLERANCE, rtol=0)
     assert found.n_tokens.tolist() == expected.n_tokens.tolist()
@@ -131,18 +132,14 @@ except JqlError:
     assert (done.stdout, done.stderr) == (b"", b"")
 
 
-def test_options_may_be_left_out_or_end_early(library, xlmr):
+def test_options_may_be_left_out_or_be_of_a_newer_header(library, xlmr):
     engine, error = ctypes.c_void_p(), ctypes.create_string_buffer(512)
-    early = Options(Options.onnxruntime.offset, b"standard-fp32", b"never read")
 
     def opened(options):
         return library.jql_open(str(xlmr.path).encode(), options, ctypes.byref(engine), error, 512)
 
-    if status := opened(None):  # with no options the library is looked for, and may not be found here
-        assert library.jql_status_name(status) == b"JQL_NO_RUNTIME", error.value
-        assert b"options.onnxruntime" in error.value
-    library.jql_close(engine)
-    assert opened(early) == status
+    if opened(None):  # with no options the library is looked for, and may not be found here
+        assert b"install it, or name it in options.onnxruntime" in error.value
     library.jql_close(engine)
     newer = (ctypes.c_char * 256)()
     given = Options(256, None, str(package_file("onnxruntime", "capi/libonnxruntime.so.*")).encode(), None, 0, 1, 1)

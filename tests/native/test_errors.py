@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from jql_engine.bundle import MANIFEST
-from tests.native.binding import JqlError, NativeEngine, Options, package_file
+from tests.native.binding import ROOT, JqlError, NativeEngine, Options, package_file
 from tests.native.conftest import copy_of, needs_openvino, replace_file
 
 
@@ -80,7 +83,6 @@ def test_a_damaged_file_is_not_noticed_where_nobody_looks(library, copy):
         ("max_tokens", 2, "JQL_INVALID_BUNDLE", "leaves no room for text"),
         ("max_tokens", "many", "JQL_INVALID_BUNDLE", '"max_tokens" is a string, expected a number'),
         ("max_tokens", 2**40, "JQL_INVALID_BUNDLE", '"max_tokens" is 1099511627776, expected a whole number from 1'),
-        ("tokenizer/pad", 1.5, "JQL_INVALID_BUNDLE", '"pad" is 1.5'),
         ("variants/cpu-fp32/graph", "../graph.onnx", "JQL_INVALID_BUNDLE", "cannot be the name of a file"),
         ("variants/cpu-fp32/graph", "/etc/passwd", "JQL_INVALID_BUNDLE", "cannot be the name of a file"),
         ("variants/cpu-fp32/graph", "s3://x", "JQL_INVALID_BUNDLE", "cannot be the name of a file"),
@@ -105,7 +107,12 @@ def test_a_template_or_windows_leave_ids(library, copy, feature):
     change(copy, "requires", [feature])
     with NativeEngine(copy, library) as engine:
         assert engine.score_tokens([0, 5, 2], [0, 3]).shape == (1, 2)
-        for call in (engine.tokenize, lambda text: engine.score([text]), lambda text: engine.embed([text])):
+        for call in (
+            engine.tokenize,
+            lambda text: engine.score([text]),
+            lambda text: engine.embed([text]),
+            lambda text: engine.score_arrow(pa.chunked_array([[text]]), None),
+        ):
             with pytest.raises(JqlError, match=f'JQL_UNSUPPORTED: .*needs "{feature}".*texts cannot be scored'):
                 call("text")
 
@@ -156,13 +163,9 @@ def test_a_runtime_that_is_none(library, xlmr, option, variant):
     )
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
-@pytest.mark.parametrize(
-    ("version", "fits"), [("1.23.9", False), ("2.0.0", False), ("nonsense", False), ("1.99.0", True)]
-)
-def test_the_version_of_onnx_runtime_is_read_before_its_api_is_asked_for(library, xlmr, tmp_path, version, fits):
-    """This one ends the process where it is asked for its API in vain."""
-    source, built = tmp_path / "fake.c", tmp_path / "fake.so"
+def build_fake(built: Path, version: str, *, fits: bool) -> Path:
+    """An ONNX Runtime that ends the process where it is asked for its API in vain."""
+    source = built.with_suffix(".c")
     source.write_text(
         "#include <stdlib.h>\n"
         f"static const void* api(unsigned v) {{ (void)v; {'return 0;' if fits else 'abort();'} }}\n"
@@ -171,6 +174,15 @@ def test_the_version_of_onnx_runtime_is_read_before_its_api_is_asked_for(library
         "const void* OrtGetApiBase(void) { return &base; }\n"
     )
     subprocess.run(["cc", "-shared", "-fPIC", "-o", built, source], check=True)
+    return built
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+@pytest.mark.parametrize(
+    ("version", "fits"), [("1.23.9", False), ("2.0.0", False), ("nonsense", False), ("1.99.0", True)]
+)
+def test_the_version_of_onnx_runtime_is_read_before_its_api_is_asked_for(library, xlmr, tmp_path, version, fits):
+    built = build_fake(tmp_path / "fake.so", version, fits=fits)
     refused(
         library, xlmr.path, "JQL_NO_RUNTIME", f"is ONNX Runtime {version}, libjql needs 1.24", onnxruntime=str(built)
     )
@@ -250,3 +262,38 @@ def test_options_that_make_no_sense(library, xlmr):
     status = library.jql_open(str(xlmr.path).encode(), ctypes.byref(options), ctypes.byref(engine), error, 512)
     assert library.jql_status_name(status) == b"JQL_INVALID_ARGUMENT" and b"JQL_OPTIONS_INIT" in error.value
     assert not engine
+    for options, sentence in (
+        (Options(ctypes.sizeof(Options) - 8), b"JQL_OPTIONS_INIT"),
+        (Options(ctypes.sizeof(Options), reserved=1), b"options.reserved is not 0"),
+    ):
+        assert library.jql_open(str(xlmr.path).encode(), ctypes.byref(options), ctypes.byref(engine), error, 512) == 1
+        assert sentence in error.value
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_the_search_for_onnx_runtime_goes_on_after_one_that_is_too_old(library, xlmr, tmp_path):
+    """Debian's, for one, beside that of an environment."""
+    build_fake(tmp_path / "libonnxruntime.so", "1.21.0", fits=False)
+    packages = tmp_path / "venv" / "lib" / "python3.11" / "site-packages" / "onnxruntime" / "capi"
+    packages.mkdir(parents=True)
+    real = package_file("onnxruntime", "capi/libonnxruntime.so.*")
+    program = (
+        "import sys; from tests.native.binding import NativeEngine\nNativeEngine(sys.argv[1], onnxruntime=None).close()"
+    )
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "VIRTUAL_ENV": str(tmp_path / "venv")}
+    run = [sys.executable, "-c", program, str(xlmr.path)]
+    none = subprocess.run(run, env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True, cwd=ROOT)
+    assert "libonnxruntime.so is ONNX Runtime 1.21.0, libjql needs 1.24" in none.stderr, none.stderr
+    (packages / real.name).symlink_to(real)
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_texts_are_looked_at_before_the_first_is_computed(native):
+    good, bad = "a text " * 40, b"bad \xff"
+    scores, error = (ctypes.c_float * (2 * len(native.heads)))(), ctypes.create_string_buffer(512)
+    scores[0] = 7.0
+    texts = (ctypes.c_char_p * 2)(good.encode(), bad)
+    arguments = (native._engine, texts, None, 2, scores, None, None, None)
+    assert native.library.jql_score_texts(*arguments, error, 512) == 3
+    assert b"text 1 is not UTF-8 at byte 4" in error.value and scores[0] == 7.0

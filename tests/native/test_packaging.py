@@ -72,8 +72,6 @@ def test_it_needs_nothing_but_the_c_library(installed):
 @pytest.mark.skipif(shutil.which("pkg-config") is None, reason="pkg-config is not installed")
 def test_the_example_in_c_by_pkg_config(installed, native, xlmr, tmp_path):
     pkg_config = folder_of(installed, "jql.pc")
-    text = (pkg_config / "jql.pc").read_text()
-    (pkg_config / "jql.pc").write_text(re.sub(r"^prefix=.*", f"prefix={installed}", text, flags=re.MULTILINE))
     flags = run(
         "pkg-config", "--cflags", "--libs", "jql", env={**os.environ, "PKG_CONFIG_PATH": str(pkg_config)}
     ).split()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from random import Random
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from jql_engine.bundle import MANIFEST
 from jql_engine.probe_texts import ODDITIES, SENTENCES
 from tests.native.binding import JqlError, NativeEngine
 from tests.native.conftest import copy_of, replace_file
@@ -167,13 +169,42 @@ def test_a_word_of_5_mb(native, oracle):
     assert native.tokenize(word)[0] == native.tokenize(word[:100_000])[0]
 
 
+def test_a_long_word_that_pieces_cross_everywhere(library, xlmr, tmp_path):
+    """No place to cut before its end: how its first pieces are cut depends on its last letter."""
+    pieces = {"▁": -3.0, "a": -2.5, "b": -2.0, "ab": -3.5, "ba": -3.75, "bab": -4.5}
+    pieces |= {"a" * n: -2.0 - n / 7 for n in (2, 3, 5, 8, 13)} | {"-" * n: -1.0 - n / 8 for n in range(1, 17)}
+    file = write_unigram_of(pieces, tmp_path, None)
+    random = Random(SEED)
+    words = ["-" * 60_000, "a" * 60_000, *("".join(random.choices(letters, k=60_000)) for letters in ("ab", "a-"))]
+    bundle = copy_of(xlmr, tmp_path / "bundle")
+    replace_file(bundle, "tokenizer.json", file.read_bytes())
+    manifest = json.loads((bundle / MANIFEST).read_text()) | {"max_tokens": 70_000}
+    replace_file(bundle, MANIFEST, json.dumps(manifest).encode())
+    with NativeEngine(bundle, library, certify=0) as engine:
+        assert differences(engine, read_oracle(file), words) == []
+        before = resident()
+        engine.tokenize("-" * 20_000_000)
+        assert resident() - before < 40 * 20_000_000
+
+
+def resident() -> int:
+    """The most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def replacements(*contents: str) -> dict:
+    """A normalizer that puts each of them in the place of an `a`."""
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": content} for content in contents]
+    return {"type": "Sequence", "normalizers": steps}
+
+
 def change(file: Path, where: str, value: object) -> bytes:
     fields = json.loads(file.read_text())
     *path, last = where.split(".")
     part = fields
     for name in path:
         part = part[int(name) if name.isdigit() else name]
-    part[last] = value
+    part[int(last) if last.isdigit() else last] = value
     return json.dumps(fields).encode()
 
 
@@ -181,6 +212,11 @@ def change(file: Path, where: str, value: object) -> bytes:
     ("where", "value", "sentence"),
     [
         ("model.type", "BPE", "has the model BPE, libjql knows Unigram"),
+        ("model.type", None, "has the model of no type, libjql knows Unigram"),
+        ("normalizer", replacements("a", "a" * 65), "replaces a text by one over 64 times as long"),
+        ("normalizer", replacements(*("aaaaaaaaaa" for _ in range(3))), "replaces a text by one over 64 times as long"),
+        ("added_tokens.1.content", "a" * 1025, "a piece or an added token of over 1,024 bytes"),
+        ("model.vocab.9", ["a" * 1025, -1.0], "a piece or an added token of over 1,024 bytes"),
         ("model.unk_id", None, "has no unk_id"),
         ("normalizer", {"type": "NFKC"}, "has the normalizer NFKC, which libjql does not know"),
         ("pre_tokenizer", {"type": "Whitespace"}, "has the pre_tokenizer Whitespace"),
@@ -199,15 +235,29 @@ def test_another_kind_of_tokenizer_leaves_ids(library, xlmr, tmp_path, where, va
         assert np.isfinite(engine.score_tokens([0, 5, 2], [0, 3])).all()
 
 
+def test_a_vocabulary_with_a_gap_has_ids_up_to_its_largest(library, xlmr, tmp_path):
+    bundle = copy_of(xlmr, tmp_path / "bundle")
+    model = {"type": "WordPiece", "vocab": {"[UNK]": 0, "a": 2, "##a": 9}}
+    replace_file(bundle, "tokenizer.json", json.dumps({"model": model, "added_tokens": []}).encode())
+    with NativeEngine(bundle, library) as engine:
+        assert np.isfinite(engine.score_tokens([0, 9, 2], [0, 3])).all()
+        with pytest.raises(JqlError, match="has the id 10, expected 0 to 9"):
+            engine.score_tokens([0, 10, 2], [0, 3])
+        with pytest.raises(JqlError, match=r"JQL_UNSUPPORTED: .*the model WordPiece"):
+            engine.tokenize("a")
+
+
 @pytest.mark.parametrize(
     "content",
     [
         b"", b"{", b"[]", b"{}", b'{"model": {"type": "Unigram", "vocab": []}}', b'{"model": 1}', b"\xff",
         b"[" * 100_000, b'{"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a"]]}}', b'{"a": "\\ud800"}',
         b'{"a": 01}', b'{"a": "\x01"}',
+        b'{"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 1]]}, '
+        b'"normalizer": {"type": "Replace", "pattern": {}, "content": " "}}',
         b'{"model": {"type": "Unigram", "unk_id": 9, "vocab": [["a", 1]]}}', b'{"a": 1} 2',
     ],
-    ids=range(14),
+    ids=range(15),
 )  # fmt: skip
 def test_a_damaged_tokenizer_is_an_error(library, xlmr, tmp_path, content):
     bundle = copy_of(xlmr, tmp_path / "bundle")

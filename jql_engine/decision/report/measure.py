@@ -28,7 +28,7 @@ from jql_engine.decision.report.figures import (
     Scope,
 )
 from jql_engine.decision.report.lengths import TRUNCATED, Lengths, has_truncated, limits
-from jql_engine.decision.report.levels import Levels, Slots, count_levels
+from jql_engine.decision.report.levels import Levels, count_levels
 from jql_engine.decision.report.sampling import ScoreSample
 from jql_engine.decision.rules import Rule
 from jql_engine.decision.scores import Rows, ScoreFiles
@@ -52,7 +52,6 @@ class Measured:
 def measure(files: ScoreFiles, corpus: Corpus | None, weight: Weight, min_group: int) -> Measured:
     """Read everything; raises InputError."""
     census = take_census(files)
-    slots = Slots.of(files, census, weight, min_group)
     lengths, sample, ends = Lengths(), ScoreSample(files.n_rows, len(files.heads)), Ends.empty(len(files.heads))
     knows_truncated = has_truncated(files)
     for rows in (replace(files, extra_columns=(TRUNCATED,)) if knows_truncated else files).read():
@@ -66,12 +65,12 @@ def measure(files: ScoreFiles, corpus: Corpus | None, weight: Weight, min_group:
         for scores, nearest, median in zip(rows.scores, middle, _medians(levels), strict=False):
             nearest.add(np.abs(scores[chosen] - median), rows, chosen)
 
-    levels = count_levels(slots, QUANTILES, census.n_groups, look)
+    levels = count_levels(files, census, weight, min_group, QUANTILES, look)
     counting = _Counting(files, census, lengths.of_groups(census.n_groups) if knows_truncated else None, levels)
     examples = [(b.places, m.places, w.places) for b, m, w in zip(ends.best, middle, ends.worst, strict=True)]
     return Measured(
-        judged=(*files.heads, *(("mean",) if "mean" in slots.rules else ())),
-        rules=slots.rules,
+        judged=levels.population.heads,
+        rules=levels.rules,
         whole=counting.part(Scope("all", None, census.n_groups), slice(None)),
         groups=counting.groups() if files.group_column is not None else (),
         heads=_heads(counting, histograms, examples, corpus),
@@ -82,7 +81,7 @@ def measure(files: ScoreFiles, corpus: Corpus | None, weight: Weight, min_group:
 
 def _medians(levels: Levels) -> NDArray[np.float64]:
     """Of every head, of all documents."""
-    return levels.thresholds[levels.slots.pool, :, MEDIAN].astype(np.float64)
+    return levels.thresholds[levels.whole, :, MEDIAN].astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +112,12 @@ class _Counting:
 
     def part(self, scope: Scope, groups: NDArray[np.int64] | slice) -> Part:
         """Of the groups with these numbers."""
-        census, slots = self.census, self.levels.slots
+        census, levels = self.census, self.levels
         null, nan, infinite = (int(one[groups].sum()) for one in census.faulty)
-        slot = {"all": slots.pool, "others": None}.get(scope.kind, int(slots.of_groups[groups][0]))
+        slot = {"all": levels.whole, "others": None}.get(scope.kind, int(levels.population.slots[groups][0]))
         return Part(
             scope=scope,
-            is_pooled=scope.kind == "group" and census.n_groups > 1 and slot == slots.pool,
+            is_pooled=scope.kind == "group" and census.n_groups > 1 and slot == levels.whole,
             documents=int(census.documents[groups].sum()),
             scored=int(census.scored[groups].sum()),
             null=null,
@@ -126,14 +125,14 @@ class _Counting:
             infinite=infinite,
             tokens=int(census.tokens[groups].sum()) if self.files.has_tokens else None,
             truncated=None if self.truncated is None else int(self.truncated[groups].sum()),
-            thresholds=() if slot is None else tuple(map(tuple, self.levels.thresholds[slot].tolist())),
+            thresholds=() if slot is None else tuple(map(tuple, levels.thresholds[slot].tolist())),
             kept=self._kept(groups),
         )
 
     def _kept(self, groups: NDArray[np.int64] | slice) -> tuple[Kept, ...]:
         scored, tokens = int(self.census.scored[groups].sum()), int(self.census.tokens[groups].sum())
         kept = []
-        for number, rule in enumerate(self.levels.slots.rules):
+        for number, rule in enumerate(self.levels.rules):
             for at, quantile in enumerate(self.levels.at):
                 n_docs = int(self.levels.documents[number, at, groups].sum())
                 n_tokens = int(self.levels.tokens[number, at, groups].sum()) if self.files.has_tokens else None
