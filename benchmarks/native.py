@@ -40,12 +40,13 @@ def main(
     name: Annotated[str, typer.Option(help="Of the result file.")],
     variant: Annotated[str, typer.Option()] = "cpu-fp32",
     documents: Annotated[int, typer.Option()] = 300,
+    characters: Annotated[int | None, typer.Option(help="Of each document, at most; by default all.")] = None,
     rounds: Annotated[int, typer.Option()] = 3,
 ) -> None:
     """Measure and write benchmarks/results/NAME.json."""
     memory = _memory(bundle, variant)
     texts = pq.read_table(corpus)["text"].to_pylist()
-    texts = texts[:: max(1, len(texts) // documents)][:documents]
+    texts = [text[:characters] for text in texts[:: max(1, len(texts) // documents)][:documents]]
     python = Engine(Bundle.open(bundle), device="cpu", variant=variant)
     expected = python.score(texts)
     n_tokens = int(expected.n_tokens.sum())

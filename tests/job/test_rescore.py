@@ -110,7 +110,7 @@ def test_other_heads_take_the_place_of_the_old_ones(engine, other, tmp_path):
 
 
 def test_a_file_of_many_chunks_comes_out_whole_and_in_order(engine, other, tmp_path, monkeypatch):
-    monkeypatch.setattr(rescore, "CHUNK_ROWS", 15)
+    monkeypatch.setattr(rescore, "WHOLE_ROWS", 15)
     texts = [None if i % 7 in (3, 4) else f"text number {i}" for i in range(83)]
     path = write(tmp_path / "a.parquet", pa.array(texts), 11, id=range(83))
     rescored(other, tmp_path / "out", stored(engine.bundle, tmp_path / "vectors", path, chunk_rows=20))
@@ -249,7 +249,7 @@ def test_the_vectors_are_not_overwritten(other, vectors):
 
 
 def test_a_run_that_is_stopped_goes_on(other, vectors, tmp_path, monkeypatch):
-    monkeypatch.setattr(rescore, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(rescore, "WHOLE_ROWS", 3)
     stop = threading.Event()
     work = rescore.prepare_rescoring(Job((str(vectors),), tmp_path / "out"), other)
     worker = rescore.Rescoring(other, work.claim).open(dict(enumerate(work.targets)), stop, lambda *_: None, print)
