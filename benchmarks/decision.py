@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from benchmarks.table import Row, write_result
+from benchmarks.table import Row, peak_memory_mib, write_result
 from jql_engine.decision.cut import Sources, cut
 from jql_engine.decision.result import Request
 
@@ -122,9 +122,7 @@ def _run(result: multiprocessing.connection.Connection, case: Measured, folder: 
     began, cpu = time.perf_counter(), time.process_time()
     kept = case(folder)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    # Not ru_maxrss: a spawned process inherits its parent's.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    result.send((seconds, cpu, kept, int(status.partition("VmHWM:")[2].split()[0]) // 1024))
+    result.send((seconds, cpu, kept, peak_memory_mib()))
 
 
 def _check_same(rows: list[DecisionRow]) -> None:

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from benchmarks.table import Row, print_rows, write_result
+from benchmarks.table import Row, peak_memory_mib, print_rows, write_result
 from benchmarks.throughput import ZeroSession, run_job
 from jql_engine.bundle import Bundle
 from jql_engine.job.plan import Job
@@ -85,10 +85,7 @@ def _job(result: multiprocessing.connection.Connection, bundle: Path, source: Pa
     with tempfile.TemporaryDirectory() as folder:
         job = Job((str(source),), Path(folder, "scores"))
         meter = run_job(job, opened, ZeroSession(opened), Tokenizer.of(opened), "cuda")
-    # Not ru_maxrss: a spawned process inherits its parent's.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    peak = int(status.partition("VmHWM:")[2].split()[0]) // 1024
-    result.send((meter.documents, meter.tokens, meter.seconds, peak, meter.shares()))
+    result.send((meter.documents, meter.tokens, meter.seconds, peak_memory_mib(), meter.shares()))
 
 
 def _max_tokens(bundle: Path) -> int:

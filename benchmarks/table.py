@@ -145,6 +145,12 @@ def write_result(
     return file
 
 
+def peak_memory_mib() -> int:
+    """The most that this process has held; not ru_maxrss, in which a process inherits what its parent held."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+
+
 def _machine() -> dict[str, object]:
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     fields = dict(line.split(":", 1) for line in info.split("\n\n")[0].splitlines() if ":" in line)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -29,7 +28,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.table import Row, write_result
+from benchmarks.table import Row, peak_memory_mib, write_result
 
 LENGTHS = (1024, 8192)
 SHAPES = {
@@ -119,7 +118,7 @@ def peak_memory(graph: Graph, length: int) -> int:
 
 def _peak(graph: Graph, length: int) -> int:
     opened(graph)(_document(length))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    return peak_memory_mib()
 
 
 def time_in_turn(graphs: dict[Graph, list[Row]], rounds: int) -> None:

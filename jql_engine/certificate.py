@@ -16,7 +16,10 @@ from jql_engine.fields import decode
 CERTIFICATE = "certificate.json"
 FORMAT = 1
 CUT = 0.6  # the quantile, of every head, at which documents are kept or not
-HOW = "make one with jql-export --certify CORPUS --bundle BUNDLE and the encoder and heads that it was made of"
+HOW = (
+    "make one with jql-export --certify CORPUS --bundle BUNDLE --encoder E --head NAME=FILE ..., the encoder and heads "
+    "that it was made of"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Certificate:
         return (
             f"of {self.documents:,} documents {worst.share:.3%} change sides by {worst.what}, up to {worst.upper:.3%} "
             f"with 95 % confidence, allowed are {max_flips:.3%}"
+            + ("; certify more --documents, or allow more" if worst.share <= max_flips else "")
         )
 
 

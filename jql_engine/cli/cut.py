@@ -35,8 +35,15 @@ def cut(
         str | None,
         typer.Option(help="Folder or URL of the kept rows, with all columns, in order.", rich_help_panel=OUTPUT),
     ] = None,
-    overwrite: options.Overwrite = False,
-    assume_unchanged: options.AssumeUnchanged = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Start over: remove the kept rows that are there, and copy them again.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    assume_unchanged: options.SameCorpus = False,
     quantile: Annotated[
         float | None, typer.Option(help="Quantile of each head in its group: 0.6 in the paper.", rich_help_panel=AMOUNT)
     ] = None,
@@ -63,7 +70,9 @@ def cut(
         list[str] | None,
         typer.Option(help="Score column, to be repeated; by default those that jql-run wrote.", rich_help_panel=INPUT),
     ] = None,
-    workers: options.Workers = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that copy rows; by default one.", rich_help_panel=OUTPUT)
+    ] = None,
     metrics: options.Metrics = None,
     retry_minutes: options.RetryMinutes = 10.0,  # noqa: ARG001
     version: options.Version = False,  # noqa: ARG001

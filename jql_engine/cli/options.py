@@ -54,6 +54,14 @@ AssumeUnchanged = Annotated[
         rich_help_panel=INPUT,
     ),
 ]
+SameCorpus = Annotated[
+    bool,
+    typer.Option(
+        "--assume-unchanged",
+        help="The corpus was copied since it was scored, and its rows are the same.",
+        rich_help_panel=INPUT,
+    ),
+]
 RetryMinutes = Annotated[
     float,
     typer.Option(

@@ -37,14 +37,7 @@ def run(
         ),
     ] = None,
     text_column: Annotated[str, typer.Option(help="Text column of the corpus.", rich_help_panel=INPUT)] = "text",
-    assume_unchanged: Annotated[
-        bool,
-        typer.Option(
-            "--assume-unchanged",
-            help="The corpus was copied since it was scored, and its rows are the same.",
-            rich_help_panel=INPUT,
-        ),
-    ] = False,
+    assume_unchanged: options.SameCorpus = False,
     metrics: Annotated[
         Path | None,
         typer.Option(help="What jql-run --metrics wrote: speed and bottleneck over time.", rich_help_panel=INPUT),

@@ -97,6 +97,7 @@ def announce(decision: Decision) -> None:
         )
     if target is not None and target.excess:
         say(
-            f"jql-cut: {target.excess:,} {target.unit} more are kept than the {target.asked:,} asked for: a document "
-            "is kept whole, and together with those of the same scores"
+            f"jql-cut: {target.excess:,} {target.unit} more are kept than the {target.asked:,} asked for: every "
+            "threshold is a document's score, those of all groups and heads move together, and equal scores are kept "
+            "together"
         )

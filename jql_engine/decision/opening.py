@@ -21,6 +21,7 @@ from jql_engine.files.output import METADATA_KEY, shown
 from jql_engine.files.parquet import describe_whole
 from jql_engine.files.retries import retry
 from jql_engine.job.apart import in_threads
+from jql_engine.printing import say
 
 # Settings that differ between the files of one job: the source's, and how many rows of the last file were scored.
 OF_ONE_FILE = {"source_bytes", "source_version", "limit", "rescored_from"}
@@ -49,6 +50,8 @@ def open_scores(
     for one in looked:
         _check_one_job(first, one)
     settings = json.loads(first.settings)
+    if group_column is None and (known := settings.get("group_column")):
+        say(f"jql: the scores know the groups of {known!r}; without --group-column {known} all documents are one group")
     scores = tuple(columns) or tuple(score_column(head) for head in _heads(first, settings))
     heads = tuple(name.removeprefix("score_") for name in scores)
     if len(set(heads)) < len(heads):

@@ -255,7 +255,8 @@ def check_settings(target: Location, settings: Settings) -> None:
         key = different[0]
         raise OutputError(
             f"{target} exists and was computed with other settings: {shown(key, found.get(key))} then, "
-            f"{shown(key, settings.get(key))} now; choose another --out, or give --overwrite"
+            f"{shown(key, settings.get(key))} now; give it again as it was then, choose another --out, or "
+            "start over with --overwrite"
         )
 
 

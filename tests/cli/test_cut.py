@@ -69,8 +69,8 @@ def test_what_is_not_expected_is_said_aloud(jql_cut, scores, tmp_path):
         "jql-cut: 100 of 5,000 documents are dropped: a score is null (100), NaN (0) or infinite (0)",
         "jql-cut: 1 of 2 groups have fewer than 1,000 documents with scores, and take the thresholds of all groups: "
         "'zu'",
-        f"jql-cut: {target['excess']:,} documents more are kept than the 980 asked for: a document is kept whole, "
-        "and together with those of the same scores",
+        f"jql-cut: {target['excess']:,} documents more are kept than the 980 asked for: every threshold is a "
+        "document's score, those of all groups and heads move together, and equal scores are kept together",
     ]
 
 

@@ -27,7 +27,7 @@ from jql_engine.decision.scores import ScoreFiles
 from jql_engine.decision.written import write_json, write_text
 from jql_engine.errors import BundleError
 from jql_engine.files.location import locate
-from jql_engine.printing import redact
+from jql_engine.printing import redact, say
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,11 @@ def report(
     if html is not None:
         write_text(locate(html), report_page(figures))
     whole = figures.whole
+    if n_pooled := sum(part.is_pooled for part in figures.groups):
+        say(
+            f"jql-report: {n_pooled:,} of the {len(figures.groups):,} groups listed have fewer than {min_group:,} "
+            "documents with scores, and take the thresholds of all groups; see --min-group"
+        )
     return {
         "documents": whole.documents,
         "scored": whole.scored,
