@@ -63,6 +63,14 @@ def export(folder: Path, *readouts, out: Path, variants=("cpu-fp32",), **options
     return export_bundle(Checkpoint(folder, folder.name, None), readouts, out, variants=variants, **options)
 
 
+def with_config(source: Path, folder: Path, changes: dict[str, object]) -> Path:
+    """A copy of a checkpoint with other fields in config.json."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def logits(folder: Path, texts: list[str]) -> np.ndarray:
     """By transformers alone, tokenizer included, one document at a time."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -208,9 +216,7 @@ def test_a_head_beside_a_classifier_does_not_take_over_its_pooling(classifiers, 
 
 @pytest.mark.parametrize("labels", [{"id2label": None, "num_labels": 3}, {"id2label": {}, "num_labels": 3}])
 def test_labels_that_are_not_named_are_numbered(classifiers, tmp_path, labels):
-    folder = Path(shutil.copytree(classifiers["bert", 3], tmp_path / "bert"))
-    config = json.loads((folder / "config.json").read_text()) | labels
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = with_config(classifiers["bert", 3], tmp_path / "bert", labels)
     assert read_classifier("x", folder).outputs == ("x_LABEL_0", "x_LABEL_1", "x_LABEL_2")
 
 
@@ -237,9 +243,7 @@ def test_layer_norms_may_have_the_names_of_berts_time(classifiers, tmp_path):
     ],
 )
 def test_a_config_that_fits_no_model_is_an_error_of_one_line(classifiers, tmp_path, changes, message):
-    folder = Path(shutil.copytree(classifiers["bert", 1], tmp_path / "bert"))
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = with_config(classifiers["bert", 1], tmp_path / "bert", changes)
     with pytest.raises(CheckpointError) as caught:
         export(folder, read_classifier("a", folder), out=tmp_path / "out")
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -282,9 +286,7 @@ def test_another_tokenizer_by_transformers_is_reported(classifiers, tmp_path):
     ],
 )
 def test_what_is_no_known_classifier_is_named(classifiers, tmp_path, changes, message):
-    folder = Path(shutil.copytree(classifiers["bert", 3], tmp_path / "bert"))
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = with_config(classifiers["bert", 3], tmp_path / "bert", changes)
     with pytest.raises(HeadError) as caught:
         read_classifier("x", folder)
     assert message in str(caught.value)
