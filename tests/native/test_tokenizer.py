@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import resource
 from pathlib import Path
@@ -233,6 +234,22 @@ def test_another_kind_of_tokenizer_leaves_ids(library, xlmr, tmp_path, where, va
         with pytest.raises(JqlError, match="JQL_UNSUPPORTED"):
             engine.score(["text"])
         assert np.isfinite(engine.score_tokens([0, 5, 2], [0, 3])).all()
+
+
+def test_a_character_that_becomes_a_long_text_is_refused(library, xlmr, tmp_path):
+    """Each character of a text could become megabytes, and opening would look each of them up a million times."""
+    bundle = copy_of(xlmr, tmp_path / "bundle")
+    fields = json.loads((bundle / "tokenizer.json").read_text())
+    steps = fields["normalizer"].get("normalizers", [fields["normalizer"]])
+    (step,) = [one for one in steps if one["type"] == "Precompiled"]
+    charsmap = base64.b64decode(step["precompiled_charsmap"]) + b"a" * 1025 + b"\0"
+    step["precompiled_charsmap"] = base64.b64encode(charsmap).decode()
+    replace_file(bundle, "tokenizer.json", json.dumps(fields).encode())
+    with (
+        NativeEngine(bundle, library) as engine,
+        pytest.raises(JqlError, match=r"JQL_UNSUPPORTED: .*precompiled_charsmap has a value of over 1,024 bytes"),
+    ):
+        engine.tokenize("text")
 
 
 def test_a_vocabulary_with_a_gap_has_ids_up_to_its_largest(library, xlmr, tmp_path):
