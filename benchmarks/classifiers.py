@@ -6,8 +6,8 @@ memory:
 
     reference   transformers' own class, fp32: one document at a time, and longest first in padded batches of 8
     engine      the bundle's graphs, texts to logits
-    peer        optimum-intel's OpenVINO model, the one behind sentence-transformers' backend, in the same two ways; it
-                computes in bf16 unasked where the CPU has it. Only with --python, and where it can export the family
+    peer        sentence-transformers' CrossEncoder with its OpenVINO backend, in the same two ways; it computes in bf16
+                unasked where the CPU has it. Only with --python, and where optimum-intel can export the family
 
 Correctness, on `--documents` real texts, joined or cut to lengths of 1 to the most tokens, four of each length so that
 batches hold several: ids equal to AutoTokenizer's, largest difference of the logits to transformers one at a time, and
@@ -115,7 +115,7 @@ def main(
     family: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")],
     corpus: Annotated[Path, typer.Option(help="Parquet with a column `text`.")],
     work: Annotated[Path, typer.Option(help="Folder for checkpoint, bundle and logits; what is there is used again.")],
-    python: Annotated[Path | None, typer.Option(help="Python of the environment with optimum-intel.")] = None,
+    python: Annotated[Path | None, typer.Option(help="Python of the environment with sentence-transformers.")] = None,
     vocabulary: Annotated[Path | None, typer.Option(help="Folder of a tokenizer to use.")] = None,
     documents: Annotated[int, typer.Option(help="To check.")] = 200,
     usual: Annotated[int, typer.Option(help="Most tokens of all documents but 2 %.")] = 1_500,
@@ -144,7 +144,8 @@ def main(
     for row in rows:
         row.finish()
     print_rows(rows)
-    peers = package_versions(python, ("transformers", "optimum-intel", "openvino")) if python else {}
+    packages = ("sentence-transformers", "transformers", "optimum-intel", "openvino")
+    peers = package_versions(python, packages) if python else {}
     print(write_result(f"classifiers-{family}", rows, settings | {"peers": peers}))
 
 
@@ -201,9 +202,9 @@ def _cases(model: Path, bundle: Bundle, python: Path | None, few: Sample) -> lis
         cases.append(Case(row, Process(here, variant, bundle.path, longest), 0))
     if python is not None and _exported(python, model):
         loaded = Process(python, "openvino", model, longest)
-        cases += [
-            Case(Row("peer", f"optimum-intel, {way}", "openvino", n_docs, n_tokens), loaded, size) for size, way in ways
-        ]
+        for size, way in ways:
+            row = Row("peer", f"sentence-transformers, {way}", "openvino", n_docs, n_tokens)
+            cases.append(Case(row, loaded, size))
     return cases
 
 

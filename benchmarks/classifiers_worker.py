@@ -3,8 +3,8 @@
     python classifiers_worker.py HOW MODEL MAX_TOKENS
     python classifiers_worker.py openvino-export MODEL OUT
 
-HOW: `transformers`; `openvino`, optimum-intel's model, which sentence-transformers' backend and pipelines load, of what
-`openvino-export` wrote; or the name of a variant of the bundle MODEL. A job is a line of JSON: {"texts": [...],
+HOW: `transformers`; `openvino`, sentence-transformers' CrossEncoder with its OpenVINO backend on what `openvino-export`
+wrote to MODEL/openvino; or the name of a variant of the bundle MODEL. A job is a line of JSON: {"texts": [...],
 "batch_size": n, "out": file.npy}, where 0 leaves the batches to the model; the answer is the seconds, tokenizing
 included, and the peak of the resident memory in MiB. Runs in environments without this repository, so it is imported
 only for a bundle.
@@ -28,7 +28,7 @@ def main() -> None:
     how, model, last = sys.argv[1:]
     answers, sys.stdout = sys.stdout, sys.stderr  # the libraries print
     if how == "openvino-export":
-        _openvino(model, export=True).save_pretrained(last)
+        _export(model, last)
         return
     score = {"transformers": _with_torch, "openvino": _with_openvino}.get(how, lambda *a: _with_bundle(how, *a))(
         model, int(last)
@@ -68,41 +68,49 @@ def _with_torch(folder: str, max_tokens: int) -> Score:
 
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     model.requires_grad_(False)
-    return _padded(model, AutoTokenizer.from_pretrained(folder), max_tokens)
-
-
-def _with_openvino(folder: str, max_tokens: int) -> Score:
-    from transformers import PreTrainedTokenizerFast
-
-    # The file as it is: the name of its class may be one that an older transformers does not know.
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json")
-    config = json.loads(Path(folder, "tokenizer_config.json").read_text())
-    tokenizer.pad_token = config["pad_token"]
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    return _padded(_openvino(f"{folder}/openvino"), tokenizer, max_tokens)
-
-
-def _openvino(folder: str, export: bool = False) -> object:
-    from optimum.intel import OVModelForSequenceClassification
-
-    return OVModelForSequenceClassification.from_pretrained(folder, export=export, device="CPU")
-
-
-def _padded(model: Callable[..., object], tokenizer: Callable[..., object], max_tokens: int) -> Score:
-    """Longest first, padded to the longest of a batch, as most loops do; a batch of one has no padding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def score(texts: list[str], batch_size: int) -> np.ndarray:
         ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
-        order = sorted(range(len(texts)), key=lambda i: -len(ids[i]))
-        logits: list[np.ndarray] = [np.empty(0)] * len(texts)
-        for begin in range(0, len(order), batch_size):
-            rows = order[begin : begin + batch_size]
+
+        def logits(rows: list[int]) -> np.ndarray:
             batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
-            for i, found in zip(rows, np.asarray(model(**batch).logits, np.float32), strict=True):
-                logits[i] = found
-        return np.stack(logits)
+            return np.asarray(model(**batch).logits)
+
+        return _in_batches(list(map(len, ids)), batch_size, logits)
 
     return score
+
+
+def _export(folder: str, out: str) -> None:
+    from optimum.intel import OVModelForSequenceClassification
+
+    OVModelForSequenceClassification.from_pretrained(folder, export=True, device="CPU").save_pretrained(out)
+
+
+def _with_openvino(folder: str, max_tokens: int) -> Score:
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(
+        folder, backend="openvino", device="cpu", max_length=max_tokens, activation_fn=torch.nn.Identity()
+    )
+
+    # What its `predict` does, which takes pairs of texts only.
+    def score(texts: list[str], batch_size: int) -> np.ndarray:
+        def logits(rows: list[int]) -> np.ndarray:
+            return np.asarray(model(model.preprocess([texts[i] for i in rows]))["scores"], np.float32)
+
+        return _in_batches(list(map(len, texts)), batch_size, logits)
+
+    return score
+
+
+def _in_batches(lengths: list[int], batch_size: int, logits: Callable[[list[int]], np.ndarray]) -> np.ndarray:
+    """Longest first, padded to the longest of a batch, as most loops do; a batch of one has no padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    found = np.concatenate([logits(order[begin : begin + batch_size]) for begin in range(0, len(order), batch_size)])
+    return found[np.argsort(order)]
 
 
 if __name__ == "__main__":
