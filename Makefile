@@ -43,9 +43,12 @@ wheel: $(VENV)/.installed
 native: $(VENV)/.installed-dev
 	PYTHON=$(abspath $(bin))/python native/build.sh
 
-# libjql below valgrind and the sanitizers, and SECONDS of each fuzzer: see native/check.sh.
+# libjql with the oldest ONNX Runtime that it takes, below valgrind and the sanitizers, and SECONDS of each fuzzer: see
+# native/check.sh.
 SECONDS ?= 10
 native-check: native
+	$(bin)/python -m pip install --quiet --upgrade --no-deps --target build/oldest 'onnxruntime==1.24.1'
+	JQL_ONNXRUNTIME=build/oldest/onnxruntime $(bin)/python -m pytest tests/native/test_engine.py tests/native/test_errors.py
 	$(bin)/python examples/demo.py > /dev/null
 	PYTHON=$(abspath $(bin))/python native/check.sh .demo/bundle \
 		$$($(bin)/python -c 'from tests.native.binding import package_file as f; print(f("onnxruntime", "capi/libonnxruntime.so.*"))') \

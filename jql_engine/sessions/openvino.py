@@ -7,6 +7,9 @@ import importlib.util
 import os
 import threading
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import DeviceError
@@ -65,10 +68,30 @@ class OpenVinoSession:
         self._compiled = openvino.Core().compile_model(str(bundle.graph(variant)), "CPU", settings)
         self._request = self._compiled.create_infer_request()
         self._running = threading.Lock()  # a request holds its tensors
+        self._failed = False  # then its graph is in no known state: it may give wrong scores without an error
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; see Session."""
         ids, _ = batch.rectangle(self._pad_id)
         with self._running:
-            found = self._request.infer({"input_ids": ids})
-            return BatchOutput(found["scores"].copy(), found["embedding"].copy())
+            if self._failed:
+                raise DeviceError(
+                    f"variant {self.variant}: OpenVINO has failed on an earlier batch, and its graph is in no known "
+                    "state; open the engine again"
+                )
+            self._infer(ids)
+            scores, embeddings = (self._request.get_tensor(name).data.copy() for name in ("scores", "embedding"))
+        return BatchOutput(scores, embeddings)
+
+    def _infer(self, ids: NDArray[np.int64]) -> None:
+        # Not infer(): with one thread it swallows every exception, and the outputs are those of the call before
+        # (2026.4).
+        self._failed = True
+        try:
+            self._request.start_async({"input_ids": ids})
+            self._request.wait()
+        except KeyboardInterrupt:
+            self._request.wait()  # what was begun goes on
+            self._failed = False
+            raise
+        self._failed = False

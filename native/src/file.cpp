@@ -46,7 +46,9 @@ class OpenFile {
   }
 
   [[noreturn]] void fail() const {
-    throw invalid_bundle(path_ + " cannot be read: " + std::error_code(errno, std::generic_category()).message());
+    const int code = errno;  // before anything else sets it
+    std::string sentence = path_ + " cannot be read: " + std::error_code(code, std::generic_category()).message();
+    throw Error(code == ENOMEM ? JQL_OUT_OF_MEMORY : JQL_INVALID_BUNDLE, sentence);
   }
 
  private:

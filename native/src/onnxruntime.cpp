@@ -134,10 +134,7 @@ std::vector<float> OnnxRuntimeSession::take(OrtValue* value, int64_t rows, size_
   size_t n_values = 0;
   check(api_.GetTensorElementType(info, &type));
   check(api_.GetTensorShapeElementCount(info, &n_values));
-  if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || n_values != static_cast<size_t>(rows) * width) {
-    throw Error(JQL_RUNTIME_FAILED, std::string("the graph gives another shape or type as ") + name +
-                                        " than the manifest says; export the bundle again");
-  }
+  check_output(name, type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, n_values, static_cast<size_t>(rows) * width);
   std::vector<float> values(n_values);
   void* data = nullptr;
   check(api_.GetTensorMutableData(value, &data));

@@ -13,13 +13,13 @@ namespace jql {
 namespace {
 
 // The functions that are used, each under its own name.
-#define JQL_OPENVINO_FUNCTIONS(_)                                                                         \
-  _(core_create)                                                                                          \
-  _(core_free) _(core_get_property) _(core_compile_model_from_file) _(compiled_model_free)                \
-      _(compiled_model_create_infer_request) _(infer_request_set_tensor) _(infer_request_infer)           \
-          _(infer_request_get_tensor) _(infer_request_free) _(shape_create) _(shape_free)                 \
-              _(tensor_create_from_host_ptr) _(tensor_get_size) _(tensor_get_element_type) _(tensor_data) \
-                  _(tensor_free) _(free) _(get_error_info) _(get_last_err_msg)
+#define JQL_OPENVINO_FUNCTIONS(_)                                                                       \
+  _(core_create)                                                                                        \
+  _(core_free) _(core_get_property) _(core_compile_model_from_file) _(compiled_model_free)              \
+      _(compiled_model_create_infer_request) _(infer_request_set_tensor) _(infer_request_start_async)   \
+          _(infer_request_wait) _(infer_request_get_tensor) _(infer_request_free) _(shape_create)       \
+              _(shape_free) _(tensor_create_from_host_ptr) _(tensor_get_size) _(tensor_get_element_type) \
+                  _(tensor_data) _(tensor_free) _(free) _(get_error_info) _(get_last_err_msg)
 
 struct Functions {
 #define JQL_DECLARE(name) decltype(&ov_##name) name = nullptr;
@@ -53,7 +53,8 @@ class OpenVinoSession : public Session {
   Owned<ov_core_t> core_;
   Owned<ov_compiled_model_t> model_;
   Owned<ov_infer_request_t> request_;
-  std::mutex running_;  // a request holds its tensors
+  std::mutex running_;   // a request holds its tensors
+  bool failed_ = false;  // then its graph is in no known state: it may give wrong scores without an error
   bool takes_mask_;
   size_t n_heads_, hidden_size_;
 };
@@ -132,10 +133,7 @@ std::vector<float> OpenVinoSession::take(const char* name, int64_t rows, size_t 
   size_t n_values = 0;
   check(ov_.tensor_get_element_type(tensor, &type));
   check(ov_.tensor_get_size(tensor, &n_values));
-  if (type != F32 || n_values != static_cast<size_t>(rows) * width) {
-    throw Error(JQL_RUNTIME_FAILED, std::string("the graph gives another shape or type as ") + name +
-                                        " than the manifest says; export the bundle again");
-  }
+  check_output(name, type == F32, n_values, static_cast<size_t>(rows) * width);
   std::vector<float> values(n_values);
   void* data = nullptr;
   check(ov_.tensor_data(tensor, &data));
@@ -148,7 +146,16 @@ Output OpenVinoSession::run(const Batch& batch) {
   const std::vector<int64_t> ones(takes_mask_ ? batch.ids.size() : 0, 1);
   set("input_ids", batch.ids, batch);
   if (takes_mask_) set("attention_mask", ones, batch);
-  check(ov_.infer_request_infer(request_.get()));
+  if (failed_) {
+    throw Error(JQL_RUNTIME_FAILED, "OpenVINO has failed in an earlier call, and its graph is in no known state; "
+                                    "open the engine again");
+  }
+  failed_ = true;
+  // Not ov_infer_request_infer: with one thread it swallows every exception, and the outputs are those of the call
+  // before (2026.4).
+  check(ov_.infer_request_start_async(request_.get()));
+  check(ov_.infer_request_wait(request_.get()));
+  failed_ = false;
   return {take("scores", batch.n_docs, n_heads_), take("embedding", batch.n_docs, hidden_size_)};
 }
 

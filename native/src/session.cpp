@@ -19,4 +19,11 @@ std::unique_ptr<Session> open_session(const SessionRequest& request) {
                     ": it knows cpu, any and openvino");
 }
 
+void check_output(const char* name, bool is_float32, size_t n_values, size_t expected) {
+  if (is_float32 && n_values == expected) return;
+  throw Error(JQL_RUNTIME_FAILED, std::string("the graph gives ") + std::to_string(n_values) + " values of " +
+                                      (is_float32 ? "float32" : "another type") + " as " + name + ", expected " +
+                                      std::to_string(expected) + " of float32; export the bundle again");
+}
+
 }  // namespace jql

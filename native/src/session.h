@@ -38,6 +38,9 @@ struct SessionRequest {
   const jql_options& options;
 };
 
+// Checks what a graph gives as `name`, of which the manifest says how many values there are; throws Error.
+void check_output(const char* name, bool is_float32, size_t n_values, size_t expected);
+
 // Throws Error: JQL_UNSUPPORTED, JQL_NO_RUNTIME, JQL_RUNTIME_FAILED.
 std::unique_ptr<Session> open_session(const SessionRequest& request);
 std::unique_ptr<Session> open_onnxruntime(const SessionRequest& request);

@@ -79,6 +79,13 @@ def load(path: Path | None = None) -> ctypes.CDLL:
     return library
 
 
+def onnxruntime_path() -> Path:
+    """The library in the folder $JQL_ONNXRUNTIME, for another release than the one installed."""
+    folder = os.environ.get("JQL_ONNXRUNTIME")
+    pattern = "capi/libonnxruntime.so.*"
+    return next(Path(folder).glob(pattern)) if folder else package_file("onnxruntime", pattern)
+
+
 def package_file(package: str, pattern: str) -> Path:
     """A shared library that a Python package brings along."""
     spec = importlib.util.find_spec(package)
@@ -105,7 +112,7 @@ class NativeEngine:
         self._engine = c_void_p()
         given = {
             "variant": None, "threads": 0, "verify": 1, "certify": 1,
-            "onnxruntime": str(package_file("onnxruntime", "capi/libonnxruntime.so.*")),
+            "onnxruntime": str(onnxruntime_path()),
             "openvino": str(package_file("openvino", "libs/libopenvino_c.so*")),
         } | options  # fmt: skip
         encoded = {name: value.encode() if isinstance(value, str) else value for name, value in given.items()}

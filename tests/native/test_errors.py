@@ -13,7 +13,7 @@ import pytest
 
 from jql_engine.bundle import MANIFEST
 from tests.native.binding import ROOT, JqlError, NativeEngine, Options, package_file
-from tests.native.conftest import copy_of, needs_openvino, replace_file
+from tests.native.conftest import VARIANTS, copy_of, needs_openvino, replace_file
 
 
 @pytest.fixture
@@ -297,3 +297,45 @@ def test_texts_are_looked_at_before_the_first_is_computed(native):
     arguments = (native._engine, texts, None, 2, scores, None, None, None)
     assert native.library.jql_score_texts(*arguments, error, 512) == 3
     assert b"text 1 is not UTF-8 at byte 4" in error.value and scores[0] == 7.0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("opened", [False, True])
+def test_without_memory_there_is_an_error_and_no_score(library, xlmr, variant, opened):
+    """At every step of opening and of scoring where there is no more."""
+    if "JQL_LIBRARY" in os.environ:
+        pytest.skip("a sanitizer needs the address space")
+    lines = []
+    for extra in (0, 1, 4, 16, 64):
+        arguments = [sys.executable, "-c", LIMITED, xlmr.path, variant, str(extra << 20), str(int(opened))]
+        found = subprocess.run(arguments, check=False, capture_output=True, text=True, cwd=ROOT)
+        assert found.returncode == 0, found.stderr
+        lines += found.stdout.splitlines()
+    assert set(lines) <= {"right", "JQL_OUT_OF_MEMORY", "JQL_RUNTIME_FAILED"}, lines
+    assert lines[0] != "right"
+
+
+LIMITED = """
+import os, resource, sys
+from pathlib import Path
+import numpy as np
+from tests.native.binding import JqlError, NativeEngine
+path, variant, extra, opened = sys.argv[1:]
+open_engine = lambda: NativeEngine(path, variant=variant, threads=1)
+texts = [f"Water boils at {i} degrees, on a mountain at fewer. " * 20 for i in range(64)]
+with open_engine() as engine:
+    expected = engine.score(texts).values
+if int(opened):
+    engine = open_engine()
+size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+resource.setrlimit(resource.RLIMIT_AS, (size + int(extra), -1))
+for _ in range(2):
+    try:
+        engine = engine if int(opened) else open_engine()
+        print("right" if np.abs(engine.score(texts).values - expected).max() < 1e-5 else "wrong")
+    except JqlError as error:
+        assert error.sentence
+        print(error.status)
+    except MemoryError:  # of Python
+        print("JQL_OUT_OF_MEMORY")
+"""

@@ -152,7 +152,7 @@ class TestChoice:
         monkeypatch.setattr(session_file.importlib.util, "find_spec", without)
         assert choose(bundle, "auto").variant == "cpu-fp32"
         only = replace(bundle, manifest=replace(bundle.manifest, variants={FP32: bundle.manifest.variants[FP32]}))
-        with pytest.raises(BundleError, match=rf"no variant that runs on cpu \({FP32}: the package openvino is not"):
+        with pytest.raises(BundleError, match=rf"can be taken on cpu \({FP32}: the package openvino is not"):
             choose(only, "auto")
         with pytest.raises(DeviceError, match=r"variant openvino-fp32: .*pip install 'jql-engine\[openvino\]'"):
             Engine(bundle.path, variant=FP32)
@@ -220,3 +220,64 @@ def test_a_session_that_computes_something_else_is_refused_when_it_is_opened(bun
     for variant in ("cpu-fp32", FP32):
         with pytest.raises(ParityError, match=f"variant {variant} is out of tolerance: score differs by 1.00e-02"):
             Engine(copy, variant=variant)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_without_memory_there_is_an_error_and_no_score(bundle, tmp_path, threads):
+    """With one thread OpenVINO's own infer() says nothing, and gives the scores of the call before."""
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED)
+    found = subprocess.run(
+        [sys.executable, script, bundle.path, str(threads)], check=False, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    first, second = found.stdout.splitlines()
+    assert first.startswith("RuntimeError"), first
+    assert second.startswith("DeviceError") and "open the engine again" in second, second
+
+
+def test_an_interrupted_batch_leaves_the_session_as_it_was(bundle, monkeypatch):
+    """Ctrl-C is seen once the batch is done: its request goes on meanwhile."""
+    engine = Engine(bundle, "cpu", FP32)
+    expected = engine.score(TEXTS).values
+    session = engine.session
+
+    class Interrupted:
+        def __init__(self, request):
+            self.request, self.n_waits = request, 0
+
+        def __getattr__(self, name):
+            return getattr(self.request, name)
+
+        def wait(self):
+            self.request.wait()
+            self.n_waits += 1
+            if self.n_waits == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "_request", Interrupted(session._request))
+    with pytest.raises(KeyboardInterrupt):
+        engine.score(TEXTS)
+    np.testing.assert_array_equal(engine.score(TEXTS).values, expected)
+
+
+LIMITED = """
+import os, resource, sys
+from pathlib import Path
+import numpy as np
+from jql_engine import Engine
+from jql_engine.data import TokenBatch
+engine = Engine(Path(sys.argv[1]), "cpu", "openvino-fp32", threads=int(sys.argv[2]))
+def score(n):
+    return engine.score_tokens(
+        TokenBatch(np.arange(n), np.full(n * 32, 7, np.int32), np.arange(n + 1) * 32, np.zeros(n, bool))
+    )
+score(1)
+size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+resource.setrlimit(resource.RLIMIT_AS, (size, -1))
+for n in (32, 1):
+    try:
+        print("scores", score(n).values[0])
+    except Exception as error:
+        print(type(error).__name__, str(error).replace(chr(10), " "))
+"""
