@@ -12,7 +12,7 @@ import typer
 
 from jql_engine.errors import EngineError
 from jql_engine.template import Template
-from jql_export.defaults import EDU_REPOSITORY, SNOWFLAKE
+from jql_export.defaults import EDU_HEADS, EDU_REPOSITORY, SNOWFLAKE
 
 if TYPE_CHECKING:
     from jql_engine.bundle import Bundle, EngineKey
@@ -154,6 +154,8 @@ def export(
     def build(bundle: Bundle) -> dict[str, EngineKey]:
         return dict(build_ahead(bundle, TENSORRT, wanted, library or RTX, report) for wanted in compute_capability)
 
+    if certify is not None and bundle is not None:
+        _check_defaults(Bundle.open(bundle), bool(encoder or classifiers), bool(pairs or classifiers or no_heads))
     found = [find_checkpoint(place, None if encoder else revision) for _, place in classifiers]
     heads = [read_head(name, Path(file)) for name, file in pairs] + [
         read_classifier(name, one.directory, activation, one.id if one.revision else None, one.revision)
@@ -216,6 +218,17 @@ def _check_settings(ctx: typer.Context, bundle: Bundle, template: Template | Non
     for name in _given(ctx, list(has)):
         if asked[name] != has[name]:
             raise typer.BadParameter(f"{bundle.path} has {has[name]!r}, not {asked[name]!r}", param_hint=_flag(name))
+
+
+def _check_defaults(bundle: Bundle, encoder_given: bool, heads_given: bool) -> None:
+    """Where the bundle was not made of the defaults, those are not worth a download."""
+    m = bundle.manifest
+    if not encoder_given and m.encoder.id != SNOWFLAKE:
+        raise typer.BadParameter(f"give it: {bundle.path} was made of {m.encoder.id}", param_hint="--encoder")
+    if not m.readouts:
+        raise typer.BadParameter(f"{bundle.path} has no heads: nothing is decided by it", param_hint="--bundle")
+    if not heads_given and (names := [one.name for one in m.readouts]) != list(EDU_HEADS):
+        raise typer.BadParameter(f"give those of {bundle.path}: {', '.join(names)}", param_hint="--head")
 
 
 def _check_heads(encoder: str, given: bool, no_heads: bool, heads_revision: str | None) -> None:

@@ -88,7 +88,7 @@ def cut(
 
     _check_amount(quantile, keep, keep_tokens)
     if out is None and thresholds is None:
-        raise typer.BadParameter("give --thresholds, --out for the kept rows, or both", param_hint="--thresholds")
+        raise typer.BadParameter("say where to: --thresholds FILE, --out FOLDER for the kept rows, or both")
     unused = {"--corpus": corpus, "--overwrite": overwrite, "--assume-unchanged": assume_unchanged,
               "--workers": workers, "--metrics": metrics}  # fmt: skip
     if out is None and (option := next((name for name, value in unused.items() if value), None)):

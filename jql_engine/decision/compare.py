@@ -30,6 +30,12 @@ def compare_files(
     found = compare(read_pair([first], [second], columns, group_column), min_group)
     if lone := found.only_first + found.only_second:
         say(f"jql-compare: {lone:,} documents have scores in one set alone, and are left out")
+    groups = [one for one in found.slices if one.has_group and one.tokens is None]
+    if n_pooled := sum(one.is_pooled for one in groups):
+        say(
+            f"jql-compare: {n_pooled:,} of {len(groups):,} groups have fewer than {min_group:,} documents with scores, "
+            "and are cut at the thresholds of all groups; see --min-group"
+        )
     if json_file is not None:
         write_json(locate(json_file), found.to_json())
     if html is not None:

@@ -76,6 +76,7 @@ class Slice:
     group: str | None  # None: of all groups
     has_group: bool
     tokens: tuple[int, int | None] | None  # least and most tokens; None: of any length
+    is_pooled: bool  # whether a group's documents are judged by the thresholds of all groups together
     documents: int
     differences: tuple[Difference, ...]
     flips: tuple[Flips, ...]
@@ -118,11 +119,11 @@ def compare(paired: Paired, min_group: int = MIN_GROUP) -> Comparison:
         len(chosen.groups),
         int((in_first & ~in_second).sum()),
         int((in_second & ~in_first).sum()),
-        tuple(_slices(chosen, _sides(chosen, min_group))),
+        tuple(_slices(chosen, _sides(chosen, min_group), min_group)),
     )
 
 
-def _slices(paired: Paired, sides: Mapping[Cut, NDArray[np.bool_]]) -> Iterator[Slice]:
+def _slices(paired: Paired, sides: Mapping[Cut, NDArray[np.bool_]], min_group: int) -> Iterator[Slice]:
     """The slices in their order; documents are sorted by group and band once, so that each slice is a part of them."""
     n_bands, names = len(BANDS) + 1, paired.names
     bands = np.searchsorted(BANDS, paired.n_tokens, side="left")
@@ -134,26 +135,30 @@ def _slices(paired: Paired, sides: Mapping[Cut, NDArray[np.bool_]]) -> Iterator[
     limits = [(least + 1, most) for least, most in zip((0, *BANDS), (*BANDS, None), strict=True)]
     ends = np.cumsum(counts.ravel()).reshape(counts.shape)
 
-    def part(group: str | None, has_group: bool, band: int | None, n_flips: NDArray[np.int64], rows: Paired) -> Slice:
+    def part(number: int | None, band: int | None, n_flips: NDArray[np.int64], rows: Paired) -> Slice:
+        group, is_pooled = None, False
+        if number is not None:
+            group, is_pooled = names[number], int(counts[number].sum()) < min_group
         tokens = None if band is None else limits[band]
         found = [_flips(cut, int(n), len(rows.groups)) for cut, n in zip(sides, n_flips, strict=True)]
-        return Slice(group, has_group, tokens, len(rows.groups), _differences(rows), tuple(found))
+        n_docs = len(rows.groups)
+        return Slice(group, number is not None, tokens, is_pooled, n_docs, _differences(rows), tuple(found))
 
-    yield part(None, False, None, flips.sum(axis=(1, 2)), paired)
+    yield part(None, None, flips.sum(axis=(1, 2)), paired)
     in_bands = counts.sum(axis=0)
     for band in _shown(in_bands):
         stop = int(in_bands[: band + 1].sum())
-        yield part(None, False, band, flips[:, :, band].sum(axis=1), by_band.rows(stop - int(in_bands[band]), stop))
+        yield part(None, band, flips[:, :, band].sum(axis=1), by_band.rows(stop - int(in_bands[band]), stop))
     if len(names) == 1:
         return
     for number in sorted(range(len(names)), key=lambda number: (names[number] is None, names[number] or "")):
         stop = int(ends[number, -1])
         rows = by_group.rows(stop - int(counts[number].sum()), stop)
-        yield part(names[number], True, None, flips[:, number].sum(axis=1), rows)
+        yield part(number, None, flips[:, number].sum(axis=1), rows)
         for band in _shown(counts[number]):
             stop = int(ends[number, band])
             rows = by_group.rows(stop - int(counts[number, band]), stop)
-            yield part(names[number], True, band, flips[:, number, band], rows)
+            yield part(number, band, flips[:, number, band], rows)
 
 
 def _shown(counts: NDArray[np.int64]) -> list[int]:

@@ -13,7 +13,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,19 +48,28 @@ class Joined:
 
     files: ScoreFiles
     cut: Cut
-    digest: str  # of the decision: two that differ never mix their rows
+    decided: Mapping[str, Any]  # what names the decision: rows of two that differ are never mixed
     numbers: Mapping[str, int]  # of score files, by name
 
     @classmethod
     def of(cls, decision: Decision, files: ScoreFiles) -> Joined:
         """The decision about `files`, which have been read."""
-        digest = hashlib.sha256(json.dumps(decision.to_json(), sort_keys=True).encode()).hexdigest()
+        asked = {name: value for name, value in asdict(decision.request).items() if value is not None}
+        # What was left out is in the counts.
+        decisive = {name: value for name, value in decision.to_json().items() if name != "unfinished"}
+        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         numbers = {file.source.relative.text: number for number, file in enumerate(files.files)}
-        return cls(files.with_ids(), Cut.of(decision, files), digest, numbers)
+        decided = {**asked, "group_column": decision.group_column, "cut": digest}  # said in this order where it differs
+        return cls(files.with_ids(), Cut.of(decision, files), decided, numbers)
 
     def number_of(self, source: SourceFile) -> int:
         """Of the scores of a corpus file; raises InputError where there are none."""
         if source.relative.text not in self.numbers:
+            if source.relative.text in {one.name for one in self.files.unfinished}:
+                raise InputError(
+                    f"{source.location} has no scores: its job has ended without it; start that again once the "
+                    "file can be read, or leave the file out of --corpus"
+                )
             raise InputError(
                 f"{source.location} has no scores: none of the score files is called {source.relative}; give the "
                 "folder that jql-run scored, and all of its scores"
@@ -82,7 +91,7 @@ def keep_rows(
     _check_all_given(job, joined)
     out = locate(job.out)
     _check_apart(out, joined, scores)
-    claim = Claim(out, {"cut": joined.digest})
+    claim = Claim(out, joined.decided)
     look = partial(_describe_unfinished, joined, job.assume_unchanged, None if job.overwrite else out)
     work = plan(replace(job, chunk_rows=WHOLE_ROWS), claim, look, partial(_target, out, joined), WHOLE_BYTES)
     specs = [Copying(joined, work.claim)] * workers
@@ -136,8 +145,7 @@ def _describe(source: SourceFile) -> InputFile:
 def _settings(joined: Joined, source: SourceFile) -> dict[str, Any]:
     scores = joined.files.files[joined.number_of(source)].source
     return {
-        "cut": joined.digest,
-        "rule": joined.cut.rule,
+        **joined.decided,
         "source_bytes": source.size,
         "source_version": source.version,
         "scores_version": scores.version,

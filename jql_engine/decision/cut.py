@@ -49,11 +49,12 @@ def cut(sources: Sources, request: Request, target: str, copies: Copies | None =
     """
     began = time.monotonic()
     files = open_scores(sources.inputs, sources.columns, sources.group_column)
+    job = None if copies is None else _with_corpus(copies.job, sources, files)  # before minutes of reading
     decision = decide(files, request)
     announce(decision)
     copied: dict[str, Any] = {}
-    if copies is not None:
-        job, joined = _with_corpus(copies.job, sources, files), Joined.of(decision, files)
+    if copies is not None and job is not None:
+        joined = Joined.of(decision, files)
         copied = keep_rows(job, joined, sources.inputs, copies.workers, copies.log, copies.stop)
     write_json(locate(target), decision.to_json())
     return {

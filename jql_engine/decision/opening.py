@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 
 from jql_engine.data import score_column
-from jql_engine.decision.finished import check_finished
 from jql_engine.decision.scores import TOKENS, ScoreFiles
 from jql_engine.errors import InputError
 from jql_engine.files.formats import unreadable
@@ -21,6 +20,8 @@ from jql_engine.files.output import METADATA_KEY, shown
 from jql_engine.files.parquet import describe_whole
 from jql_engine.files.retries import retry
 from jql_engine.job.apart import in_threads
+from jql_engine.job.finished import check_finished
+from jql_engine.job.unfinished import Unfinished
 from jql_engine.printing import say
 
 # Settings that differ between the files of one job: the source's, and how many rows of the last file were scored.
@@ -38,8 +39,9 @@ def open_scores(
     `columns` names the score columns; without it they are those that jql-run wrote. `extra_columns` are read besides.
     Raises InputError.
     """
-    for given in inputs:
-        check_finished(given)
+    unfinished = {one.file: one for given in inputs for one in check_finished(given)}
+    if unfinished:
+        say(f"jql: {_warning(inputs, list(unfinished.values()))}")
     listing = find_files(inputs)
     if listing.refused:
         raise InputError("; ".join(one.reason for one in listing.refused[:3]))
@@ -60,7 +62,16 @@ def open_scores(
     for one in looked:
         _check_columns(one.file, scores, group_column, [*extra_columns, *((TOKENS,) if has_tokens else ())])
     files = tuple(with_shared_schemas([one.file for one in looked]))
-    return ScoreFiles(files, heads, scores, group_column, has_tokens, tuple(extra_columns), settings)
+    return ScoreFiles(
+        files, heads, scores, group_column, has_tokens, tuple(extra_columns), settings, tuple(unfinished.values())
+    )
+
+
+def _warning(inputs: Sequence[str], unfinished: Sequence[Unfinished]) -> str:
+    where, first = ", ".join(inputs[:3]), unfinished[0].reason
+    if len(unfinished) == 1:
+        return f"{where}: an input file has no scores and no part in what follows: {first}"
+    return f"{where}: {len(unfinished):,} input files have no scores and no part in what follows; of the first: {first}"
 
 
 @dataclass(frozen=True, slots=True)

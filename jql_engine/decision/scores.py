@@ -20,6 +20,7 @@ from jql_engine.errors import InputError
 from jql_engine.files.formats import unreadable
 from jql_engine.files.inputs import READ_BYTES, InputFile
 from jql_engine.files.reading import FILES_AHEAD, Cursor
+from jql_engine.job.unfinished import Unfinished
 
 ROWS = 65_536  # of a batch, at most
 MOST_GROUPS = 65_536
@@ -89,6 +90,7 @@ class ScoreFiles:
     has_tokens: bool  # whether there is a column n_tokens
     extra_columns: tuple[str, ...]  # columns read besides
     settings: Mapping[str, Any]  # of the job; empty where jql-run did not write the files
+    unfinished: tuple[Unfinished, ...] = ()  # input files that the job has ended without
     groups: Groups = field(default_factory=Groups)  # that have been read so far
 
     @property

@@ -52,6 +52,7 @@ def decide(files: ScoreFiles, request: Request) -> Decision:
         files.group_column,
         files.score_columns,
         dict(files.settings),
+        tuple(one.file for one in files.unfinished),
         _counts(files, census, kept, slice(None)),
         _groups(population, thresholds, kept),
     )

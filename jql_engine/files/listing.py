@@ -73,6 +73,13 @@ class Pattern:
         """Whether a file `name` that came to `places` is one."""
         return len(self.segments) in places and name.endswith(self.suffixes)
 
+    def matches(self, name: str) -> bool:
+        """Whether a path below the folder that the pattern is for matches it."""
+        places = self.start
+        for segment in name.split("/"):
+            places = self.after(places, segment)
+        return self.accepts(places, name)
+
     def may_hide(self, places: Places, name: str) -> bool:
         """Whether a link `name` to nothing, come to `places`, may have led to a file that matches or to a folder."""
         is_folder = self.leads_on(places) and not FILE_NAME.search(name)

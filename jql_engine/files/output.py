@@ -48,8 +48,8 @@ GROUP_BYTES = 64 << 20
 Kind: TypeAlias = Literal["sidecar", "append", "derived"]
 # Settings that are options of the commands; the others follow from the bundle, the source and what is installed.
 OPTIONS = (
-    "aggregate", "chunk_rows", "embeddings", "group_column", "id_column", "limit", "output", "text_column", "variant",
-    "windows",
+    "aggregate", "chunk_rows", "embeddings", "group_column", "id_column", "keep", "keep_tokens", "limit", "min_group",
+    "output", "quantile", "rule", "text_column", "variant", "weight", "windows",
 )  # fmt: skip
 SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -3,6 +3,7 @@
     OUT/.parts/a/b.parquet/<key>.<start>-<stop>.parquet    rows [start, stop) of the scores of the input a/b.parquet
     OUT/.parts/.<owner>.<host>.<process>.<random>.writing  not complete yet; <owner> stands for what it will be
     OUT/.parts/job.json                                    see jql_engine.job.claim
+    OUT/.parts/*.run                                       see jql_engine.job.unfinished
     OUT/.parts/*.listing, *.done, *.closed                 see jql_engine.job.frozen
 
 A part names the settings that made it: <key> is a hash of them. Files are assembled from parts of one key alone, so

@@ -20,10 +20,8 @@ from jql_engine.files.writing import write
 PROBE = ".jql-run"  # always the same name: where a run is killed beside it, the next one removes it
 
 
-def check_output(out: Location, inputs: Sequence[str], sources: Sequence[SourceFile]) -> None:
-    """Create the folder `out` and make sure that this job may write there; raises OutputError."""
-    for given in inputs:
-        check_apart(out, given)
+def check_output(out: Location, sources: Sequence[SourceFile]) -> None:
+    """Create the folder `out` and make sure that the scores of `sources` may be written there; raises OutputError."""
     for source in sources:
         if source.relative.segments[0] == PARTS:
             raise OutputError(

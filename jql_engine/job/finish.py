@@ -10,14 +10,16 @@ from queue import SimpleQueue
 
 from jql_engine.errors import InputError, PartsError, UnreadableError
 from jql_engine.files.chunks import ChunkDone, Task
+from jql_engine.files.inputs import SourceFile
 from jql_engine.files.location import Location
 from jql_engine.files.output import Target, explained
 from jql_engine.files.parts import Leftovers, find_leftovers
 from jql_engine.files.storage import exists
 from jql_engine.job.apart import Child, CrashError
 from jql_engine.job.claim import Claim
-from jql_engine.job.plan import Unfinished, Work, tidy
+from jql_engine.job.plan import Work, tidy
 from jql_engine.job.progress import Meter, RunLog
+from jql_engine.job.unfinished import Unfinished
 
 ASSEMBLERS = 2  # processes that finish files, each one file at a time
 
@@ -28,6 +30,7 @@ class Outcome:
 
     n_files: int  # finished by this run
     unfinished: list[Unfinished]
+    is_through: bool  # whether there is nothing left that the same command would go on with
 
 
 def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog) -> Outcome:
@@ -44,10 +47,10 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
             _log(log, done, ledger, meter)
             for number in ledger.record(done):
                 assembly.begin(number, work.targets[number])
-            for number, reason in assembly.failures(wait=False):
-                ledger.fail(number, reason)
-        for number, reason in assembly.failures(wait=True):
-            ledger.fail(number, reason)
+            for number, error in assembly.failures(wait=False):
+                ledger.fail(number, error)
+        for number, error in assembly.failures(wait=True):
+            ledger.fail(number, error)
     if work.targets:
         work.claim.check()
         # Again: the workers of a killed run live on for a moment, in which this run had begun already.
@@ -55,17 +58,19 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
         with explained(work.claim.out, "looked at"):
             stale = list(_useless_parts(ledger.done(), leftovers))
         tidy(work.claim.out, [target.file.source for target in work.targets], stale, leftovers)
-    unfinished = [*work.unreadable, *ledger.failed.values()]
+    unfinished = [*work.unreadable, *ledger.failed.values(), *(work.listing.gone if work.listing else ())]
     # A run that was stopped has files that are neither done nor failed. Those that cannot be read are in the next
     # listing as well; they do not keep the others from being made.
-    if work.listing is not None and len(ledger.done()) + len(ledger.failed) == len(work.targets):
+    is_through = len(ledger.done()) + len(ledger.failed) == len(work.targets)
+    if is_through and not ledger.again:
+        work.run_file.end(unfinished)
+    if work.listing is not None and is_through:
         waiting = work.listing.finish()
         if waiting:
             ranks = f"{', '.join(map(str, waiting[:8]))}{', ...' if len(waiting) > 8 else ''}"
             meter.say(f"jql: this rank is through; of {work.listing.rank.world_size}, not yet: {ranks}")
-    unfinished += work.listing.gone if work.listing else []
     unfinished += [Unfinished(str(log.file), log.failure)] if log.failure else []
-    return Outcome(len(ledger.done()), unfinished)
+    return Outcome(len(ledger.done()), unfinished, is_through and not ledger.again)
 
 
 def _useless_parts(done: Sequence[Target], leftovers: Leftovers) -> Iterator[Location]:
@@ -94,9 +99,10 @@ class _Ledger:
         self._targets, self._meter = targets, meter
         self._left = Counter(segment.file for task in tasks for segment in task.chunk.segments)
         self.failed: dict[int, Unfinished] = {}
+        self.again: set[int] = set()  # of those, what the same command must make
 
     def name(self, number: int) -> str:
-        return str(self._targets[number].file.source.location)
+        return str(self._source(number).location)
 
     def all_there(self) -> list[int]:
         """Files whose parts are all done by a run that ended before it could join them."""
@@ -106,21 +112,26 @@ class _Ledger:
         """Strike out what is done; yield the files whose parts are all there now."""
         failed = {failure.segment for failure in done.failures}
         for failure in done.failures:
-            self.fail(failure.segment.file, failure.message)
+            self.fail(failure.segment.file, InputError(failure.message))
         for segment in done.task.chunk.segments:
             self._left[segment.file] -= segment not in failed
             if not self._left[segment.file] and not self._targets[segment.file].is_whole(segment):
                 yield segment.file
 
-    def fail(self, number: int, reason: str) -> None:
+    def fail(self, number: int, error: InputError | PartsError) -> None:
         if number not in self.failed:
-            self.failed[number] = Unfinished(self.name(number), reason)
-            self._meter.say(f"jql: {reason}; going on with the other files")
+            self.failed[number] = Unfinished(self.name(number), str(error), self._source(number).relative.text)
+            self._meter.say(f"jql: {error}; going on with the other files")
+        if isinstance(error, PartsError):
+            self.again.add(number)
 
     def done(self) -> list[Target]:
         """Files that this run has finished, once it is through."""
         undone = {number for number, count in self._left.items() if count} | self.failed.keys()
         return [target for number, target in enumerate(self._targets) if number not in undone]
+
+    def _source(self, number: int) -> SourceFile:
+        return self._targets[number].file.source
 
 
 class _Assembly:
@@ -138,7 +149,7 @@ class _Assembly:
     def begin(self, number: int, target: Target) -> None:
         self._running.append((number, self._pool.submit(self._assemble, target)))
 
-    def failures(self, wait: bool) -> Iterator[tuple[int, str]]:
+    def failures(self, wait: bool) -> Iterator[tuple[int, InputError | PartsError]]:
         """Files that could not be finished, of those that are through, or, with `wait`, of all; raises OutputError."""
         through = [(number, future) for number, future in self._running if wait or future.done()]
         self._running = [running for running in self._running if running not in through]
@@ -146,7 +157,7 @@ class _Assembly:
             try:
                 future.result()
             except (InputError, PartsError) as error:
-                yield number, str(error)
+                yield number, error
 
     def _assemble(self, target: Target) -> None:
         child = self._free.get()

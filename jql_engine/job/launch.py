@@ -20,6 +20,7 @@ from jql_engine.job.pool import Executed, Pool, Spec
 from jql_engine.job.progress import Meter, RunLog
 from jql_engine.job.rescore import Rescoring, prepare_rescoring
 from jql_engine.job.scoring import prepare
+from jql_engine.job.unfinished import Unfinished
 from jql_engine.job.worker import Scoring
 from jql_engine.sessions.base import DEFAULTS, SessionOptions, check_options
 from jql_engine.sessions.open import open_session
@@ -124,11 +125,13 @@ def run_work(
         meter.executed(done.documents, done.tokens, done.padding)
 
     pool = Pool(specs, work.targets, stop, executed, lambda line: meter.say(f"jql: {line}"))
+    ended: list[Unfinished] = []
     try:
         with closing(pool.run(work.tasks)) as chunks:
             outcome = run(work, chunks, meter, log)
+        ended = outcome.unfinished if outcome.is_through else []
     finally:
-        work.release()
+        work.release(ended)
     meter.close()
     meter.say(_end(job, outcome, meter, done))
     return _summary(job, outcome, work, meter)

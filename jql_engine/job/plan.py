@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -15,19 +15,29 @@ from jql_engine.errors import EngineError, OutputError, UnreadableError
 from jql_engine.files.chunks import Chunk, Task, split
 from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files, with_shared_schemas
 from jql_engine.files.location import Location
-from jql_engine.files.output import Kind, Target, check_settings, explained, is_finished, is_written_by_us
-from jql_engine.files.parts import JOB, PARTS, Leftovers, Part, find_leftovers, key_of, parts_folder
+from jql_engine.files.output import (
+    Kind,
+    Target,
+    check_settings,
+    explained,
+    is_finished,
+    is_written_by_us,
+    stored_settings,
+)
+from jql_engine.files.parts import JOB, PARTS, Leftovers, Part, aside_for, find_leftovers, key_of, parts_folder
 from jql_engine.files.storage import list_files, remove_empty_folders, remove_file, remove_files
 from jql_engine.files.versions import version_of
 from jql_engine.files.writing import remove_version
 from jql_engine.job.apart import Child, CrashError, in_threads
-from jql_engine.job.check import check_output
+from jql_engine.job.check import check_apart, check_output
 from jql_engine.job.claim import Claim
 from jql_engine.job.frozen import FrozenListing, freeze, is_frozen, remove_stray
 from jql_engine.job.ranks import Rank, share
+from jql_engine.job.unfinished import RunFile, Unfinished
 from jql_engine.names import RelativeName
 
 CHUNK_ROWS = 20_000
+OF_SOURCE = {"source_bytes", "source_version", "rescored_from", "scores_version"}  # settings that follow from it
 FIRST = 16  # files looked into at a time where only the first documents are to be scored
 Versions: TypeAlias = Mapping[str, tuple[int, str]]  # sizes and versions of files, by their names
 # At an input file, in another process: what is in it, why it cannot be read, or None where its scores are finished.
@@ -62,14 +72,6 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Unfinished:
-    """An input file without a finished output, and why."""
-
-    file: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Work:
     """What is left to do of a job."""
 
@@ -78,11 +80,17 @@ class Work:
     tasks: list[Task]
     n_finished: int  # files
     unreadable: list[Unfinished]
+    run_file: RunFile
     listing: Shared | None = None  # where several ranks share the files
 
-    def release(self) -> None:
-        """Give the output folder back, where nothing is left that this job must go on with."""
-        self.claim.release(target.file.source.relative for target in self.targets)
+    def release(self, ended: Iterable[Unfinished] = ()) -> None:
+        """Give the output folder back, where nothing is left that this job must go on with.
+
+        It need not go on with what it has `ended` without; the parts of such a file stay, for a start that may read it.
+        """
+        names = {one.name for one in ended}
+        mine = (target.file.source.relative for target in self.targets)
+        self.claim.release(name for name in mine if name.text not in names)
 
     @property
     def n_docs(self) -> int:
@@ -122,12 +130,24 @@ class Shared:
                 return False
 
 
-def plan(job: Job, claim: Claim, look: Look, target_of: Callable[[InputFile], Target], chunk_bytes: int) -> Work:
+def plan(
+    job: Job,
+    claim: Claim,
+    look: Look,
+    target_of: Callable[[InputFile], Target],
+    chunk_bytes: int,
+    unfinished: Sequence[Unfinished] = (),
+) -> Work:
     """Claim the output folder, and find the chunks that are not done of the files that `look` does not find finished.
+
+    `unfinished`: what the inputs lack already, as a job before this one has left it.
 
     Raises InputError; OutputError where another job has the folder, or has left parts there.
     """
     listed = find_files(job.inputs)
+    for given in job.inputs:
+        check_apart(claim.out, given)
+    run_file = RunFile.of(claim.out, claim.settings, job.inputs, job.rank)
     refused = [Unfinished(one.file, one.reason) for one in listed.refused]
     # A run alone goes on with the listing of ranks that were stopped.
     is_shared = job.rank.world_size > 1 or is_frozen(claim.out, key_of(claim.settings))
@@ -146,12 +166,59 @@ def plan(job: Job, claim: Claim, look: Look, target_of: Callable[[InputFile], Ta
                 finished = [target.file.source for target in targets if is_finished(target.final, target.settings)]
                 targets = [target for target in targets if target.file.source not in set(finished)]
             if not is_shared:  # only now: where an input cannot be used, nothing is written
-                before = _take(claim, job, [*(target.file.source for target in targets), *finished])
-            tasks = _tasks_left(job, claim, before, targets, finished, chunk_bytes, child)
+                before = _take(claim, job, [*(target.file.source for target in targets), *finished, *seen.damaged])
+            names = {source.relative.text for source in listed.files}
+            lacking = [replace(one, name=None) if one.name in names else one for one in unfinished]
+            unreadable = [*lacking, *refused, *seen.unreadable]
+            with _begun(run_file, job, targets, unreadable, names):
+                _remove_earlier(claim.out, [*(target.file.source for target in targets), *seen.damaged], before)
+                tasks = _tasks_left(job, claim, targets, finished, chunk_bytes, child)
     except BaseException:
         claim.release(source.relative for source in listed.files)
         raise
-    return Work(claim, targets, tasks, len(finished), [*refused, *seen.unreadable], shared)
+    return Work(claim, targets, tasks, len(finished), unreadable, run_file, shared)
+
+
+@contextmanager
+def _begun(
+    run_file: RunFile, job: Job, targets: Sequence[Target], unreadable: Sequence[Unfinished], there: set[str]
+) -> Iterator[None]:
+    """Say what this start will do before anything is removed; where it does nothing, what was said before holds.
+
+    `there`: the outputs of all files that were found.
+    """
+    earlier, ended = run_file.read(), run_file.read_ended()
+    gone = {one.name for one in earlier.unfinished if one.name is not None} - there if earlier else set()
+    run_file.begin([target.file.source.relative.text for target in targets], unreadable)
+    try:
+        if job.overwrite:
+            run_file.remove_others()
+        else:
+            _remove_parts(run_file.out, ended, gone, targets)
+        yield
+    except BaseException:
+        if not job.overwrite:
+            run_file.write(earlier)
+        raise
+
+
+def _remove_parts(out: Location, ended: set[str], gone: set[str], targets: Sequence[Target]) -> None:
+    """Remove the parts of files that an earlier start has `ended` without, and that are `gone` now, or mended."""
+    if not ended:
+        return
+    mended = {target.file.source.relative.text: target for target in targets}
+    with explained(out / PARTS, "tidied up"):
+        for name, parts in find_leftovers(out).parts.items():
+            for place in (parts_folder(out, RelativeName(name)) / part.name for part in parts if name in ended):
+                if name in gone or (name in mended and _is_of_another_source(mended[name], place)):
+                    remove_file(place)
+
+
+def _is_of_another_source(target: Target, place: Location) -> bool:
+    """Whether a part was computed with the settings of `target`, of what its source was before."""
+    found, wanted = stored_settings(place), target.settings
+    different = {key for key in {**found, **wanted} if found.get(key) != wanted.get(key)}
+    return bool(different) and different <= OF_SOURCE
 
 
 def _check_first(job: Job, sources: Sequence[SourceFile], look: Look, target_of: Callable[[InputFile], Target]) -> None:
@@ -163,7 +230,7 @@ def _check_first(job: Job, sources: Sequence[SourceFile], look: Look, target_of:
 
 def _take(claim: Claim, job: Job, sources: Sequence[SourceFile]) -> Versions:
     """Take the folder; with --overwrite returns the scores of `sources` that are there, all of them of earlier jobs."""
-    check_output(claim.out, job.inputs, sources)
+    check_output(claim.out, sources)
     claim.take(job.overwrite)
     remove_stray(claim.out, key_of(claim.settings), job.overwrite)
     names = [source.relative for source in sources] if job.overwrite else []
@@ -196,7 +263,7 @@ def _share(
         )
     found = everything if job.limit is not None else listing.share_of(job.rank, sources)
     reason = "was there when the ranks of this job began, and is gone"
-    gone = [Unfinished(str(file.relative), f"{file.relative} {reason}") for file in found.gone]
+    gone = [Unfinished(name.text, f"{name} {reason}", name.text) for name in (file.relative for file in found.gone)]
     known = None if job.overwrite or job.limit else look
     return found.sources, Shared(listing, job.rank, gone, found.n_new, everything.sources, known)
 
@@ -204,7 +271,6 @@ def _share(
 def _tasks_left(
     job: Job,
     claim: Claim,
-    before: Versions,
     targets: Sequence[Target],
     finished: Sequence[SourceFile],
     chunk_bytes: int,
@@ -217,8 +283,6 @@ def _tasks_left(
     if not (job.overwrite or job.assume_unchanged):
         begun = [source for source in mine if source.relative.text in leftovers.parts]
         _check_traceable([*finished, *begun])
-    with explained(claim.out, "tidied up"):
-        _remove_earlier(targets, before)
     through = [*finished, *(mine if job.overwrite else ())]
     stale = [
         parts_folder(claim.out, source.relative) / part.name
@@ -229,14 +293,15 @@ def _tasks_left(
     return list(_tasks(job, targets, chunk_bytes, {} if job.overwrite else leftovers.parts, child))
 
 
-def _remove_earlier(targets: Sequence[Target], before: Versions) -> None:
+def _remove_earlier(out: Location, sources: Sequence[SourceFile], before: Versions) -> None:
     """Remove the finished files of earlier jobs; what is not as it was `before` is a later job's."""
 
-    def remove(target: Target) -> None:
+    def remove(name: RelativeName) -> None:
         with suppress(FileNotFoundError):
-            remove_version(target.final, before[target.file.source.relative.text], target.aside)
+            remove_version(name.below(out), before[name.text], aside_for(out, name.text))
 
-    in_threads(remove, [target for target in targets if target.file.source.relative.text in before])
+    with explained(out, "tidied up"):
+        in_threads(remove, [source.relative for source in sources if source.relative.text in before])
 
 
 def _check_traceable(sources: Sequence[SourceFile]) -> None:
@@ -256,7 +321,8 @@ class Seen:
 
     files: list[InputFile]  # to be scored
     finished: list[SourceFile]
-    unreadable: list[Unfinished]
+    damaged: list[SourceFile]
+    unreadable: list[Unfinished]  # the same, and why
 
 
 def look_into(job: Job, child: Child, sources: Sequence[SourceFile], look: Look) -> Seen:
@@ -285,8 +351,8 @@ def look_into(job: Job, child: Child, sources: Sequence[SourceFile], look: Look)
         files = list(_first(files, job.limit))
         mine = set(share([file.source for file in files], job.rank))
         files = [file for file in files if file.source in mine]
-    unreadable = [Unfinished(str(source.location), str(error)) for source, error in errors]
-    return Seen(with_shared_schemas(files), finished, unreadable)
+    unreadable = [Unfinished(str(source.location), str(error), source.relative.text) for source, error in errors]
+    return Seen(with_shared_schemas(files), finished, [source for source, _ in errors], unreadable)
 
 
 def crashed(source: SourceFile, error: CrashError) -> UnreadableError:

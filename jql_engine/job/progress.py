@@ -132,6 +132,7 @@ class RunLog:
         """Raise OutputError where the file cannot be written."""
         try:
             if self.file is not None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
                 self.file.open("a").close()
         except OSError as error:
             raise OutputError(f"--metrics {self.file} cannot be written: {error.strerror}") from error

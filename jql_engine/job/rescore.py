@@ -27,6 +27,7 @@ from jql_engine.files.parquet import describe_whole
 from jql_engine.files.reading import Cursor
 from jql_engine.files.retries import retry
 from jql_engine.job.claim import Claim
+from jql_engine.job.finished import check_finished
 from jql_engine.job.pipeline import Stage, in_laps
 from jql_engine.job.plan import Job, Work, plan
 from jql_engine.readouts import Readouts
@@ -43,7 +44,8 @@ def prepare_rescoring(job: Job, bundle: Bundle) -> Work:
     claim = Claim(out, {"rescored": True, "bundle": bundle.hash, "heads": list(bundle.heads)})
     target_of = partial(_target, out, bundle)
     look = partial(_describe_unfinished, bundle, None if job.overwrite else out)
-    return plan(replace(job, chunk_rows=WHOLE_ROWS), claim, look, target_of, WHOLE_BYTES)
+    unfinished = [one for given in job.inputs for one in check_finished(given)]  # has no vectors, and no scores then
+    return plan(replace(job, chunk_rows=WHOLE_ROWS), claim, look, target_of, WHOLE_BYTES, unfinished)
 
 
 def _describe_unfinished(

@@ -19,8 +19,9 @@ from jql_engine.files.parts import Settings
 from jql_engine.job.apart import Child
 from jql_engine.job.check import check_names
 from jql_engine.job.claim import Claim
-from jql_engine.job.plan import Job, Unfinished, Work, look_into, plan
+from jql_engine.job.plan import Job, Work, look_into, plan
 from jql_engine.job.ranks import share
+from jql_engine.job.unfinished import Unfinished
 
 LIBRARIES = ("jql-engine", "tokenizers")
 COMPUTE = {  # by the provider of the variant

@@ -125,7 +125,7 @@ def _fastest(bundle: Bundle, kind: str, limit: Limit) -> str:
     others = {name: f"written for {v.provider}, {v.precision}" for name, v in variants.items() if name not in reasons}
     why = "; ".join(f"{name}: {reason}" for name, reason in (reasons | others).items())
     raise BundleError(
-        f"{bundle.path} has no variant that runs on {kind} ({why}): mend that, or export again with another --variant"
+        f"no variant of {bundle.path} can be taken on {kind} ({why}): mend that, or export again with another --variant"
     )
 
 

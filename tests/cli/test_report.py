@@ -60,11 +60,16 @@ def test_the_bundle_must_be_the_one_that_computed_the_scores(call, made, bundles
 
 def test_a_comparison_is_a_page_and_figures(call, made, tmp_path):
     out_files = ("--html", tmp_path / "c.html", "--json", tmp_path / "c.json")
-    code, out, _ = call(compare, made.scores, made.scores, "--group-column", "lang", "--min-group", 100, *out_files)
+    code, out, err = call(compare, made.scores, made.scores, "--group-column", "lang", "--min-group", 100, *out_files)
     summary, figures = json.loads(out.splitlines()[-1]), json.loads((tmp_path / "c.json").read_text("utf-8"))
     assert code == 0 and summary["compared"] == figures["compared"] == 1_993
     assert all(flip["documents"] == 0 for flip in figures["slices"][0]["flips"])
-    assert "Two sets of scores" in (tmp_path / "c.html").read_text("utf-8")
+    assert "Two sets of scores" in (page := (tmp_path / "c.html").read_text("utf-8"))
+    groups = [one for one in figures["slices"] if one["has_group"] and one["tokens"] is None]
+    pooled = [one["group"] for one in groups if one["is_pooled"]]
+    assert pooled == [one["group"] for one in groups if one["documents"] < 100] and pooled
+    assert f"{len(pooled)} of {len(groups)} groups have fewer than 100 documents" in err
+    assert page.count("(pooled)") >= len(pooled)
 
 
 def test_the_certificate_of_the_bundle_is_shown(call, made, bundles, tmp_path):

@@ -69,8 +69,10 @@ def write_scores(place: Path, source: Path, ids: pa.Array, lang: pa.Array, score
     pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(settings | own)}), place)
 
 
-def keep(corpus: Path | None, scores: Path, out: Path, **options: object) -> dict[str, object]:
-    request = Request("all", quantile=0.6, min_group=100)
+def keep(
+    corpus: Path | None, scores: Path, out: Path, *, quantile: float = 0.6, min_group: int = 100, **options: object
+) -> dict[str, object]:
+    request = Request("all", quantile=quantile, min_group=min_group)
     job = Job(() if corpus is None else (str(corpus),), str(out), **options)
     sources = Sources((str(scores),), (), "lang")
     return cut(sources, request, str(out / "thresholds.json"), Copies(job, 1, RunLog(None), Event()))
@@ -146,7 +148,7 @@ def test_another_decision_does_not_mix_its_rows_with_those_that_are_there(tmp_pa
     keep(corpus, scores, tmp_path / "out")
     request = Request("any", quantile=0.6, min_group=100)
     job = Job((str(corpus),), str(tmp_path / "out"))
-    with pytest.raises(OutputError, match="was computed with other settings: cut "):
+    with pytest.raises(OutputError, match="was computed with other settings: --rule all"):
         cut(Sources((str(scores),), (), "lang"), request, str(tmp_path / "t"), Copies(job, 1, RunLog(None), Event()))
 
 
@@ -217,6 +219,24 @@ def test_ids_are_compared_row_by_row(tmp_path):
     [unfinished] = summary["unfinished"]
     assert "row 300 has id '1-300', its scores are of 'other 300'" in unfinished["reason"]
     assert not (tmp_path / "out" / "b" / "1.parquet").exists() and summary["copied"]["files"] == 3
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [({"quantile": 0.7}, "--quantile 0.6 .* --quantile 0.7"), ({"min_group": 50}, "--min-group 100 .* --min-group 50")],
+)
+def test_another_request_is_named_by_its_option(other, named, tmp_path):
+    corpus, scores = corpus_of(tmp_path, 1)
+    keep(corpus, scores, tmp_path / "out")
+    with pytest.raises(OutputError, match=named):
+        keep(corpus, scores, tmp_path / "out", **other)
+
+
+def test_a_missing_corpus_is_named_before_anything_is_read(tmp_path, monkeypatch):
+    _, scores = corpus_of(tmp_path, 1)
+    monkeypatch.setattr("jql_engine.decision.cut.decide", lambda *_: pytest.fail("scores were read"))
+    with pytest.raises(InputError, match="holds scores alone; give --corpus"):
+        keep(None, scores, tmp_path / "out")
 
 
 def test_a_corpus_of_json_lines_and_scores_alone_are_named(tmp_path):

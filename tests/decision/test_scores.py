@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from s3fs import S3FileSystem
+from upath import UPath
 
 from jql_engine.data import Scores
 from jql_engine.decision import scores as module
@@ -17,7 +18,9 @@ from jql_engine.decision.opening import open_scores
 from jql_engine.errors import InputError
 from jql_engine.files.chunks import Segment
 from jql_engine.job.plan import Job
+from jql_engine.job.ranks import Rank
 from jql_engine.job.scoring import prepare
+from jql_engine.job.unfinished import RunFile
 from jql_engine.sessions.base import CHUNK_BYTES
 from tests import servers
 from tests.decision.score_files import SETTINGS, columns_of, write, write_many
@@ -145,7 +148,7 @@ def test_an_unfinished_job_is_refused(given, bundle, tmp_path):
     )
     commit_all(work, bundle.heads, most=len(work.tasks) - 1)
     (tmp_path / "out/sub").mkdir(exist_ok=True)
-    with pytest.raises(InputError, match=r"not finished: .*\.parts (holds parts of|names a job)"):
+    with pytest.raises(InputError, match=r"not finished: .*\.run says that .* to be written"):
         open_scores([given.format(tmp_path / "out")])
     commit_all(work, bundle.heads)
     assert open_scores([given.format(tmp_path / "out")]).n_rows
@@ -153,10 +156,9 @@ def test_an_unfinished_job_is_refused(given, bundle, tmp_path):
 
 def test_a_finished_file_of_an_unfinished_job_may_be_named(tmp_path):
     file = write(tmp_path / "a.parquet", some())
-    (tmp_path / ".parts").mkdir()
-    (tmp_path / ".parts/job.json").write_text("{}")
+    RunFile.of(tmp_path, {}, ["in"], Rank()).begin(["a.parquet", "b.parquet"], [])
     assert open_scores([str(file)]).n_rows == 1000
-    with pytest.raises(InputError, match="job that is under way"):
+    with pytest.raises(InputError, match="that job, which is under way"):
         open_scores([str(tmp_path)])
 
 
@@ -262,9 +264,11 @@ def test_scores_on_s3_are_read_again_where_requests_fail(tmp_path, request):
 @pytest.mark.usefixtures("s3")
 def test_an_unfinished_job_on_s3_is_refused(tmp_path):
     S3FileSystem().put(str(write(tmp_path / "a.parquet", some())), "bucket/scores/a.parquet")
-    S3FileSystem().pipe_file("bucket/scores/.parts/job.json", b"{}")
-    with pytest.raises(InputError, match="job that is under way"):
-        open_scores(["s3://bucket/scores"])
+    RunFile.of(UPath("s3://bucket/scores"), {}, ["in"], Rank()).begin(["a.parquet", "b.parquet"], [])
+    for given in ("s3://bucket/scores", "s3://bucket/scores/", "s3://bucket/scores/*.parquet"):
+        with pytest.raises(InputError, match=r"b\.parquet is to be written; let that job, which is under way"):
+            open_scores([given])
+    assert open_scores(["s3://bucket/scores/a.parquet"]).n_rows == 1000
 
 
 def test_a_file_is_read_over_http(tmp_path):

@@ -160,6 +160,8 @@ def test_a_certificate_is_made_with_what_the_bundle_says(call, checkpoint, head_
     certify = (*of_both, "--certify", tmp_path / "corpus.parquet", "--bundle", tmp_path / "out", "--documents=20")
     status, err = call(*certify, "--max-tokens=32")
     assert status == 2 and "has 16, not 32" in " ".join(err.split()), err
+    status, err = call(*certify[2:])  # the default encoder is another
+    assert status == 2 and f"was made of {checkpoint.name}" in " ".join(err.split()) and "--encoder" in err, err
     status, err = call(*certify, "--max-tokens=16", "--pooling=cls")
     assert status == 0 and (tmp_path / "out" / CERTIFICATE).is_file(), err
 

@@ -22,7 +22,7 @@ from jql_engine.files.output import METADATA_KEY, Target, check_settings, is_fin
 from jql_engine.files.parts import Part, find_leftovers
 from jql_engine.files.versions import version_of
 from jql_engine.files.writing import remove_version
-from jql_engine.job.check import check_names, check_output
+from jql_engine.job.check import check_apart, check_names, check_output
 from jql_engine.names import RelativeName
 from tests.inputs import damage
 
@@ -316,7 +316,8 @@ def test_a_file_where_a_folder_should_be_is_an_error(tmp_path):
 
 
 def check(out: Path, given: Path, *files: InputFile) -> None:
-    check_output(out, [str(given)], [file.source for file in files])
+    check_apart(out, str(given))
+    check_output(out, [file.source for file in files])
 
 
 def test_the_output_folder_is_made_and_left_empty(tmp_path):
@@ -362,7 +363,7 @@ def test_scores_that_would_overwrite_another_source_are_an_error(tmp_path):
     second = source(tmp_path / "out" / "sub" / "a.parquet")
     place = second.source.location
     with pytest.raises(OutputError, match=re.escape(str(place))):
-        check_output(tmp_path / "out", [str(tmp_path / "in"), str(place.parent)], [first.source, second.source])
+        check_output(tmp_path / "out", [first.source, second.source])
 
 
 @pytest.mark.parametrize("name", ["score_prose", "n_tokens", "truncated"])

@@ -32,6 +32,7 @@ from jql_engine.errors import InputError, OutputError
 from jql_engine.files import retries, storage, writing
 from jql_engine.files.inputs import find_files
 from jql_engine.files.reading import read
+from jql_engine.job.finished import check_finished
 from jql_engine.job.launch import Machine, score
 from jql_engine.job.plan import Job
 from jql_engine.job.progress import RunLog
@@ -43,7 +44,7 @@ from tests.servers import Fault, Request, Server
 
 TOLERANCE = 1e-5
 NAMES = ("a.parquet", "b=1/c d/été #1%20.parquet", "b=1/x.parquet/part-0.parquet", "lines.jsonl.gz")
-OWN = ("/.jql-run", "/.parts/job.json")  # what every run writes
+OWN = ("/.jql-run", "/.parts/job.json", ".run")  # what every run writes
 JQL_RUN = Path(sys.executable).with_name("jql-run")
 
 
@@ -464,8 +465,9 @@ def test_a_file_that_stays_out_of_reach_is_named_and_the_rest_is_done(s3, bundle
     assert [file["file"] for file in summary["unfinished"]] == ["s3://bucket/in/a.parquet"]
     assert "s3://bucket/in/a.parquet cannot be read" in summary["unfinished"][0]["reason"]
     s3.fault = lambda _: None
-    assert_bucket_is(local, NAMES[1:])
+    assert [one.file for one in check_finished("s3://bucket/out")] == ["s3://bucket/in/a.parquet"]
     assert run(bundle, "s3://bucket/out", "s3://bucket/in")["skipped_files"] == len(NAMES) - 1
+    assert check_finished("s3://bucket/out") == []
     assert_bucket_is(local)
 
 
@@ -589,7 +591,8 @@ def test_the_keys_of_a_bucket_cannot_lead_out_of_the_output(s3, bundle, local, t
         assert {one["file"] for one in summary["unfinished"]} == {f"s3://bucket/{key}" for key in odd}
         assert all("cannot be the name of a file" in one["reason"] for one in summary["unfinished"])
         assert summary["files"] == 1 and summary["documents"] == body.num_rows
-        assert [file.name for file in (tmp_path / "out").rglob("*") if file.is_file()] == ["a.parquet"]
+        files = [file.name for file in (tmp_path / "out").rglob("*") if file.is_file()]
+        assert [name for name in files if not name.endswith(".run")] == ["a.parquet"]
     found = find_files(["s3://bucket/in/*/x.parquet", "s3://bucket/in/*.parquet"])
     assert {one.file for one in found.refused} == {"s3://bucket/in", "s3://bucket/in/./x.parquet"}
     assert [file.relative.text for file in found.files] == ["a.parquet"]

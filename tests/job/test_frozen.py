@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from jql_engine.errors import EngineError, OutputError
 from jql_engine.files.inputs import find_files
+from jql_engine.job.finished import check_finished
 from jql_engine.job.frozen import freeze, remove_stray
 from jql_engine.job.launch import Machine, score
 from jql_engine.job.plan import Job
@@ -173,7 +174,9 @@ def test_files_that_come_and_go_between_the_ranks_are_left_to_nobody(bundle, tmp
     (source / gone).unlink()
     [unfinished] = run(bundle, source, out, 2)["unfinished"]
     assert unfinished["file"] == gone and "is gone" in unfinished["reason"]
-    assert visible(out) == sorted({f"{i}.parquet" for i in range(6)} - {gone})  # the listing is gone as well
+    [listed] = [name for name in visible(out) if name.startswith(".parts/")]  # the listing is gone as well
+    assert listed.endswith(".2-of-3.run")
+    assert set(visible(out)) - {listed} == {f"{i}.parquet" for i in range(6)} - {gone}
     for rank in range(3):
         assert run(bundle, source, out, rank)["unfinished"] == []
     assert visible(out) == visible(source)
@@ -186,11 +189,13 @@ def test_a_rank_whose_share_cannot_be_read_names_it(bundle, tmp_path):
     (source / "b.parquet").write_bytes(b"x")
     unfinished = [file for rank in range(2) for file in run(bundle, source, out, rank, 2)["unfinished"]]
     assert [Path(file["file"]).name for file in unfinished] == ["b.parquet"]
-    assert visible(out) == ["a.parquet"]  # all ranks are through: what comes next is in the next listing
+    left, a = visible(out)  # all ranks are through: what comes next is in the next listing
+    assert left.endswith(".run") and a == "a.parquet"
     corpus(source, "c.parquet")
     for rank in range(2):
         run(bundle, source, out, rank, 2)
-    assert visible(out) == ["a.parquet", "c.parquet"]
+    assert visible(out)[-2:] == ["a.parquet", "c.parquet"]
+    assert [Path(one.file).name for one in check_finished(str(out))] == ["b.parquet"]
 
 
 def test_a_rank_alone_finishes_what_is_finished(bundle, tmp_path):

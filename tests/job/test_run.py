@@ -210,8 +210,10 @@ def test_a_damaged_file_is_named_and_the_others_are_finished(engine, tmp_path, c
     assert unfinished["file"] == str(bad) and "cannot be read to its end" in unfinished["reason"]
     assert capfd.readouterr().err.count(f"{bad} cannot be read to its end") == 1
     assert summary.files == 2 and summary.documents == 2 * len(TEXTS) + 2 * CHUNK_ROWS
-    *parts, record, a, c = visible(tmp_path / "out")
-    assert (record, a, c) == (".parts/job.json", "a.parquet", "c.parquet")
+    *left, a, c = visible(tmp_path / "out")
+    assert (a, c) == ("a.parquet", "c.parquet")
+    parts = [name for name in left if name.endswith(".parquet")]
+    assert [name for name in left if name.endswith(".run")] == [name for name in left if name not in parts]
     assert [Part.parse(Path(part).name).rows for part in parts] == [(n, n + CHUNK_ROWS) for n in (0, CHUNK_ROWS)]
     for name in ("a", "c"):
         assert_scored(engine, tmp_path / f"in/{name}.parquet", tmp_path / f"out/{name}.parquet")
@@ -223,7 +225,8 @@ def test_a_file_that_is_no_parquet_is_named_and_the_others_are_finished(engine, 
     summary = score(engine, tmp_path / "out", tmp_path / "in")
     [unfinished] = summary.unfinished
     assert unfinished["file"].endswith("b.parquet") and "not a complete parquet file" in unfinished["reason"]
-    assert visible(tmp_path / "out") == ["a.parquet"]
+    left, a = visible(tmp_path / "out")
+    assert left.endswith(".run") and a == "a.parquet"
 
 
 def test_nothing_is_written_unless_every_input_can_be_used(engine, tmp_path):
@@ -243,9 +246,10 @@ def test_work_is_planned_without_computing(engine, tmp_path):
 
     work = prepared()
     assert ([t.file.source.relative for t in work.targets], work.n_finished) == ([RelativeName("a.parquet")], 0)
-    assert work.n_docs == len(TEXTS) and visible(tmp_path / "out") == [".parts/job.json"]
+    run_file, record = visible(tmp_path / "out")
+    assert work.n_docs == len(TEXTS) and run_file.endswith(".0-of-1.run") and record == ".parts/job.json"
     work.release()
-    assert list((tmp_path / "out").iterdir()) == []
+    assert visible(tmp_path / "out") == [run_file]  # nothing of it is done
     score(engine, tmp_path / "out", tmp_path / "in")
     assert prepared().n_finished == 1
     assert prepared(overwrite=True).n_finished == 0
@@ -323,9 +327,22 @@ def test_a_limit_opens_no_more_files_than_it_needs(engine, tmp_path):
 
 def test_a_run_log_that_can_not_be_written_is_an_error_before_anything_is_computed(engine, tmp_path):
     path = write(tmp_path / "a.parquet", TEXTS)
-    with pytest.raises(OutputError, match=r"--metrics .*x\.jsonl cannot be written: No such file"):
-        score(engine, tmp_path / "out", path, metrics=tmp_path / "absent/x.jsonl")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"--metrics .*x\.jsonl cannot be written: (Not a directory|File exists)"):
+        score(engine, tmp_path / "out", path, metrics=tmp_path / "file/x.jsonl")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folders_of_the_run_log_are_made(engine, tmp_path):
+    path = write(tmp_path / "a.parquet", TEXTS)
+    score(engine, tmp_path / "out", path, metrics=tmp_path / "deep/er/x.jsonl")
+    assert (tmp_path / "deep/er/x.jsonl").read_text()
+
+
+def test_an_output_among_the_inputs_is_named_before_what_is_there(engine, tmp_path):
+    path = write(tmp_path / "in/a.parquet", TEXTS)
+    with pytest.raises(OutputError, match=r"--out .*in lies inside of the input .*in; choose a folder outside"):
+        score(engine, tmp_path / "in", path.parent)
 
 
 def test_two_columns_of_one_name_can_not_be_kept(engine, tmp_path):

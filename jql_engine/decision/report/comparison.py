@@ -193,7 +193,8 @@ def _slice_name(slice_: Described) -> str:
     """A group, a band of lengths, or both, in words."""
     names = []
     if slice_["has_group"]:
-        names.append("no group" if slice_["group"] is None else slice_["group"])
+        pooled = " (pooled)" if slice_["is_pooled"] else ""
+        names.append(f"{'no group' if slice_['group'] is None else slice_['group']}{pooled}")
     if slice_["tokens"] is not None:
         least, most = slice_["tokens"]
         names.append(f"{least:,} tokens or more" if most is None else f"{least:,} to {most:,} tokens")

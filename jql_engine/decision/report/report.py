@@ -94,6 +94,7 @@ def take_figures(sources: Sources, weight: Weight = "documents", min_group: int 
         inputs=tuple(map(redact, sources.inputs)),
         files=len(files.files),
         settings=dict(files.settings),
+        unfinished=tuple(one.file for one in files.unfinished),
         corpus=tuple(map(redact, sources.corpus)),
         certificate=certificate,
     )
@@ -135,9 +136,11 @@ def _lead(figures: Figures) -> str:
     whole, heads = figures.whole, [head.head for head in figures.heads]
     groups = f" in {whole.scope.n_groups:,} groups by {figures.group_column}" if figures.group_column else ""
     tokens = "" if whole.tokens is None else f", {whole.tokens:,} tokens"
+    n_left = len(figures.provenance.unfinished)
+    left = f" Input files without scores, which have no part here: {n_left:,}." if n_left else ""
     return (
         f"{whole.documents:,} documents{groups}, {whole.scored:,} of them with scores{tokens}; "
-        f"{'heads' if len(heads) > 1 else 'head'} {', '.join(heads)}."
+        f"{'heads' if len(heads) > 1 else 'head'} {', '.join(heads)}.{left}"
     )
 
 
