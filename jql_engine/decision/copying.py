@@ -56,7 +56,7 @@ class Joined:
         """The decision about `files`, which have been read."""
         asked = {name: value for name, value in asdict(decision.request).items() if value is not None}
         # What was left out is in the counts.
-        decisive = {name: value for name, value in decision.to_json().items() if name != "unfinished"}
+        decisive = {name: value for name, value in decision.to_json().items() if name != "without_scores"}
         digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         numbers = {file.source.relative.text: number for number, file in enumerate(files.files)}
         decided = {**asked, "group_column": decision.group_column, "cut": digest}  # said in this order where it differs
@@ -65,7 +65,7 @@ class Joined:
     def number_of(self, source: SourceFile) -> int:
         """Of the scores of a corpus file; raises InputError where there are none."""
         if source.relative.text not in self.numbers:
-            if source.relative.text in {one.name for one in self.files.unfinished}:
+            if source.relative.text in {one.name for one in self.files.without_scores}:
                 raise InputError(
                     f"{source.location} has no scores: its job has ended without it; start that again once the "
                     "file can be read, or leave the file out of --corpus"

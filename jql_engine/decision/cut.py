@@ -64,6 +64,7 @@ def cut(sources: Sources, request: Request, target: str, copies: Copies | None =
         "groups": len(decision.groups),
         "pooled_groups": sum(one.is_pooled for one in decision.groups),
         "score_files": len(files.files),
+        "files_without_scores": len(files.without_scores),
         "thresholds": target,
         **({"copied": {name: copied[name] for name in COPIED}, "unfinished": copied["unfinished"]} if copied else {}),
         "seconds": round(time.monotonic() - began, 3),

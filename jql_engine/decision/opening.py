@@ -68,10 +68,12 @@ def open_scores(
 
 
 def _warning(inputs: Sequence[str], unfinished: Sequence[Unfinished]) -> str:
-    where, first = ", ".join(inputs[:3]), unfinished[0].reason
-    if len(unfinished) == 1:
-        return f"{where}: an input file has no scores and no part in what follows: {first}"
-    return f"{where}: {len(unfinished):,} input files have no scores and no part in what follows; of the first: {first}"
+    count = "an input file has" if len(unfinished) == 1 else f"{len(unfinished):,} input files have"
+    return (
+        f"{', '.join(inputs[:3])}: {count} no scores and no part in what follows; start that job's command again once "
+        "all can be read or are taken away, or remove its file *.run in .parts if nobody wants them: "
+        f"{unfinished[0].reason}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

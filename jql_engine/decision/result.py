@@ -95,7 +95,7 @@ class Decision:
     group_column: str | None
     score_columns: tuple[str, ...]
     settings: dict[str, Any]  # of the job that wrote the scores
-    unfinished: tuple[str, ...]  # input files that it has ended without; no part of the counts
+    without_scores: tuple[str, ...]  # input files that it has ended without; no part of the counts
     counts: Counts
     groups: tuple[GroupResult, ...]
 

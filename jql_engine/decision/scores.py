@@ -90,7 +90,7 @@ class ScoreFiles:
     has_tokens: bool  # whether there is a column n_tokens
     extra_columns: tuple[str, ...]  # columns read besides
     settings: Mapping[str, Any]  # of the job; empty where jql-run did not write the files
-    unfinished: tuple[Unfinished, ...] = ()  # input files that the job has ended without
+    without_scores: tuple[Unfinished, ...] = ()  # input files that the job has ended without
     groups: Groups = field(default_factory=Groups)  # that have been read so far
 
     @property

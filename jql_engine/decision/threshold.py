@@ -52,7 +52,7 @@ def decide(files: ScoreFiles, request: Request) -> Decision:
         files.group_column,
         files.score_columns,
         dict(files.settings),
-        tuple(one.file for one in files.unfinished),
+        tuple(one.file for one in files.without_scores),
         _counts(files, census, kept, slice(None)),
         _groups(population, thresholds, kept),
     )

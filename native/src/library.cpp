@@ -55,7 +55,7 @@ void Library::search(const Search& wanted, const char* path) {
     folders += (folders.empty() ? "" : ", ") + folder;
   }
   throw Error(JQL_NO_RUNTIME, title_ + " was not found by the loader, nor as " + wanted.in_packages +
-                                  " among the Python packages of " + folders + " (" + tried +
+                                  " among the Python packages of $VIRTUAL_ENV, $CONDA_PREFIX, " + folders + " (" + tried +
                                   "); install it, or name it in options." + wanted.option);
 }
 

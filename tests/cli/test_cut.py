@@ -56,7 +56,7 @@ def test_thresholds_are_written_and_the_summary_is_the_last_line(jql_cut, scores
     assert {name: value for name, value in result.summary.items() if name != "seconds"} == {
         "documents": 5000, "scored": 4900, "null": 100, "nan": 0, "infinite": 0, "tokens": right.counts.tokens,
         "kept_documents": right.counts.kept_documents, "kept_tokens": right.counts.kept_tokens, "quantile": 0.6,
-        "target": None, "groups": 2, "pooled_groups": 1, "score_files": 3,
+        "target": None, "groups": 2, "pooled_groups": 1, "score_files": 3, "files_without_scores": 0,
         "thresholds": str(tmp_path / "deep/thresholds.json"),
     }  # fmt: skip
 

@@ -285,6 +285,6 @@ def test_json_holds_every_threshold_to_the_last_bit(tmp_path):
     for one, group in zip(found["groups"], decision.groups, strict=True):
         assert np.float32(one["thresholds"][0]["threshold"]) == np.float32(group.thresholds[0].threshold)
     assert list(found) == [
-        "format", "request", "quantile", "target", "group_column", "score_columns", "settings", "unfinished", "counts",
-        "groups",
+        "format", "request", "quantile", "target", "group_column", "score_columns", "settings", "without_scores",
+        "counts", "groups",
     ]  # fmt: skip

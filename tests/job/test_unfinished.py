@@ -55,17 +55,17 @@ def test_whoever_decides_by_the_others_is_told(given, bundle, corpus, tmp_path, 
     run(bundle, tmp_path / "out", corpus)
     capfd.readouterr()
     files = open_scores([str(tmp_path / given)])
-    assert [one.file for one in files.unfinished] == [str(corpus / "sub/b.parquet")]
+    assert [one.file for one in files.without_scores] == [str(corpus / "sub/b.parquet")]
     said = capfd.readouterr().err
-    assert f"{tmp_path / given}: an input file has no scores and no part in what follows: {corpus}" in said
+    assert f"{tmp_path / given}: an input file has no scores and no part in what follows; start" in said
     assert "b.parquet is not a complete parquet file" in said
-    assert decide(files, Request("all", quantile=0.6)).to_json()["unfinished"] == (files.unfinished[0].file,)
+    assert decide(files, Request("all", quantile=0.6)).to_json()["without_scores"] == (files.without_scores[0].file,)
 
 
 def test_scores_that_are_named_are_as_complete_as_they_look(bundle, corpus, tmp_path, capfd):
     run(bundle, tmp_path / "out", corpus)
     capfd.readouterr()
-    assert open_scores([str(tmp_path / "out/a.parquet")]).unfinished == ()
+    assert open_scores([str(tmp_path / "out/a.parquet")]).without_scores == ()
     assert "no scores" not in capfd.readouterr().err
 
 
@@ -73,7 +73,7 @@ def test_the_report_counts_them_beside_the_figures(bundle, corpus, tmp_path):
     (corpus / "d.parquet").write_bytes(BAD)
     run(bundle, tmp_path / "out", corpus)
     figures = take_figures(Sources((str(tmp_path / "out"),)))
-    assert [Path(name).name for name in figures.to_json()["provenance"]["unfinished"]] == ["d.parquet", "b.parquet"]
+    assert [Path(name).name for name in figures.to_json()["provenance"]["without_scores"]] == ["d.parquet", "b.parquet"]
     assert "Input files without scores, which have no part here: 2." in report_page(figures)
 
 
@@ -244,7 +244,7 @@ def test_a_glob_is_judged_by_what_it_matches(bundle, corpus, tmp_path):
     for name in ("en-v1", "en-v2"):
         run(bundle, runs / name, corpus)
     assert left(runs / "*-v1/**/*.parquet") == ["b.parquet"]
-    assert [len(open_scores([str(runs / glob)]).unfinished) for glob in ("*-v1/*.parquet", "*/*.parquet")] == [0, 0]
+    assert [len(open_scores([str(runs / glob)]).without_scores) for glob in ("*-v1/*.parquet", "*/*.parquet")] == [0, 0]
     settings = json.loads(pq.read_schema(runs / "en-v2/a.parquet").metadata[b"jql_engine"])
     RunFile.of(runs / "en-v2", settings, ["in"], Rank()).begin(["a.parquet", "z.parquet"], [])
     assert not refused(runs / "*-v1/*.parquet") and refused(runs / "*/*.parquet")
@@ -304,7 +304,9 @@ def test_the_same_decision_about_more_files_goes_on_where_thresholds_are_equal(b
     digests = []
     for _ in range(2):
         files = open_scores([str(tmp_path / "out")])
-        digests.append((len(files.unfinished), Joined.of(decide(files, Request("all", quantile=0.6)), files).decided))
+        digests.append(
+            (len(files.without_scores), Joined.of(decide(files, Request("all", quantile=0.6)), files).decided)
+        )
         (corpus / "sub/b.parquet").unlink(missing_ok=True)
         run(bundle, tmp_path / "out", corpus)
     assert [n for n, _ in digests] == [1, 0] and digests[0][1] == digests[1][1]

@@ -169,7 +169,7 @@ class Provenance:
     inputs: tuple[str, ...]
     files: int
     settings: Mapping[str, Any]  # of the job; empty where jql-run did not write the files
-    unfinished: tuple[str, ...]  # input files that the job has ended without; no part of any figure
+    without_scores: tuple[str, ...]  # input files that the job has ended without; no part of any figure
     corpus: tuple[str, ...]
     certificate: Mapping[str, Any] | None  # of the bundle that was given
 

@@ -63,7 +63,7 @@ def provenance_section(figures: Figures) -> Section:
     rows: list[tuple[str, Content]] = [
         ("scores", ", ".join(found.inputs)),
         ("files", count(found.files)),
-        ("input files without scores", ", ".join(found.unfinished) or "none"),
+        ("input files without scores", ", ".join(found.without_scores) or "none"),
         ("corpus", ", ".join(found.corpus) or "not given"),
         ("groups", figures.group_column or "none"),
         ("quantiles counted in", figures.weight),

@@ -74,6 +74,7 @@ def report(
         "truncated": whole.truncated,
         "groups": len(figures.groups) and whole.scope.n_groups,
         "files": figures.provenance.files,
+        "files_without_scores": len(figures.provenance.without_scores),
         "kept_at_0.6": {one.rule: one.document_share for one in whole.kept if one.quantile == 0.6},
         "html": html,
         "json": json_file,
@@ -94,7 +95,7 @@ def take_figures(sources: Sources, weight: Weight = "documents", min_group: int 
         inputs=tuple(map(redact, sources.inputs)),
         files=len(files.files),
         settings=dict(files.settings),
-        unfinished=tuple(one.file for one in files.unfinished),
+        without_scores=tuple(one.file for one in files.without_scores),
         corpus=tuple(map(redact, sources.corpus)),
         certificate=certificate,
     )
@@ -136,7 +137,7 @@ def _lead(figures: Figures) -> str:
     whole, heads = figures.whole, [head.head for head in figures.heads]
     groups = f" in {whole.scope.n_groups:,} groups by {figures.group_column}" if figures.group_column else ""
     tokens = "" if whole.tokens is None else f", {whole.tokens:,} tokens"
-    n_left = len(figures.provenance.unfinished)
+    n_left = len(figures.provenance.without_scores)
     left = f" Input files without scores, which have no part here: {n_left:,}." if n_left else ""
     return (
         f"{whole.documents:,} documents{groups}, {whole.scored:,} of them with scores{tokens}; "
