@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -15,15 +15,7 @@ from jql_engine.errors import EngineError, OutputError, UnreadableError
 from jql_engine.files.chunks import Chunk, Task, split
 from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files, with_shared_schemas
 from jql_engine.files.location import Location
-from jql_engine.files.output import (
-    Kind,
-    Target,
-    check_settings,
-    explained,
-    is_finished,
-    is_written_by_us,
-    stored_settings,
-)
+from jql_engine.files.output import Kind, Target, check_settings, explained, is_finished, is_written_by_us
 from jql_engine.files.parts import JOB, PARTS, Leftovers, Part, aside_for, find_leftovers, key_of, parts_folder
 from jql_engine.files.storage import list_files, remove_empty_folders, remove_file, remove_files
 from jql_engine.files.versions import version_of
@@ -33,11 +25,10 @@ from jql_engine.job.check import check_apart, check_output
 from jql_engine.job.claim import Claim
 from jql_engine.job.frozen import FrozenListing, freeze, is_frozen, remove_stray
 from jql_engine.job.ranks import Rank, share
-from jql_engine.job.unfinished import RunFile, Unfinished
+from jql_engine.job.unfinished import RunFile, Unfinished, begun
 from jql_engine.names import RelativeName
 
 CHUNK_ROWS = 20_000
-OF_SOURCE = {"source_bytes", "source_version", "rescored_from", "scores_version"}  # settings that follow from it
 FIRST = 16  # files looked into at a time where only the first documents are to be scored
 Versions: TypeAlias = Mapping[str, tuple[int, str]]  # sizes and versions of files, by their names
 # At an input file, in another process: what is in it, why it cannot be read, or None where its scores are finished.
@@ -170,55 +161,13 @@ def plan(
             names = {source.relative.text for source in listed.files}
             lacking = [replace(one, name=None) if one.name in names else one for one in unfinished]
             unreadable = [*lacking, *refused, *seen.unreadable]
-            with _begun(run_file, job, targets, unreadable, names):
+            with begun(run_file, targets, unreadable, names, job.overwrite):
                 _remove_earlier(claim.out, [*(target.file.source for target in targets), *seen.damaged], before)
                 tasks = _tasks_left(job, claim, targets, finished, chunk_bytes, child)
     except BaseException:
         claim.release(source.relative for source in listed.files)
         raise
     return Work(claim, targets, tasks, len(finished), unreadable, run_file, shared)
-
-
-@contextmanager
-def _begun(
-    run_file: RunFile, job: Job, targets: Sequence[Target], unreadable: Sequence[Unfinished], there: set[str]
-) -> Iterator[None]:
-    """Say what this start will do before anything is removed; where it does nothing, what was said before holds.
-
-    `there`: the outputs of all files that were found.
-    """
-    earlier, ended = run_file.read(), run_file.read_ended()
-    gone = {one.name for one in earlier.unfinished if one.name is not None} - there if earlier else set()
-    run_file.begin([target.file.source.relative.text for target in targets], unreadable)
-    try:
-        if job.overwrite:
-            run_file.remove_others()
-        else:
-            _remove_parts(run_file.out, ended, gone, targets)
-        yield
-    except BaseException:
-        if not job.overwrite:
-            run_file.write(earlier)
-        raise
-
-
-def _remove_parts(out: Location, ended: set[str], gone: set[str], targets: Sequence[Target]) -> None:
-    """Remove the parts of files that an earlier start has `ended` without, and that are `gone` now, or mended."""
-    if not ended:
-        return
-    mended = {target.file.source.relative.text: target for target in targets}
-    with explained(out / PARTS, "tidied up"):
-        for name, parts in find_leftovers(out).parts.items():
-            for place in (parts_folder(out, RelativeName(name)) / part.name for part in parts if name in ended):
-                if name in gone or (name in mended and _is_of_another_source(mended[name], place)):
-                    remove_file(place)
-
-
-def _is_of_another_source(target: Target, place: Location) -> bool:
-    """Whether a part was computed with the settings of `target`, of what its source was before."""
-    found, wanted = stored_settings(place), target.settings
-    different = {key for key in {**found, **wanted} if found.get(key) != wanted.get(key)}
-    return bool(different) and different <= OF_SOURCE
 
 
 def _check_first(job: Job, sources: Sequence[SourceFile], look: Look, target_of: Callable[[InputFile], Target]) -> None:

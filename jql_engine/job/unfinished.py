@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,14 +22,16 @@ import pyarrow as pa
 
 from jql_engine.errors import OutputError
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import explained
-from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, key_of
+from jql_engine.files.output import Target, explained, stored_settings
+from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, find_leftovers, key_of, parts_folder
 from jql_engine.files.storage import list_files, read_file, remove_empty_folders, remove_file
 from jql_engine.files.writing import write
 from jql_engine.job.ranks import Rank
+from jql_engine.names import RelativeName
 from jql_engine.printing import redact
 
 RUN_NAME = re.compile(r"(?P<key>[0-9a-f]{12})\.(?P<command>[0-9a-f]{12})\.\d+-of-(?P<size>\d+)\.run")
+OF_SOURCE = {"source_bytes", "source_version", "rescored_from", "scores_version"}  # settings that change with a source
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,3 +146,49 @@ class RunFile:
         if found is None or (found["key"], found["command"]) != (self.key, self.command):
             return False
         return int(found["size"]) != self.rank.world_size or (name == self._name and not is_left)
+
+
+@contextmanager
+def begun(
+    run_file: RunFile,
+    targets: Sequence[Target],
+    unreadable: Sequence[Unfinished],
+    there: set[str],
+    overwrite: bool,
+) -> Iterator[None]:
+    """Say what this start will do before anything is removed; where it does nothing, what was said before holds.
+
+    `there`: the outputs of all files that were found.
+    """
+    earlier, ended = run_file.read(), run_file.read_ended()
+    gone = {one.name for one in earlier.unfinished if one.name is not None} - there if earlier else set()
+    run_file.begin([target.file.source.relative.text for target in targets], unreadable)
+    try:
+        if overwrite:
+            run_file.remove_others()
+        else:
+            _remove_parts(run_file.out, ended, gone, targets)
+        yield
+    except BaseException:
+        if not overwrite:
+            run_file.write(earlier)
+        raise
+
+
+def _remove_parts(out: Location, ended: set[str], gone: set[str], targets: Sequence[Target]) -> None:
+    """Remove the parts of files that an earlier start has `ended` without, and that are `gone` now, or mended."""
+    if not ended:
+        return
+    mended = {target.file.source.relative.text: target for target in targets}
+    with explained(out / PARTS, "tidied up"):
+        for name, parts in find_leftovers(out).parts.items():
+            for place in (parts_folder(out, RelativeName(name)) / part.name for part in parts if name in ended):
+                if name in gone or (name in mended and _is_of_another_source(mended[name], place)):
+                    remove_file(place)
+
+
+def _is_of_another_source(target: Target, place: Location) -> bool:
+    """Whether a part was computed with the settings of `target`, of what its source was before."""
+    found, wanted = stored_settings(place), target.settings
+    different = {key for key in {**found, **wanted} if found.get(key) != wanted.get(key)}
+    return bool(different) and different <= OF_SOURCE
