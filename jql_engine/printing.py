@@ -21,6 +21,11 @@ def redact(text: str) -> str:
     return QUERY.sub(r"\1…", USER.sub(_without_user, text))
 
 
+def counted(n: int, thing: str) -> str:
+    """`n` of a thing, in words: "1 file", "2,000 files"."""
+    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
+
+
 def say(line: str) -> None:
     """Write a line to stderr, over the live line where there is one."""
     start = "\r\x1b[K" if sys.stderr.isatty() else ""

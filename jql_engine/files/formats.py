@@ -34,7 +34,8 @@ def unreadable(failed: str, damaged: str) -> Iterator[None]:
     except (EngineError, AssertionError):
         raise
     except (pa.ArrowException, OSError, EOFError) as error:
-        raise UnreadableError(f"{damaged}: {error}") from error
+        reason = " ".join(str(error).split())  # pyarrow's may have several lines
+        raise UnreadableError(f"{damaged}: {reason}") from error
     except UnicodeDecodeError as error:
         raise UnreadableError(f"{damaged}: {error.object!r} is a name in it, and no UTF-8") from error
     except MemoryError:

@@ -51,6 +51,7 @@ OPTIONS = (
     "aggregate", "chunk_rows", "embeddings", "group_column", "id_column", "keep", "keep_tokens", "limit", "min_group",
     "output", "quantile", "rule", "text_column", "variant", "weight", "windows",
 )  # fmt: skip
+OF_SOURCE = {"source_bytes", "source_version"}  # settings that change with a source
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -251,13 +252,21 @@ def check_settings(target: Location, settings: Settings) -> None:
         found = dict(json.loads(metadata[METADATA_KEY]))
     except (KeyError, TypeError, ValueError) as error:
         raise OutputError(f"{target} exists and was not written by jql-run; move it, or give --overwrite") from error
-    if different := [key for key in {**settings, **found} if found.get(key) != settings.get(key)]:
-        key = different[0]
+    if not (different := [key for key in {**settings, **found} if found.get(key) != settings.get(key)]):
+        return
+    key = different[0]
+    if set(different) <= OF_SOURCE:
+        then, now = found.get("source_bytes"), settings.get("source_bytes")
+        size = f"{then} bytes then, {now} now" if then != now else "of the same size, but written anew"
         raise OutputError(
-            f"{target} exists and was computed with other settings: {shown(key, found.get(key))} then, "
-            f"{shown(key, settings.get(key))} now; give it again as it was then, choose another --out, or "
-            "start over with --overwrite"
+            f"{target} exists and was computed from what its source was before it changed ({size}); bring that source "
+            "back, choose another --out, or start over with --overwrite"
         )
+    raise OutputError(
+        f"{target} exists and was computed with other settings: {shown(key, found.get(key))} then, "
+        f"{shown(key, settings.get(key))} now; give it again as it was then, choose another --out, or "
+        "start over with --overwrite"
+    )
 
 
 def is_written_by_us(file: Location) -> bool:

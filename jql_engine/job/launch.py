@@ -22,6 +22,7 @@ from jql_engine.job.rescore import Rescoring, prepare_rescoring
 from jql_engine.job.scoring import prepare
 from jql_engine.job.unfinished import Unfinished
 from jql_engine.job.worker import Scoring
+from jql_engine.printing import counted
 from jql_engine.sessions.base import DEFAULTS, SessionOptions, check_options
 from jql_engine.sessions.open import open_session
 from jql_engine.sessions.select import Choice, choose
@@ -115,7 +116,7 @@ def run_work(
     meter.say(_beginning(job, on, work))
     if n_untraceable := sum(not target.file.source.is_traceable for target in work.targets):
         meter.say(
-            f"jql: of {n_untraceable:,} files the server tells neither an entity tag nor a time: a change of one "
+            f"jql: of {counted(n_untraceable, 'file')} the server tells neither an entity tag nor a time: a change of one "
             "that keeps its size will not be noticed"
         )
     for note in [*notes, *(f"{file.reason}; going on with the other files" for file in work.unreadable)]:
@@ -140,22 +141,23 @@ def run_work(
 def _beginning(job: Job, on: str, work: Work) -> str:
     left = work.n_docs
     begun = sum(target.file.n_rows for target in work.targets) - left
-    kept = f"; {begun:,} of their documents are done already" if begun and job.limit is None else ""
-    finished = f"; {work.n_finished:,} files are finished already" if work.n_finished else ""
+    kept = f"; {counted(begun, 'document')} of those files done already" if begun and job.limit is None else ""
+    finished = f"; {counted(work.n_finished, 'file')} finished already" if work.n_finished else ""
     rank = f"; rank {job.rank.rank} of {job.rank.world_size} ({job.rank.said_by})" if job.rank.world_size > 1 else ""
     new = ""
     if work.listing is not None and work.listing.n_new:
         new = (
-            f"; {work.listing.n_new:,} files have appeared since the ranks began: start all ranks again for those once "
-            "they are through"
+            f"; {counted(work.listing.n_new, 'file')} appeared since the ranks began: start all ranks again for what "
+            "is new once they are through"
         )
-    return f"{left:,} documents in {len(work.targets):,} files{kept}{finished}; {on}{rank}{new}"
+    return f"{counted(left, 'document')} in {counted(len(work.targets), 'file')}{kept}{finished}; {on}{rank}{new}"
 
 
 def _end(job: Job, outcome: Outcome, meter: Meter, done: str) -> str:
     took = timedelta(seconds=round(meter.seconds))
-    unfinished = f"; {len(outcome.unfinished):,} files are unfinished, see the summary" if outcome.unfinished else ""
-    return f"{meter.documents:,} documents {done} in {took}, {outcome.n_files:,} files written to {job.out}{unfinished}"
+    unfinished = f"; {counted(len(outcome.unfinished), 'file')} unfinished, see the summary" if outcome.unfinished else ""
+    documents, files = counted(meter.documents, "document"), counted(outcome.n_files, "file")
+    return f"{documents} {done} in {took}, {files} written to {job.out}{unfinished}"
 
 
 def _summary(job: Job, outcome: Outcome, work: Work, meter: Meter) -> dict[str, Any]:

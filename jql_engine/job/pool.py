@@ -28,6 +28,7 @@ from jql_engine.files.chunks import Chunk, ChunkDone, Failure, Task
 from jql_engine.files.output import Target
 from jql_engine.files.retries import RetryPolicy, current_retries, set_retries
 from jql_engine.job.apart import die_with_parent
+from jql_engine.printing import counted
 
 IN_FLIGHT = 4  # tasks a worker holds, so that each of its stages has one
 DEATHS = 2  # of workers on one chunk, after which it is given up
@@ -256,7 +257,7 @@ class Pool:
     def _describe(self, task: Task) -> str:
         first, *others = task.chunk.segments
         location = self._targets[first.file].file.source.location
-        more = f" and {len(others)} more files" if others else ""
+        more = f" and {counted(len(others), 'more file')}" if others else ""
         return f"{location} rows {first.start} to {first.stop}{more}"
 
     def _give(self, worker: _Process, task: Task) -> None:

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from jql_engine.errors import OutputError
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import Target, explained, stored_settings
+from jql_engine.files.output import OF_SOURCE, Target, explained, stored_settings
 from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, find_leftovers, key_of, parts_folder
 from jql_engine.files.storage import list_files, read_file, remove_empty_folders, remove_file
 from jql_engine.files.writing import write
@@ -31,7 +31,7 @@ from jql_engine.names import RelativeName
 from jql_engine.printing import redact
 
 RUN_NAME = re.compile(r"(?P<key>[0-9a-f]{12})\.(?P<command>[0-9a-f]{12})\.\d+-of-(?P<size>\d+)\.run")
-OF_SOURCE = {"source_bytes", "source_version", "rescored_from", "scores_version"}  # settings that change with a source
+OF_SCORES = {"rescored_from", "scores_version"}  # settings that change with the scores that a job reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,4 +191,4 @@ def _is_of_another_source(target: Target, place: Location) -> bool:
     """Whether a part was computed with the settings of `target`, of what its source was before."""
     found, wanted = stored_settings(place), target.settings
     different = {key for key in {**found, **wanted} if found.get(key) != wanted.get(key)}
-    return bool(different) and different <= OF_SOURCE
+    return bool(different) and different <= OF_SOURCE | OF_SCORES

@@ -269,7 +269,7 @@ def test_a_second_run_skips_what_is_finished_and_overwrite_does_not(jql_run, tmp
     assert jql_run(source, "--out", out).code == 0
     before = state(out)
     second = jql_run(source, "--out", out)
-    assert second.code == 0 and "1 files are finished already" in second.stderr
+    assert second.code == 0 and "1 file finished already" in second.stderr
     assert (second.summary["files"], second.summary["skipped_files"]) == (0, 1)
     assert state(out) == before
     third = jql_run(source, "--out", out, "--overwrite")

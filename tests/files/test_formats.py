@@ -69,11 +69,12 @@ def test_the_size_is_that_of_the_text_column(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"text\n", b"PAR1" + b"\0" * 100 + b"PAR1"])
-def test_what_is_no_parquet_file_is_named(tmp_path, content):
+def test_what_is_no_parquet_file_is_named_in_one_line(tmp_path, content):
     path = tmp_path / "a.parquet"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=f"{re.escape(str(path))} is not a complete parquet file"):
+    with pytest.raises(InputError, match=f"{re.escape(str(path))} is not a complete parquet file") as raised:
         opened(path)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["a.json", "part-0", "a.csv"])

@@ -401,7 +401,6 @@ def test_a_file_is_finished_once_it_was_written_with_the_same_settings(tmp_path)
     [
         ({"bundle": "xyz"}, "bundle 'abc' then, bundle 'xyz' now"),
         ({"id_column": "id"}, "no --id-column then, --id-column id now"),
-        ({"source_bytes": 13}, r"source_bytes \d+ then, source_bytes 13 now"),
         ({"color": "red"}, "color None then, color 'red' now"),
         ({"variant": None}, "--variant cpu-fp32 then, no --variant now"),
     ],
@@ -411,6 +410,20 @@ def test_other_settings_are_named(tmp_path, change, message):
     write_all(tmp_path / "out", target.file)
     place = re.escape(str(target.final))
     with pytest.raises(OutputError, match=f"{place} exists and .* other settings: {message}; .*--overwrite"):
+        is_finished(target.final, {**target.settings, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source_bytes": 13, "source_version": "5"}, r"\d+ bytes then, 13 now"),
+        ({"source_version": "5"}, "of the same size, but written anew"),
+    ],
+)
+def test_a_changed_source_is_named(tmp_path, change, message):
+    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet"))
+    write_all(tmp_path / "out", target.file)
+    with pytest.raises(OutputError, match=rf"a\.parquet exists .* what its source was .* \({message}\); .*--overwrite"):
         is_finished(target.final, {**target.settings, **change})
 
 

@@ -681,7 +681,7 @@ def test_a_source_that_nothing_is_told_of_is_resumed_only_where_it_is_assumed_to
     with servers.serving(answer) as server:
         url = f"{server.url}/a.parquet"
         assert run(bundle, tmp_path / "out", url)["files"] == 1
-        assert "of 1 files the server tells neither an entity tag nor a time" in capfd.readouterr().err
+        assert "of 1 file the server tells neither an entity tag nor a time" in capfd.readouterr().err
         with pytest.raises(OutputError, match=r"a\.parquet was scored before.*--assume-unchanged"):
             run(bundle, tmp_path / "out", url)
         assert run(bundle, tmp_path / "out", url, assume_unchanged=True)["skipped_files"] == 1

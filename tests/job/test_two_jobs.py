@@ -151,7 +151,13 @@ def test_what_an_older_job_finishes_while_a_new_one_looks_at_its_inputs_is_repla
     while not scores(out):
         assert old.poll() is None, old.communicate()
         time.sleep(0.01)
-    code, stderr = end(begin(swapped, out, source, "--overwrite"))
+    os.killpg(old.pid, signal.SIGSTOP)  # else it may be through before the new one has loaded its bundle
+    new = begin(swapped, out, source, "--overwrite")
+    while not Path(f"/proc/{new.pid}/task/{new.pid}/children").read_text():  # the first looks at the inputs
+        assert new.poll() is None, new.communicate()
+        time.sleep(0.01)
+    os.killpg(old.pid, signal.SIGCONT)
+    code, stderr = end(new)
     assert code == 0, stderr
     code, stderr = end(old)
     assert code == 1 and "with other settings" in stderr, stderr
