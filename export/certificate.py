@@ -33,6 +33,7 @@ from jql_engine.errors import BundleError, InputError, ParityError
 from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import Columns, InputFile, find_files
 from jql_engine.files.reading import Cursor, documents
+from jql_engine.printing import redact
 from jql_engine.sessions.certify import tolerance_of
 from jql_engine.sessions.select import runnable
 from jql_engine.tokenizer import Tokenizer
@@ -135,12 +136,24 @@ def draw(bundle: Bundle, corpus: str, text_column: str, n_docs: int) -> Sample:
         raise InputError(listed.refused[0].reason)
     files = [open_file(source, columns) for source in listed.files]
     n_rows = sum(file.n_rows for file in files)
-    # A tenth more, for those without a text.
-    chosen = np.random.default_rng(SEED).permutation(n_rows)[: n_docs + n_docs // 10 + 10]
-    texts = pa.array([text for text in _texts(files, np.sort(chosen)) if text is not None][:n_docs], pa.large_string())
-    if not len(texts):
+    texts: list[str] = []
+    n_drawn = n_docs + n_docs // 10 + 10  # some have no text
+    while len(texts) < n_docs:
+        texts = _draw_texts(files, n_rows, n_drawn)[:n_docs]
+        if n_drawn >= n_rows:
+            break
+        n_drawn *= 4
+    if not texts:
         raise InputError(f"{corpus} holds no text in column {text_column!r}")
-    return Sample(Tokenizer.of(bundle).encode(DocumentBatch.of(texts)), n_rows)
+    return Sample(Tokenizer.of(bundle).encode(DocumentBatch.of(pa.array(texts, pa.large_string()))), n_rows)
+
+
+def _draw_texts(files: Sequence[InputFile], n_rows: int, n_drawn: int) -> list[str]:
+    """The texts among `n_drawn` of `n_rows` documents, in the order that they were drawn in: each start is uniform."""
+    chosen = np.random.default_rng(SEED).choice(n_rows, min(n_drawn, n_rows), replace=False)
+    order = np.argsort(chosen)
+    found = dict(zip(order.tolist(), _texts(files, chosen[order]), strict=True))
+    return [text for drawn in range(len(chosen)) if (text := found[drawn]) is not None]
 
 
 def _texts(files: Sequence[InputFile], rows: NDArray[np.int64]) -> Iterator[str | None]:
@@ -197,7 +210,7 @@ def _describe(bundle: Bundle, corpus: str, sample: Sample, found: Mapping[str, C
         "format": FORMAT,
         "bundle": bundle.hash,
         "documents": len(sample.tokens.rows),
-        "corpus": {"given": corpus, "documents": sample.n_read, "seed": SEED},
+        "corpus": {"given": redact(corpus), "documents": sample.n_read, "seed": SEED},
         "windows": asdict(bundle.manifest.windows),
         "cut": CUT,
         "machine": {"processor": _processor(), "cores": len(os.sched_getaffinity(0))},

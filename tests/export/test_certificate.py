@@ -6,6 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jql_engine import Engine, probe_texts
@@ -77,6 +80,22 @@ def test_the_sample_is_uniform_over_all_files_and_the_same_each_time(made, corpu
     assert one.tokens.ids.tolist() == again.tokens.ids.tolist() and len(one.tokens.rows) == 40
     everything = draw(bundle, str(corpus), "text", 1_000)
     assert len(everything.tokens.rows) == len(TEXTS), "a null is not drawn"
+
+
+def test_the_end_of_a_corpus_is_drawn_as_often_as_its_start(made, tmp_path):
+    """Corpora are in some order: by language, by date."""
+    tenths = np.arange(2_000) // 200
+    pq.write_table(pa.table({"text": ["water " * (tenth + 1) for tenth in tenths]}), tmp_path / "a.parquet")
+    drawn = draw(made[0], str(tmp_path), "text", 1_000).tokens.lengths
+    _, counts = np.unique(drawn, return_counts=True)
+    assert len(counts) == 10 and counts.sum() == 1_000
+    assert np.abs(counts - 100).max() < 4 * np.sqrt(100 * 0.9 * 0.5), counts
+
+
+def test_where_few_rows_have_a_text_more_are_drawn(made, tmp_path):
+    texts = [f"water {i}" if i % 20 == 0 else None for i in range(20_000)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    assert len(draw(made[0], str(tmp_path), "text", 300).tokens.rows) == 300
 
 
 def test_the_fastest_variant_within_the_flips_is_taken(made, corpus):
