@@ -81,7 +81,6 @@ def cut(
     from jql_engine.decision.cut import Copies, Sources
     from jql_engine.decision.cut import cut as compute
     from jql_engine.decision.result import Request
-    from jql_engine.files.location import locate
     from jql_engine.job.interrupt import interruptible
     from jql_engine.job.plan import Job
     from jql_engine.job.progress import RunLog
@@ -95,7 +94,7 @@ def cut(
         raise typer.BadParameter(f"give the folder that the kept rows go to: {option} is for those", param_hint="--out")
     request = Request(rule, weight, quantile, keep, None if keep_tokens is None else int(keep_tokens), min_group)
     sources = Sources(tuple(scores), tuple(columns or ()), group_column)
-    target = thresholds or str(locate(out or "") / "thresholds.json")
+    target = thresholds or f"{(out or '').rstrip('/')}/thresholds.json"
     with interruptible() as stop:
         copies = None
         if out is not None:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from jql_engine.decision.corpus import check_scored
@@ -78,11 +79,18 @@ class Joined:
 
 
 def keep_rows(
-    job: Job, joined: Joined, scores: Sequence[str], workers: int, log: RunLog, stop: threading.Event
+    job: Job,
+    joined: Joined,
+    scores: Sequence[str],
+    thresholds: Location,
+    workers: int,
+    log: RunLog,
+    stop: threading.Event,
 ) -> dict[str, Any]:
     """Write the kept rows of the corpus `job.inputs` into `job.out`, and return the summary.
 
-    `scores`: where the score files were found, which the output must lie outside of.
+    `scores`: where the score files were found, which the output must lie outside of. `thresholds`: the file that will
+    describe the rows; where some are left to be written, what is there of it is removed.
 
     Raises InputError where the scores do not line up with the corpus, and OutputError.
     """
@@ -93,7 +101,14 @@ def keep_rows(
     _check_apart(out, joined, scores)
     claim = Claim(out, joined.decided)
     look = partial(_describe_unfinished, joined, job.assume_unchanged, None if job.overwrite else out)
-    work = plan(replace(job, chunk_rows=WHOLE_ROWS), claim, look, partial(_target, out, joined), WHOLE_BYTES)
+    work = plan(
+        replace(job, chunk_rows=WHOLE_ROWS),
+        claim,
+        look,
+        partial(_target, out, joined),
+        WHOLE_BYTES,
+        description=thresholds,
+    )
     specs = [Copying(joined, work.claim)] * workers
     return run_work(
         job, work, specs, on="their kept rows are copied", done="read", notes=[], began=began, log=log, stop=stop
@@ -219,8 +234,8 @@ class Copier:
             at = 0
             for batch in cursor.take(len(rows)):
                 _check_ids(batch, rows.columns.slice(at, batch.num_rows), files.extra_columns, target, rows.start + at)
-                for column, part in zip(columns, batch.filter(kept.slice(at, batch.num_rows)).columns, strict=True):
-                    column.add(pa.chunked_array([part]))
+                for column, part in zip(columns, batch.columns, strict=True):
+                    column.add(pa.chunked_array([_filtered(part, kept.slice(at, batch.num_rows))]))
                 at += batch.num_rows
         return pa.table([column.rows() for column in columns], names=target.scores.names)
 
@@ -237,6 +252,16 @@ class Copier:
                 self.targets[segment.file].commit(segment, table)
             except InputError as error:
                 failures.append(Failure(segment, str(error)))
+
+
+def _filtered(column: pa.Array, kept: pa.BooleanArray) -> pa.Array:
+    """The rows of `column` that are `kept`, of any type: pyarrow has no filter for some, views of texts among them."""
+    try:
+        return column.filter(kept)
+    except pa.ArrowNotImplementedError:
+        edges = np.flatnonzero(np.diff(kept.to_numpy(zero_copy_only=False), prepend=False, append=False))
+        runs = [column.slice(start, stop - start) for start, stop in edges.reshape(-1, 2).tolist()]
+        return pa.concat_arrays([column.slice(0, 0), *runs])
 
 
 def _check_ids(batch: pa.RecordBatch, scores: pa.RecordBatch, ids: Sequence[str], target: Target, first: int) -> None:

@@ -45,9 +45,10 @@ class Copies:
 def cut(sources: Sources, request: Request, target: str, copies: Copies | None = None) -> dict[str, Any]:
     """Compute thresholds, copy the kept rows where that is asked for, and return the summary; raises EngineError.
 
-    The thresholds go to the file or URL `target`, after the rows.
+    The thresholds go to the file or URL `target`, once all rows are there that there can be: not where it was stopped.
     """
     began = time.monotonic()
+    thresholds = locate(target)
     files = open_scores(sources.inputs, sources.columns, sources.group_column)
     job = None if copies is None else _with_corpus(copies.job, sources, files)  # before minutes of reading
     decision = decide(files, request)
@@ -55,8 +56,9 @@ def cut(sources: Sources, request: Request, target: str, copies: Copies | None =
     copied: dict[str, Any] = {}
     if copies is not None and job is not None:
         joined = Joined.of(decision, files)
-        copied = keep_rows(job, joined, sources.inputs, copies.workers, copies.log, copies.stop)
-    write_json(locate(target), decision.to_json())
+        copied = keep_rows(job, joined, sources.inputs, thresholds, copies.workers, copies.log, copies.stop)
+    if copies is None or not copies.stop.is_set():
+        write_json(thresholds, decision.to_json())
     return {
         **asdict(decision.counts),
         "quantile": decision.quantile,

@@ -55,14 +55,16 @@ class Column:
 
     def __init__(self) -> None:
         self._parts: list[pa.Array] = []
+        self._kind: pa.DataType | None = None
         self._known = self._new = 0  # bytes of the first part, which earlier ones were joined to, and of the others
 
     def add(self, part: pa.ChunkedArray) -> None:
         """Append the rows of a column."""
         if not is_text(part.type):
-            self._parts += part.chunks
+            self._parts, self._kind = self._parts + part.chunks, part.type
             return
         self._parts.append(encode(part))
+        self._kind = self._parts[-1].type
         self._new += self._parts[-1].nbytes
         if self._new > max(JOIN_BYTES, self._known):  # so that each value is compared a few times at most
             self._parts = [join(self._parts)]
@@ -70,7 +72,7 @@ class Column:
 
     def rows(self) -> pa.ChunkedArray:
         """All rows so far, of one part at least; texts as `encode` gives them."""
-        return pa.chunked_array(self._parts)
+        return pa.chunked_array(self._parts, self._kind)
 
 
 def decode(table: pa.Table, schema: pa.Schema, n_bytes: int) -> Iterator[pa.Table]:

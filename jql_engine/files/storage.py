@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -117,6 +118,12 @@ def _remove(location: Location) -> None:
         location.fs.rm_file(location.path)
     except NotImplementedError:
         location.fs.rm(location.path)  # which takes a name with "*" for a pattern
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if location.exists():
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(location)) from error  # FTP's is its own
 
 
 def remove_empty_parents(folder: Location, root: Location) -> None:

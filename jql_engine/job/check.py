@@ -40,7 +40,7 @@ def check_output(out: Location, sources: Sequence[SourceFile]) -> None:
             with tempfile.TemporaryFile(dir=out):
                 pass
         else:
-            write(out / PROBE, pa.py_buffer(b""), out / PROBE)
+            write(out / PROBE, pa.py_buffer(b""), out / f"{PROBE}.aside")
             remove_file(out / PROBE)
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -69,8 +69,10 @@ def check_apart(out: Location, given: str) -> None:
     if isinstance(location, Path):
         given = str(location)
     if not isinstance(out, Path):
-        url = fixed_part_of_url(given) if glob.has_magic(given) else given
-        inside = f"{out}/".startswith(url.rstrip("/") + "/")
+        assert not isinstance(location, Path)
+        above = locate(fixed_part_of_url(given)) if glob.has_magic(given) else location
+        assert not isinstance(above, Path)
+        inside = out.fs == above.fs and f"{out.path}/".startswith(above.path.rstrip("/") + "/")
     elif Path(given).is_dir():
         inside = _contains(Path(given), out)
     elif glob.has_magic(given) and not Path(given).exists():

@@ -128,10 +128,12 @@ def plan(
     target_of: Callable[[InputFile], Target],
     chunk_bytes: int,
     unfinished: Sequence[Unfinished] = (),
+    description: Location | None = None,
 ) -> Work:
     """Claim the output folder, and find the chunks that are not done of the files that `look` does not find finished.
 
-    `unfinished`: what the inputs lack already, as a job before this one has left it.
+    `unfinished`: what the inputs lack already, as a job before this one has left it. `description`: a file that is
+    written once all outputs are there, and says what they are; what is there of it goes before the first is written.
 
     Raises InputError; OutputError where another job has the folder, or has left parts there.
     """
@@ -162,6 +164,9 @@ def plan(
             lacking = [replace(one, name=None) if one.name in names else one for one in unfinished]
             unreadable = [*lacking, *refused, *seen.unreadable]
             with begun(run_file, targets, unreadable, names, job.overwrite):
+                if description is not None and targets:
+                    with explained(description, "removed"):
+                        remove_file(description)
                 _remove_earlier(claim.out, [*(target.file.source for target in targets), *seen.damaged], before)
                 tasks = _tasks_left(job, claim, targets, finished, chunk_bytes, child)
     except BaseException:

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from decimal import Decimal
 from pathlib import Path
 from threading import Event
 
@@ -70,12 +71,19 @@ def write_scores(place: Path, source: Path, ids: pa.Array, lang: pa.Array, score
 
 
 def keep(
-    corpus: Path | None, scores: Path, out: Path, *, quantile: float = 0.6, min_group: int = 100, **options: object
+    corpus: Path | None,
+    scores: Path,
+    out: Path,
+    *,
+    quantile: float = 0.6,
+    min_group: int = 100,
+    stop: Event | None = None,
+    **options: object,
 ) -> dict[str, object]:
     request = Request("all", quantile=quantile, min_group=min_group)
     job = Job(() if corpus is None else (str(corpus),), str(out), **options)
     sources = Sources((str(scores),), (), "lang")
-    return cut(sources, request, str(out / "thresholds.json"), Copies(job, 1, RunLog(None), Event()))
+    return cut(sources, request, str(out / "thresholds.json"), Copies(job, 1, RunLog(None), stop or Event()))
 
 
 def expected(corpus: Path, scores: Path) -> dict[str, pa.Table]:
@@ -307,3 +315,68 @@ def test_a_text_that_repeats_is_held_once_until_it_is_written(tmp_path):
     assert len(kept) == 2_701 and kept.nbytes < 1 << 20
     target.commit(Segment(0, 0, n_rows), kept)
     assert pq.read_table(tmp_path / "out" / "a.parquet").equals(pq.read_table(source).slice(299))
+
+
+def test_a_file_without_rows_gives_one_without_rows(tmp_path):
+    corpus, scores = corpus_of(tmp_path, n_files=2)
+    source, place = corpus / "a/0.parquet", scores / "a/0.parquet"
+    pq.write_table(pq.read_table(source).slice(0, 0), source)
+    empty = [pa.array([], pa.float32())] * len(HEADS)
+    write_scores(place, source, pa.array([], pa.string()), pa.array([], pa.string()), empty)
+    assert keep(corpus, scores, tmp_path / "out")["unfinished"] == []
+    found = pq.read_table(tmp_path / "out/a/0.parquet")
+    assert found.num_rows == 0 and found.schema == pq.read_schema(source).with_metadata(found.schema.metadata)
+    assert pq.read_table(tmp_path / "out/b/1.parquet").num_rows > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (pa.string_view(), "a text that is longer than twelve"),
+        (pa.binary_view(), b"\xff"),
+        (pa.list_(pa.string_view()), ["a", None]),
+        (pa.map_(pa.string(), pa.int32()), [("a", 1)]),
+        (pa.decimal128(20, 3), Decimal("1.500")),
+        (pa.list_(pa.float32(), 2), [0.5, 1.5]),
+        (pa.dictionary(pa.int8(), pa.string()), "a"),
+    ],
+    ids=str,
+)
+def test_columns_of_every_type_are_kept(kind, value, tmp_path):
+    corpus, scores = corpus_of(tmp_path, n_files=1)
+    source, place = corpus / "a/0.parquet", scores / "a/0.parquet"
+    kept = expected(corpus, scores)["a/0.parquet"]["id"]
+    table, old = pq.read_table(source), pq.read_table(place)
+    values = [None if row % 7 == 0 else value for row in range(len(table))]
+    pq.write_table(table.append_column("own", pa.array(values, kind)), source)
+    write_scores(place, source, old["id"], old["lang"], [old[f"score_{head}"] for head in HEADS])
+    assert keep(corpus, scores, tmp_path / "out")["unfinished"] == []
+    found = pq.read_table(tmp_path / "out/a/0.parquet")
+    assert found["id"].equals(kept) and found.schema.field("own").type == kind
+    assert found["own"].to_pylist() == [values[int(name.rpartition("-")[2])] for name in kept.to_pylist()]
+
+
+def test_thresholds_stand_beside_the_rows_that_they_describe_alone(tmp_path, monkeypatch):
+    """They are written once all rows are there, and go before the first row of another decision is."""
+    corpus, scores = corpus_of(tmp_path)
+    out = tmp_path / "out"
+    keep(corpus, scores, out)
+    before = (out / "thresholds.json").read_bytes()
+    with pytest.raises(OutputError, match="other settings"):
+        keep(corpus, scores, out, quantile=0.9)
+    assert (out / "thresholds.json").read_bytes() == before
+    monkeypatch.setattr("jql_engine.decision.copying.run_work", broken)
+    with pytest.raises(KeyboardInterrupt):
+        keep(corpus, scores, out, quantile=0.9, overwrite=True)
+    assert not (out / "thresholds.json").exists()
+    monkeypatch.undo()
+    stop = Event()
+    stop.set()
+    keep(corpus, scores, out, quantile=0.9, stop=stop)
+    assert not (out / "thresholds.json").exists()
+    keep(corpus, scores, out, quantile=0.9)
+    assert json.loads((out / "thresholds.json").read_bytes())["quantile"] == 0.9
+
+
+def broken(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
