@@ -16,7 +16,7 @@ from jql_engine.decision.scores import TOKENS, ScoreFiles
 from jql_engine.errors import InputError
 from jql_engine.files.formats import unreadable
 from jql_engine.files.inputs import InputFile, SourceFile, check_group_type, find_files, with_shared_schemas
-from jql_engine.files.output import METADATA_KEY, shown
+from jql_engine.files.output import METADATA_KEY, OF_SCORES, OF_SOURCE, shown
 from jql_engine.files.parquet import describe_whole
 from jql_engine.files.retries import retry
 from jql_engine.job.apart import in_threads
@@ -24,8 +24,8 @@ from jql_engine.job.finished import check_finished
 from jql_engine.job.unfinished import Unfinished
 from jql_engine.printing import say
 
-# Settings that differ between the files of one job: the source's, and how many rows of the last file were scored.
-OF_ONE_FILE = {"source_bytes", "source_version", "limit", "rescored_from"}
+# Settings that differ between the files of one job: how many rows of the last file were scored, and what it was made of.
+OF_ONE_FILE = {"limit"} | OF_SOURCE | OF_SCORES
 
 
 def open_scores(
@@ -39,10 +39,12 @@ def open_scores(
     `columns` names the score columns; without it they are those that jql-run wrote. `extra_columns` are read besides.
     Raises InputError.
     """
-    unfinished = {one.file: one for given in inputs for one in check_finished(given)}
+    try:
+        listing = find_files(inputs)
+    finally:  # whatever begins later will be noticed as a change of the files; where nothing was found, this says why
+        unfinished = {one.file: one for given in inputs for one in check_finished(given)}
     if unfinished:
         say(f"jql: {_warning(inputs, list(unfinished.values()))}")
-    listing = find_files(inputs)
     if listing.refused:
         raise InputError("; ".join(one.reason for one in listing.refused[:3]))
     if other := next((source for source in listing.files if source.format != "parquet"), None):
@@ -61,6 +63,12 @@ def open_scores(
     has_tokens = TOKENS in first.file.schema.names
     for one in looked:
         _check_columns(one.file, scores, group_column, [*extra_columns, *((TOKENS,) if has_tokens else ())])
+    wide = [name for name in scores if any(pa.types.is_float64(one.file.schema.field(name).type) for one in looked)]
+    if wide:
+        say(
+            f"jql: {', '.join(wide)} is double: its values are taken as float32, as jql-run writes them and as thresholds "
+            "are; where a threshold is compared with it elsewhere, do the same"
+        )
     files = tuple(with_shared_schemas([one.file for one in looked]))
     return ScoreFiles(
         files, heads, scores, group_column, has_tokens, tuple(extra_columns), settings, tuple(unfinished.values())

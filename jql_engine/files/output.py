@@ -52,6 +52,7 @@ OPTIONS = (
     "output", "quantile", "rule", "text_column", "variant", "weight", "windows",
 )  # fmt: skip
 OF_SOURCE = {"source_bytes", "source_version"}  # settings that change with a source
+OF_SCORES = {"rescored_from", "scores_version"}  # and with the scores that a job reads
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -233,6 +234,7 @@ def shown(key: str, value: object) -> str:
     if key in OPTIONS:
         option = f"--{key.replace('_', '-')}"
         return f"no {option}" if value is None else f"{option} {value}"
+    key = "thresholds" if key == "cut" else key
     return f"{key} {value[:12]}" if isinstance(value, str) and SHA256.fullmatch(value) else f"{key} {value!r}"
 
 
@@ -255,12 +257,13 @@ def check_settings(target: Location, settings: Settings) -> None:
     if not (different := [key for key in {**settings, **found} if found.get(key) != settings.get(key)]):
         return
     key = different[0]
-    if set(different) <= OF_SOURCE:
+    if set(different) <= OF_SOURCE | OF_SCORES:
         then, now = found.get("source_bytes"), settings.get("source_bytes")
         size = f"{then} bytes then, {now} now" if then != now else "of the same size, but written anew"
+        what = f"its source ({size})" if OF_SOURCE & set(different) else "the score file that it is made of"
         raise OutputError(
-            f"{target} exists and was computed from what its source was before it changed ({size}); bring that source "
-            "back, choose another --out, or start over with --overwrite"
+            f"{target} exists and was computed before {what} changed; bring that back, choose another --out, or start "
+            "over with --overwrite"
         )
     raise OutputError(
         f"{target} exists and was computed with other settings: {shown(key, found.get(key))} then, "

@@ -71,9 +71,10 @@ class _Found:
                 found._add(location, rest, f"{inner}/".removeprefix("/"), "")
             else:
                 found.finished.add(name)
-        for above, below in _above(folder):
-            for location, rest in _list_parts(above):
-                found._add(location, rest, "", below)
+        for start, inner in [(folder, ""), *_links(folder)]:
+            for above, below in _above(start):
+                for location, rest in _list_parts(above):
+                    found._add(location, rest, inner, below)
         return found
 
     def lacks(self, name: str) -> bool:
@@ -111,13 +112,26 @@ def _list(folder: Location) -> Iterator[tuple[Location, str]]:
     if not isinstance(folder, Path):
         yield from list_files(folder)
         return
+    for parent, _, names in _walk(folder):
+        yield from ((Path(parent, name), Path(parent, name).relative_to(folder).as_posix()) for name in names)
+
+
+def _links(folder: Location) -> Iterator[tuple[Location, str]]:
+    """Links to folders below one, and their names below it, with a "/": each may lead into the output of a job."""
+    if isinstance(folder, Path):
+        links = (Path(parent, name) for parent, folders, _ in _walk(folder) for name in folders)
+        yield from ((link, f"{link.relative_to(folder).as_posix()}/") for link in links if link.is_symlink())
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Folders with the names of the folders and files in them, through links, each once."""
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(parent)) in seen:
             folders.clear()
             continue
         seen.add(real)
-        yield from ((Path(parent, name), Path(parent, name).relative_to(folder).as_posix()) for name in names)
+        yield parent, folders, names
 
 
 def _list_parts(folder: Location) -> list[tuple[Location, str]]:

@@ -116,8 +116,8 @@ def run_work(
     meter.say(_beginning(job, on, work))
     if n_untraceable := sum(not target.file.source.is_traceable for target in work.targets):
         meter.say(
-            f"jql: of {counted(n_untraceable, 'file')} the server tells neither an entity tag nor a time: a change of one "
-            "that keeps its size will not be noticed"
+            f"jql: of {counted(n_untraceable, 'file')} the server tells neither an entity tag nor a time: a change of "
+            "one that keeps its size will not be noticed"
         )
     for note in [*notes, *(f"{file.reason}; going on with the other files" for file in work.unreadable)]:
         meter.say(f"jql: {note}")
@@ -155,8 +155,9 @@ def _beginning(job: Job, on: str, work: Work) -> str:
 
 def _end(job: Job, outcome: Outcome, meter: Meter, done: str) -> str:
     took = timedelta(seconds=round(meter.seconds))
-    unfinished = f"; {counted(len(outcome.unfinished), 'file')} unfinished, see the summary" if outcome.unfinished else ""
     documents, files = counted(meter.documents, "document"), counted(outcome.n_files, "file")
+    n_left = len(outcome.unfinished)
+    unfinished = f"; {counted(n_left, 'file')} unfinished, see the summary" if n_left else ""
     return f"{documents} {done} in {took}, {files} written to {job.out}{unfinished}"
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from jql_engine.errors import OutputError
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import OF_SOURCE, Target, explained, stored_settings
+from jql_engine.files.output import OF_SCORES, OF_SOURCE, Target, explained, stored_settings
 from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, find_leftovers, key_of, parts_folder
 from jql_engine.files.storage import list_files, read_file, remove_empty_folders, remove_file
 from jql_engine.files.writing import write
@@ -31,7 +31,6 @@ from jql_engine.names import RelativeName
 from jql_engine.printing import redact
 
 RUN_NAME = re.compile(r"(?P<key>[0-9a-f]{12})\.(?P<command>[0-9a-f]{12})\.\d+-of-(?P<size>\d+)\.run")
-OF_SCORES = {"rescored_from", "scores_version"}  # settings that change with the scores that a job reads
 
 
 @dataclass(frozen=True, slots=True)

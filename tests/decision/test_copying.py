@@ -149,6 +149,8 @@ def test_scores_beside_all_columns_are_their_own_corpus(tmp_path):
     keep(None, scores, tmp_path / "out")
     for name, table in expected(corpus, scores).items():
         assert pq.read_table(tmp_path / "out" / name)["meta"].to_pylist() == table["meta"].to_pylist()
+    again = open_scores([str(tmp_path / "out")], ["score_edu"], "lang")
+    assert decide(again, Request("all", keep=0.5, min_group=1)).counts.kept_documents >= again.n_rows / 2
 
 
 def test_another_decision_does_not_mix_its_rows_with_those_that_are_there(tmp_path):

@@ -179,6 +179,16 @@ def test_files_of_different_jobs_are_refused(settings, message, tmp_path):
     assert "b.parquet" in str(error.value)
 
 
+def test_that_doubles_are_rounded_is_said(tmp_path, capfd):
+    """0.3 is below the float32 next to it: who compares it with that as a double drops what jql-cut keeps."""
+    file = write(tmp_path / "a.parquet", {"quality": np.array([0.1, 0.2, 0.3, 0.4])}, None)
+    assert open_scores([str(file)], ["quality"]).heads == ("quality",)
+    assert "quality is double: its values are taken as float32" in capfd.readouterr().err
+    write(file, {"quality": np.array([0.1, 0.2, 0.3, 0.4], np.float32)}, None)
+    open_scores([str(file)], ["quality"])
+    assert capfd.readouterr().err == ""
+
+
 def test_files_of_one_job_may_differ_in_their_sources_and_in_where_a_limit_cuts(tmp_path):
     write(tmp_path / "a.parquet", some(), {**SETTINGS, "source_bytes": 1, "limit": None})
     write(tmp_path / "b.parquet", some(), {**SETTINGS, "source_bytes": 2, "limit": 1000})

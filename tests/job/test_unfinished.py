@@ -219,6 +219,19 @@ def refused(given: Path | str) -> bool:
     return False
 
 
+def test_links_to_parts_of_an_output_lead_to_what_it_lacks(bundle, corpus, tmp_path):
+    """As those have them who gather the scores of several jobs in one folder."""
+    run(bundle, tmp_path / "out", corpus)
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/of_sub").symlink_to(tmp_path / "out/sub")
+    assert left(tmp_path / "all") == ["b.parquet"]
+    for file in tmp_path.glob("out/.parts/*.run"):
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({"names": ["sub/e.parquet"], "unfinished": content["unfinished"]}))
+    with pytest.raises(InputError, match=r"run says that of_sub/e\.parquet is to be written"):
+        open_scores([str(tmp_path / "all")])
+
+
 def test_folders_behind_links_are_seen(bundle, tmp_path):
     """Below the output, the output itself, and above it."""
     for name in ("big/0.parquet", "big/1.parquet"):
