@@ -50,7 +50,9 @@ class Certificate:
     format: int
     bundle: str  # hash
     documents: int
+    cut: float
     windows: WindowsInfo  # of the documents that were scored
+    reference_bf16: Certified  # of PyTorch in bf16, which the original pipeline computes
     variants: dict[str, Certified]
 
     def reason_against(self, variant: str, max_flips: float) -> str | None:

@@ -36,6 +36,7 @@ def run(
     """How far two sets of scores are apart, and how many documents they decide differently."""
     from jql_engine.decision.compare import compare_files
 
+    options.check_outputs(html=html, json=json_file)
     options.finish(compare_files(first, second, column, group_column, min_group, json_file=json_file, html=html))
 
 

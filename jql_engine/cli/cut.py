@@ -92,6 +92,7 @@ def cut(
               "--workers": workers, "--metrics": metrics}  # fmt: skip
     if out is None and (option := next((name for name, value in unused.items() if value), None)):
         raise typer.BadParameter(f"give the folder that the kept rows go to: {option} is for those", param_hint="--out")
+    options.check_outputs(thresholds=thresholds)
     request = Request(rule, weight, quantile, keep, None if keep_tokens is None else int(keep_tokens), min_group)
     sources = Sources(tuple(scores), tuple(columns or ()), group_column)
     target = thresholds or f"{(out or '').rstrip('/')}/thresholds.json"

@@ -112,6 +112,22 @@ def check_rank(rank: int | None, world_size: int | None) -> None:
         raise typer.BadParameter("it counts from 0 and is less than --world-size", param_hint="--rank")
 
 
+def check_outputs(**given: str | None) -> None:
+    """Raise BadParameter where two of the options name one file, or one names what may be scores or documents."""
+    from jql_engine.files.inputs import SUFFIXES, identity
+    from jql_engine.files.location import locate
+
+    places: dict[str, str] = {}
+    for name, file in given.items():
+        if file is None:
+            continue
+        hint = f"--{name}"
+        if any(file.endswith(suffix) for suffix in SUFFIXES):
+            raise typer.BadParameter(f"{file} has the name of a data file; choose another", param_hint=hint)
+        if (other := places.setdefault(identity(locate(file)), hint)) != hint:
+            raise typer.BadParameter(f"{file} is that of {other} too; give each a file of its own", param_hint=hint)
+
+
 def finish(summary: Mapping[str, Any]) -> NoReturn:
     """Print the summary, and exit: 0 where all files are finished, else 1."""
     print(redact(json.dumps(summary, ensure_ascii=False)), flush=True)  # noqa: T201

@@ -58,6 +58,7 @@ def run(
 
     if html is None and json_file is None:
         raise typer.BadParameter("give --html, --json or both", param_hint="--html")
+    options.check_outputs(html=html, json=json_file)
     sources = Sources(
         inputs=tuple(scores),
         columns=tuple(columns or ()),

@@ -52,5 +52,6 @@ def _summary(found: Comparison) -> dict[str, Any]:
         "compared": found.compared,
         "max_difference": {one.head: one.greatest for one in found.whole.differences},
         "spearman": {one.head: one.spearman for one in found.whole.differences},
-        f"flips_at_{CUT}": {one.what: [one.share, *one.interval] for one in flips},
+        f"flips_at_{CUT}": {one.what: [one.share, *one.interval] for one in flips if not one.is_rule},
+        f"flips_by_rule_at_{CUT}": {one.what: [one.share, *one.interval] for one in flips if one.is_rule},
     }

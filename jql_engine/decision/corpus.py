@@ -15,12 +15,13 @@ def check_scored(file: InputFile, scores: InputFile, assume_unchanged: bool) -> 
     source, found = file.source, scores.source.location
     if identity(source.location) == identity(found):  # scores that stand beside all columns
         return
-    if file.n_rows != scores.n_rows:
-        raise InputError(
-            f"{source.location} has {file.n_rows:,} rows and its scores {found} {scores.n_rows:,}; give the corpus "
-            "that was scored, or score it again"
-        )
     settings = stored_settings(found)
+    if file.n_rows != scores.n_rows:
+        limited = settings.get("limit") is not None
+        advice = "score it without --limit" if limited else "give the corpus that was scored, or score it again"
+        raise InputError(
+            f"{source.location} has {file.n_rows:,} rows and its scores {found} {scores.n_rows:,}; {advice}"
+        )
     if settings.get("source_bytes", source.size) != source.size:
         raise InputError(
             f"{source.location} has {source.size:,} bytes and had {settings['source_bytes']:,} when {found} was "

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jql_engine.decision.copying import Joined, keep_rows
-from jql_engine.decision.opening import open_scores
+from jql_engine.decision.opening import open_scores, remind_of_groups
 from jql_engine.decision.result import Decision, Request
 from jql_engine.decision.scores import ScoreFiles
 from jql_engine.decision.threshold import decide
@@ -20,6 +20,7 @@ from jql_engine.job.progress import RunLog
 from jql_engine.printing import say
 
 NAMED = 5  # groups named in a message
+NOTICED = 0.001  # of the weight of a group, by which more is kept than asked for
 COPIED = ("documents", "files", "skipped_files", "seconds", "workers")  # of the summary of a job: what applies here
 
 
@@ -50,6 +51,7 @@ def cut(sources: Sources, request: Request, target: str, copies: Copies | None =
     began = time.monotonic()
     thresholds = locate(target)
     files = open_scores(sources.inputs, sources.columns, sources.group_column)
+    remind_of_groups(files)
     job = None if copies is None else _with_corpus(copies.job, sources, files)  # before minutes of reading
     decision = decide(files, request)
     announce(decision)
@@ -79,8 +81,8 @@ def _with_corpus(job: Job, sources: Sources, files: ScoreFiles) -> Job:
         return job
     if files.settings.get("output") != "append":
         raise InputError(
-            f"{files.files[0].source.location} holds scores alone; give --corpus, the files that were scored, whose "
-            "kept rows are to be copied"
+            f"{files.files[0].source.location} was not written by jql-run --output append, with all columns beside the "
+            "scores; give --corpus, the files that were scored, whose kept rows are to be copied"
         )
     return replace(job, inputs=sources.inputs)
 
@@ -99,9 +101,26 @@ def announce(decision: Decision) -> None:
             f"jql-cut: {len(pooled):,} of {len(decision.groups):,} groups have fewer than "
             f"{decision.request.min_group:,} documents with scores, and take the thresholds of all groups: {names}"
         )
-    if target is not None and target.excess:
+    if target is None:
+        _announce_ties(decision)
+    elif target.excess:
         say(
             f"jql-cut: {target.excess:,} {target.unit} more are kept than the {target.asked:,} asked for: every "
             "threshold is a document's score, those of all groups and heads move together, and equal scores are kept "
             "together"
+        )
+
+
+def _announce_ties(decision: Decision) -> None:
+    """Say where a threshold alone keeps clearly more than its quantile asks for."""
+    asked = 1 - decision.quantile
+    own = [one for one in decision.groups if not one.is_pooled] or decision.groups[:1]
+    shares = [(head.share, head.head, one.group) for one in own for head in one.thresholds]
+    tied = [one for one in shares if one[0] > asked + NOTICED]
+    if tied:
+        share, head, group = max(tied, key=lambda one: one[0])
+        where = "" if decision.group_column is None else f" in group {group!r}"
+        say(
+            f"jql-cut: {len(tied):,} of {len(shares):,} thresholds are reached by more than the {asked:.1%} asked for, "
+            f"as equal scores are kept together: that of {head}{where} by {share:.1%}"
         )

@@ -39,7 +39,8 @@ def count_in_bins(files: ScoreFiles, census: Census, n_bins: int = N_BINS) -> Hi
 
 def _ranges(census: Census) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The least and the greatest score of each head, [H] each; 0 where it has none."""
-    least, greatest = census.least.min(axis=1), census.greatest.max(axis=1)
+    least = census.least.min(axis=1, initial=np.inf)
+    greatest = census.greatest.max(axis=1, initial=-np.inf)
     return np.where(np.isfinite(least), least, 0), np.where(np.isfinite(greatest), greatest, 0)
 
 

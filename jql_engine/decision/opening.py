@@ -24,7 +24,7 @@ from jql_engine.job.finished import check_finished
 from jql_engine.job.unfinished import Unfinished
 from jql_engine.printing import say
 
-# Settings that differ between the files of one job: how many rows of the last file were scored, and what it was made of.
+# Settings that differ between the files of one job: what they were made of, and how many rows of the last were scored.
 OF_ONE_FILE = {"limit"} | OF_SOURCE | OF_SCORES
 
 
@@ -54,8 +54,6 @@ def open_scores(
     for one in looked:
         _check_one_job(first, one)
     settings = json.loads(first.settings)
-    if group_column is None and (known := settings.get("group_column")):
-        say(f"jql: the scores know the groups of {known!r}; without --group-column {known} all documents are one group")
     scores = tuple(columns) or tuple(score_column(head) for head in _heads(first, settings))
     heads = tuple(name.removeprefix("score_") for name in scores)
     if len(set(heads)) < len(heads):
@@ -63,16 +61,25 @@ def open_scores(
     has_tokens = TOKENS in first.file.schema.names
     for one in looked:
         _check_columns(one.file, scores, group_column, [*extra_columns, *((TOKENS,) if has_tokens else ())])
+    if any(one.is_limited for one in looked):
+        say("jql: the first documents alone were scored (jql-run --limit), which are no sample of all")
     wide = [name for name in scores if any(pa.types.is_float64(one.file.schema.field(name).type) for one in looked)]
     if wide:
         say(
-            f"jql: {', '.join(wide)} is double: its values are taken as float32, as jql-run writes them and as thresholds "
-            "are; where a threshold is compared with it elsewhere, do the same"
+            f"jql: {', '.join(wide)} is double: its values are taken as float32, as jql-run writes them and as "
+            "thresholds are; where a threshold is compared with it elsewhere, do the same"
         )
     files = tuple(with_shared_schemas([one.file for one in looked]))
     return ScoreFiles(
         files, heads, scores, group_column, has_tokens, tuple(extra_columns), settings, tuple(unfinished.values())
     )
+
+
+def remind_of_groups(files: ScoreFiles) -> None:
+    """Say that there are groups where they are not asked for."""
+    known = files.settings.get("group_column")
+    if known and files.group_column is None:
+        say(f"jql: the scores know the groups of {known!r}; without --group-column {known} all documents are one group")
 
 
 def _warning(inputs: Sequence[str], unfinished: Sequence[Unfinished]) -> str:
@@ -90,6 +97,7 @@ class _Looked:
 
     file: InputFile
     settings: str
+    is_limited: bool  # whether the first rows alone were scored
 
 
 def _look(source: SourceFile) -> _Looked:
@@ -101,7 +109,8 @@ def _describe(source: SourceFile) -> _Looked:
     file = describe_whole(source)
     found = json.loads((file.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     shared = json.dumps({key: found[key] for key in sorted(found) if key not in OF_ONE_FILE})
-    return _Looked(replace(file, schema=file.schema.remove_metadata()), sys.intern(shared))
+    is_limited = found.get("limit") is not None
+    return _Looked(replace(file, schema=file.schema.remove_metadata()), sys.intern(shared), is_limited)
 
 
 def _check_one_job(first: _Looked, other: _Looked) -> None:
@@ -111,7 +120,9 @@ def _check_one_job(first: _Looked, other: _Looked) -> None:
     names = f"{first.file.source.location} and {other.file.source.location}"
     if not (one and two):
         raise InputError(f"of {names} one was written by jql-run and one was not; give the files of one job")
-    key = next(key for key in {**one, **two} if one.get(key) != two.get(key))
+    key = next((key for key in {**one, **two} if one.get(key) != two.get(key)), None)
+    if key is None:  # a null and a setting that is not there
+        return
     raise InputError(
         f"{names} are of different jobs: {shown(key, one.get(key))} in the first, {shown(key, two.get(key))} in the "
         "second; their scores cannot be compared: give the files of one job"

@@ -9,7 +9,7 @@ import numpy as np
 
 from jql_engine.decision.comparison import Paired
 from jql_engine.decision.ids import first_difference
-from jql_engine.decision.opening import open_scores
+from jql_engine.decision.opening import open_scores, remind_of_groups
 from jql_engine.decision.scores import Rows, ScoreFiles
 from jql_engine.errors import InputError
 from jql_engine.files.output import stored_settings
@@ -23,6 +23,7 @@ def read_pair(
     Groups and lengths are the first set's. Raises InputError where the sets are not of the same heads and documents.
     """
     a, b = open_scores(first, (), group_column), open_scores(second, columns)
+    remind_of_groups(a)
     _check_same(a, b, bool(columns))
     with_ids = a.with_ids()
     if all(file.schema.names.count(name) == 1 for name in with_ids.extra_columns for file in b.files):

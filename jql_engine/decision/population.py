@@ -64,7 +64,8 @@ class Population:
         if (empty := found.totals == 0).any():
             group = files.groups.names[int(np.argmax(slots == np.argmax(empty)))]
             raise InputError(f"no document of the group {group!r} has any tokens; count in documents")
-        assert found.totals.max() < EXACT
+        if (total := int(found.totals.max())) >= EXACT:
+            raise InputError(f"{total:,} tokens are in a group, {EXACT - 1:,} are the most; count in documents")
         return found
 
     @property

@@ -46,6 +46,7 @@ class HeadThreshold:
     head: str
     threshold: float
     interval: tuple[float | None, float | None]
+    share: float  # of the weight that it is taken from, at or above it: where scores are equal, more than asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from jql_engine.job.unfinished import Unfinished
 ROWS = 65_536  # of a batch, at most
 MOST_GROUPS = 65_536
 TOKENS = "n_tokens"
+MOST_TOKENS = (1 << 31) - 1  # of a document: jql-run writes int32
 
 
 class Groups:
@@ -167,8 +168,9 @@ class ScoreFiles:
             if wrong.any():
                 row = rows.start + int(wrong.argmax())
                 raise InputError(f"{location}: row {row} has scores and no {TOKENS}; jql-run writes both or none")
-        if rows.n_tokens.min(initial=0) < 0:
-            raise InputError(f"{location}: {TOKENS} is {rows.n_tokens.min()} in a row, expected 0 or more")
+        for found in (rows.n_tokens.min(initial=0), rows.n_tokens.max(initial=0)):
+            if not 0 <= found <= MOST_TOKENS:
+                raise InputError(f"{location}: {TOKENS} is {found} in a row, expected 0 to {MOST_TOKENS:,}")
 
 
 def _ahead(files: Sequence[InputFile], columns: Sequence[str]) -> Iterator[Iterator[pa.RecordBatch]]:

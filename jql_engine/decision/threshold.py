@@ -42,7 +42,7 @@ def decide(files: ScoreFiles, request: Request) -> Decision:
         assert asked is not None
         quantile = common_quantile(partition, population, asked)
         partition = _partition(population) if partition.is_spent else partition
-    thresholds = _thresholds(partition, population, quantile)  # [slots, J, 3]
+    thresholds, shares = _thresholds(partition, population, quantile)  # [slots, J, 3], [slots, J]
     cut = Cut(request.rule, thresholds[population.slots, :, 0])
     kept = count_kept(files, cut, census.n_groups)
     return Decision(
@@ -54,7 +54,7 @@ def decide(files: ScoreFiles, request: Request) -> Decision:
         dict(files.settings),
         tuple(one.file for one in files.without_scores),
         _counts(files, census, kept, slice(None)),
-        _groups(population, thresholds, kept),
+        _groups(population, thresholds, shares, kept),
     )
 
 
@@ -76,8 +76,13 @@ def _target(request: Request, census: Census) -> int | None:
     return request.keep_tokens
 
 
-def _thresholds(partition: Partition, population: Population, quantile: float) -> NDArray[np.float32]:
-    """Of each slot and head the threshold and the ends of its interval, NaN for none, float32 [slots, J, 3]."""
+def _thresholds(
+    partition: Partition, population: Population, quantile: float
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Of each slot and head the threshold and the ends of its interval, NaN for none, float32 [slots, J, 3].
+
+    And the share of the slot's weight that reaches the threshold, float64 [slots, J].
+    """
     totals = population.totals
     sizes = totals
     if population.weight == "tokens":
@@ -89,7 +94,9 @@ def _thresholds(partition: Partition, population: Population, quantile: float) -
     series = np.repeat(np.arange(partition.n_series), 3)
     weights = np.repeat(needed, partition.n_heads, axis=0).ravel()
     scores = exact_scores(partition, population.counted, series, np.maximum(weights, 1))
-    return np.where(weights > 0, scores, np.nan).astype(np.float32).reshape(len(totals), partition.n_heads, 3)
+    found = np.where(weights > 0, scores, np.nan).astype(np.float32).reshape(len(totals), partition.n_heads, 3)
+    below = partition.find(series[::3], weights[::3]).below.reshape(found.shape[:2])
+    return found, 1 - below / totals[:, None]
 
 
 def _reached(unit: Weight, asked: int, kept: NDArray[np.int64]) -> Target:
@@ -112,15 +119,15 @@ def _counts(files: ScoreFiles, census: Census, kept: NDArray[np.int64], groups: 
 
 
 def _groups(
-    population: Population, thresholds: NDArray[np.float32], kept: NDArray[np.int64]
+    population: Population, thresholds: NDArray[np.float32], shares: NDArray[np.float64], kept: NDArray[np.int64]
 ) -> tuple[GroupResult, ...]:
     """Results by name, the null last."""
     files, census, results = population.files, population.census, []
     for number, name in sorted(enumerate(files.groups.names), key=lambda item: (item[1] is None, item[1] or "")):
         slot = population.slots[number]
         heads = tuple(
-            HeadThreshold(head, float(one[0]), (_or_none(one[1]), _or_none(one[2])))
-            for head, one in zip(population.heads, thresholds[slot], strict=True)
+            HeadThreshold(head, float(one[0]), (_or_none(one[1]), _or_none(one[2])), float(share))
+            for head, one, share in zip(population.heads, thresholds[slot], shares[slot], strict=True)
         )
         counts = _counts(files, census, kept, slice(number, number + 1))
         results.append(GroupResult(name, bool(population.is_pooled[number]), heads, counts))

@@ -74,6 +74,29 @@ def test_what_is_not_expected_is_said_aloud(jql_cut, scores, tmp_path):
     ]
 
 
+def test_ties_at_a_quantile_are_said_aloud(jql_cut, tmp_path):
+    """Annotators' whole numbers: no threshold keeps 40 % of them."""
+    rng = np.random.default_rng(0)
+    scores = [rng.choice(3, 4_000, p=[0.1, 0.8, 0.1]).astype(np.float32), rng.standard_normal(4_000, np.float32)]
+    write_many(tmp_path / "scores", columns_of(scores, np.full(4_000, 9), ["en"] * 2_000 + ["de"] * 2_000))
+    arguments = tmp_path / "scores", *RULE, "--quantile", 0.6, "--thresholds", tmp_path / "t.json"
+    said = jql_cut(*arguments).stderr.splitlines()
+    groups = json.loads((tmp_path / "t.json").read_text())["groups"]
+    share, name = max((one["thresholds"][0]["share"], one["group"]) for one in groups)
+    assert share == pytest.approx(0.9, abs=0.02)
+    assert said == [
+        "jql-cut: 2 of 4 thresholds are reached by more than the 40.0% asked for, as equal scores are kept together: "
+        f"that of a in group {name!r} by {share:.1%}"
+    ]
+
+
+@pytest.mark.parametrize("name", ["scores/000.parquet", "t.jsonl.gz"])
+def test_thresholds_do_not_take_the_place_of_data(name, jql_cut, scores, tmp_path):
+    result = jql_cut(scores, *RULE, "--quantile", 0.6, "--thresholds", tmp_path / name)
+    assert result.code == 2 and "has the name of a data file" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("rule", ["all", "any", "mean"])
 def test_tokens_may_be_given_as_a_number_with_an_exponent(rule, jql_cut, scores, tmp_path):
     arguments = "--rule", rule, "--weight", "tokens", "--keep-tokens", "1e6", "--thresholds", tmp_path / "t.json"

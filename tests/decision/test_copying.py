@@ -245,13 +245,15 @@ def test_another_request_is_named_by_its_option(other, named, tmp_path):
 def test_a_missing_corpus_is_named_before_anything_is_read(tmp_path, monkeypatch):
     _, scores = corpus_of(tmp_path, 1)
     monkeypatch.setattr("jql_engine.decision.cut.decide", lambda *_: pytest.fail("scores were read"))
-    with pytest.raises(InputError, match="holds scores alone; give --corpus"):
+    with pytest.raises(InputError, match=r"was not written by jql-run --output append.*; give --corpus"):
         keep(None, scores, tmp_path / "out")
 
 
 def test_a_corpus_of_json_lines_and_scores_alone_are_named(tmp_path):
     corpus, scores = corpus_of(tmp_path, 1)
-    with pytest.raises(InputError, match="holds scores alone; give --corpus, the files that were scored"):
+    with pytest.raises(
+        InputError, match=r"was not written by jql-run --output append.*; give --corpus, the files that were scored"
+    ):
         keep(None, scores, tmp_path / "out")
     file = next(corpus.rglob("*.parquet"))
     file.with_suffix(".jsonl").write_text('{"text": "x"}\n')

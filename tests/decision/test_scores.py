@@ -179,6 +179,25 @@ def test_files_of_different_jobs_are_refused(settings, message, tmp_path):
     assert "b.parquet" in str(error.value)
 
 
+def test_a_null_is_as_good_as_a_setting_that_is_not_there(tmp_path):
+    write(tmp_path / "a.parquet", some())
+    write(tmp_path / "b.parquet", some(), {**SETTINGS, "id_column": None})
+    assert open_scores([str(tmp_path)]).n_rows == 2000
+
+
+def test_scores_of_the_first_documents_alone_are_said_to_be_that(tmp_path, capfd):
+    write(tmp_path / "a.parquet", some(), {**SETTINGS, "limit": 1000})
+    open_scores([str(tmp_path)])
+    assert "the first documents alone were scored (jql-run --limit)" in capfd.readouterr().err
+
+
+def test_lengths_that_no_document_has_are_refused(tmp_path):
+    columns = {"score_a": np.arange(3, dtype=np.float32), "n_tokens": np.array([1, 1 << 60, 1 << 62])}
+    write(tmp_path / "a.parquet", columns)
+    with pytest.raises(InputError, match=r"a\.parquet: n_tokens is 4611686018427387904 in a row, expected 0 to 2,147"):
+        list(open_scores([str(tmp_path)]).read())
+
+
 def test_that_doubles_are_rounded_is_said(tmp_path, capfd):
     """0.3 is below the float32 next to it: who compares it with that as a double drops what jql-cut keeps."""
     file = write(tmp_path / "a.parquet", {"quality": np.array([0.1, 0.2, 0.3, 0.4])}, None)

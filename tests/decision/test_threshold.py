@@ -75,6 +75,19 @@ class Oracle:
         weights = {"weights": rows["n_tokens"].to_numpy()} if self.request.weight == "tokens" else {}
         return np.quantile(rows[head].to_numpy(), np.array(quantile), method="inverted_cdf", **weights) + np.float32(0)
 
+    def shares(self, thresholds: dict[str, list[np.float32]]) -> dict[str, list[float]]:
+        """Of the weight of each group, or of all for those that are pooled, what reaches each threshold."""
+        unit = "n_tokens" if self.request.weight == "tokens" else "documents"
+        frame = self.frame.assign(documents=1)
+        groups = {name: frame if name in self.pooled else rows for name, rows in frame.groupby("group")}
+        return {
+            name: [
+                rows[unit][rows[head] >= threshold].sum() / rows[unit].sum()
+                for head, threshold in zip(self.judged, thresholds[name], strict=True)
+            ]
+            for name, rows in groups.items()
+        }
+
     def kept(self, quantile: float) -> pd.Series:
         """Of the scored documents."""
         thresholds = pd.DataFrame.from_dict(self.thresholds(quantile), orient="index", columns=self.judged)
@@ -95,11 +108,13 @@ def selection(files: ScoreFiles, decision: Decision) -> np.ndarray:
 def assert_decided(files: ScoreFiles, decision: Decision, oracle: Oracle) -> None:
     """Thresholds to the last bit, the very same documents, and counts that add up."""
     right = oracle.thresholds(decision.quantile)
+    shares = oracle.shares(right)
     for group in decision.groups:
         name = "all" if files.group_column is None else group.group or "(null)"
         if name in right:
             found = np.array([one.threshold for one in group.thresholds], np.float32)
             assert found.view(np.int32).tolist() == np.array(right[name], np.float32).view(np.int32).tolist()
+            assert [one.share for one in group.thresholds] == pytest.approx(shares[name], abs=1e-12)
             assert group.is_pooled == (name in oracle.pooled)
     kept = np.zeros(len(oracle.is_scored), np.bool_)
     kept[oracle.is_scored] = oracle.kept(decision.quantile)

@@ -423,7 +423,9 @@ def test_other_settings_are_named(tmp_path, change, message):
 def test_a_changed_source_is_named(tmp_path, change, message):
     target = target_of(tmp_path / "out", source(tmp_path / "a.parquet"))
     write_all(tmp_path / "out", target.file)
-    with pytest.raises(OutputError, match=rf"a\.parquet exists .* before its source \({message}\) changed; .*--overwrite"):
+    with pytest.raises(
+        OutputError, match=rf"a\.parquet exists .* before its source \({message}\) changed; .*--overwrite"
+    ):
         is_finished(target.final, {**target.settings, **change})
 
 

@@ -140,12 +140,11 @@ def thresholds_section(figures: Figures) -> Section:
 
 
 def _note_on_pooled(figures: Figures) -> list[Html]:
-    pooled = sum(part.is_pooled for part in figures.groups)
-    if not pooled:
+    if not figures.pooled_groups:
         return []
     return [
         paragraph(
-            f"{pooled:,} of the groups listed have fewer than {figures.min_group:,} documents with scores, and take "
-            "the thresholds of all documents together."
+            f"{figures.pooled_groups:,} of {figures.whole.scope.n_groups:,} groups have fewer than "
+            f"{figures.min_group:,} documents with scores, and take the thresholds of all documents together."
         )
     ]

@@ -20,7 +20,6 @@ from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files
 from jql_engine.files.reading import Cursor, as_text
 
-ID = "id"
 EXCERPT = 300  # characters
 READ = 4 * EXCERPT  # characters looked at: white space is shortened
 
@@ -39,12 +38,12 @@ class Corpus:
         sources = {source.relative.text: source for source in find_files(inputs).files}
         return cls(text_column, sources, assume_unchanged)
 
-    def open(self, scores: InputFile) -> InputFile:
+    def open(self, scores: InputFile, id_column: str | None) -> InputFile:
         """The file of the corpus that `scores` are of; raises InputError where there is none, or another one."""
         name, found = scores.source.relative.text, scores.source.location
         if name not in self.sources:
             raise InputError(f"the corpus holds no file that {found} could be the scores of: none is called {name}")
-        file = open_file(self.sources[name], Columns(self.text_column))
+        file = open_file(self.sources[name], Columns(self.text_column, id_column))
         check_scored(file, scores, self.assume_unchanged)
         return file
 
@@ -54,12 +53,12 @@ def read_examples(
 ) -> dict[tuple[int, int], Example]:
     """The documents at `places`, a file and a row each; raises InputError."""
     found: dict[tuple[int, int], Example] = {}
+    described = files.with_ids()
+    id_column = next(iter(described.extra_columns), None)
     for number, of_file in groupby(sorted(set(places)), key=lambda place: place[0]):
         rows = [row for _, row in of_file]
         scores = files.files[number]
-        has_id = scores.schema.names.count(ID) == 1
-        described = replace(files, extra_columns=(ID,) if has_id else ())
-        texts = None if corpus is None else _Texts(corpus.open(scores))
+        texts = None if corpus is None else _Texts(corpus.open(scores, files.settings.get("id_column")), id_column)
         for row in rows:
             example = _example(described, next(iter(described.read_rows(number, row, row + 1))))
             found[number, row] = example if texts is None else replace(example, excerpt=texts.excerpt(example))
@@ -70,7 +69,7 @@ def _example(files: ScoreFiles, rows: Rows) -> Example:
     return Example(
         file=files.files[rows.file].source.relative.text,
         row=rows.start,
-        id=_id_of(rows.columns, 0),
+        id=_id_of(rows.columns, next(iter(files.extra_columns), None)),
         group=None if files.group_column is None else files.groups.names[int(rows.groups[0])],
         scores=tuple(rows.scores[:, 0].tolist()),
         n_tokens=int(rows.n_tokens[0]) if files.has_tokens else None,
@@ -78,29 +77,30 @@ def _example(files: ScoreFiles, rows: Rows) -> Example:
     )
 
 
-def _id_of(batch: pa.RecordBatch, row: int) -> str | None:
-    if ID not in batch.schema.names:
+def _id_of(batch: pa.RecordBatch, column: str | None) -> str | None:
+    """Of a batch of one row."""
+    if column not in batch.schema.names:
         return None
-    value = batch.column(ID)[row].as_py()
+    value = batch.column(column)[0].as_py()
     return None if value is None else str(value)
 
 
 class _Texts:
     """Texts of a corpus file, whose rows are asked for in order."""
 
-    def __init__(self, file: InputFile) -> None:
-        self._cursor = Cursor(file, 0, file.columns.needed)
+    def __init__(self, file: InputFile, id_column: str | None) -> None:
+        self._cursor, self._id_column = Cursor(file, 0, file.columns.needed), id_column
 
     def excerpt(self, example: Example) -> str:
         """The beginning of a document; raises InputError where it is another one than its scores are of."""
         file = self._cursor.file
         self._cursor.skip(example.row - self._cursor.row)
         (batch,) = self._cursor.take(1)
-        found = _id_of(batch, 0)
+        found = _id_of(batch, self._id_column)
         if None not in (found, example.id) and found != example.id:
             raise InputError(
-                f"{file.source.location}: row {example.row} has id {found!r}, its scores are of {example.id!r}; give "
-                "the corpus that was scored"
+                f"{file.source.location}: row {example.row} has {self._id_column} {found!r}, its scores are of "
+                f"{example.id!r}; give the corpus that was scored"
             )
         texts, _ = as_text(pa.chunked_array([batch.column(file.columns.text)]))
         return shortened(texts[0].as_py() or "")

@@ -186,6 +186,7 @@ class Figures:
     judged: tuple[str, ...]  # what has thresholds: the heads, and their mean where there are several
     whole: Part
     groups: tuple[Part, ...]  # the largest first; empty without a group column
+    pooled_groups: int  # also of those that are not listed
     heads: tuple[Head, ...]
     agreement: Agreement
     lengths: tuple[Band, ...]  # empty where the files do not tell

@@ -92,7 +92,12 @@ def _certificate(certificate: Mapping[str, Any] | None, settings: Mapping[str, A
     """What the variant decides otherwise than PyTorch in fp32, where a bundle was given that says so."""
     if certificate is None:
         return []
-    used = settings.get("variant")
+    windows = certificate["windows"]
+    is_same = settings.get("windows", windows["take"]) == windows["take"] and settings.get("aggregate") in (
+        None,
+        windows["aggregate"],
+    )
+    used = settings.get("variant") if is_same else None
     compared = {"PyTorch in bf16": certificate["reference_bf16"], **certificate["variants"]}
     blocks: list[list[list[Content]]] = []
     for name, found in compared.items():

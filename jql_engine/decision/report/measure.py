@@ -44,6 +44,7 @@ class Measured:
     rules: tuple[Rule, ...]
     whole: Part
     groups: tuple[Part, ...]
+    n_pooled: int  # groups, also those that are not listed, that take the thresholds of all documents
     heads: tuple[Head, ...]
     agreement: Agreement
     lengths: tuple[Band, ...]
@@ -73,6 +74,7 @@ def measure(files: ScoreFiles, corpus: Corpus | None, weight: Weight, min_group:
         rules=levels.rules,
         whole=counting.part(Scope("all", None, census.n_groups), slice(None)),
         groups=counting.groups() if files.group_column is not None else (),
+        n_pooled=int((levels.population.slots == levels.whole).sum()) if census.n_groups > 1 else 0,
         heads=_heads(counting, histograms, examples, corpus),
         agreement=agreement_of(files.heads, sample.scores, sample.n_drawn),
         lengths=_bands(lengths, knows_truncated) if files.has_tokens else (),

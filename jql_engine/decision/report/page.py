@@ -28,7 +28,7 @@ Attributes: TypeAlias = Mapping[str, str]
 
 def element(tag: str, content: Sequence[Content], attributes: Attributes | None = None) -> Html:
     """An element; content that is not Html is escaped, None is left out."""
-    given = "".join(f' {name}="{escape(_printable(value))}"' for name, value in (attributes or {}).items())
+    given = "".join(f' {name}="{escape(printable(value))}"' for name, value in (attributes or {}).items())
     return Html(f"<{tag}{given}>{join(content)}</{tag}>")
 
 
@@ -69,7 +69,7 @@ def percent(value: float) -> str:
 
 def text(content: str) -> Html:
     """Any string as markup that shows it."""
-    return Html(escape(_printable(content)))
+    return Html(escape(printable(content)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ def _markup(content: Html | str | int) -> str:
     return content if isinstance(content, Html) else text(str(content))
 
 
-def _printable(content: str) -> str:
+def printable(content: str) -> str:
     """Control characters and lone surrogates, which HTML has no place for, as replacement characters."""
     if content.isprintable():
         return content

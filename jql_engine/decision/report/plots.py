@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jql_engine.decision.report.page import Html, element
+from jql_engine.decision.report.page import Html, element, printable
 from jql_engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class Plots:
 
 def _inlined(svg: str, label: str, name: str, width: float) -> Html:
     """A whole SVG file as an element of a page: with its own ids, the page's colors, and a name for who cannot see."""
-    inner = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
+    inner = printable(svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")])
     inner = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", inner, flags=re.DOTALL)  # the page has its own
     box = re.search(r'viewBox="([^"]+)"', svg)
     assert box is not None

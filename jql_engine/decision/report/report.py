@@ -11,7 +11,7 @@ from typing import Any
 
 from jql_engine.bundle import Bundle
 from jql_engine.certificate import CERTIFICATE, read_certificate
-from jql_engine.decision.opening import open_scores
+from jql_engine.decision.opening import open_scores, remind_of_groups
 from jql_engine.decision.ranks import Weight
 from jql_engine.decision.report.decisions import contents_section, kept_section, thresholds_section
 from jql_engine.decision.report.examples import Corpus
@@ -62,9 +62,9 @@ def report(
     if html is not None:
         write_text(locate(html), report_page(figures))
     whole = figures.whole
-    if n_pooled := sum(part.is_pooled for part in figures.groups):
+    if figures.pooled_groups:
         say(
-            f"jql-report: {n_pooled:,} of the {len(figures.groups):,} groups listed have fewer than {min_group:,} "
+            f"jql-report: {figures.pooled_groups:,} of {whole.scope.n_groups:,} groups have fewer than {min_group:,} "
             "documents with scores, and take the thresholds of all groups; see --min-group"
         )
     return {
@@ -85,6 +85,7 @@ def report(
 def take_figures(sources: Sources, weight: Weight = "documents", min_group: int = MIN_GROUP) -> Figures:
     """All figures; raises EngineError."""
     files = open_scores(sources.inputs, sources.columns, sources.group_column)
+    remind_of_groups(files)
     certificate = None if sources.bundle is None else _certificate(sources.bundle, files)
     speed = None if sources.metrics is None else read_speed(sources.metrics)
     corpus = None
@@ -108,6 +109,7 @@ def take_figures(sources: Sources, weight: Weight = "documents", min_group: int 
         judged=found.judged,
         whole=found.whole,
         groups=found.groups,
+        pooled_groups=found.n_pooled,
         heads=found.heads,
         agreement=found.agreement,
         lengths=found.lengths,
@@ -159,5 +161,5 @@ def _certificate(path: Path, files: ScoreFiles) -> Mapping[str, Any] | None:
     certificate = json.loads((path / CERTIFICATE).read_text(encoding="utf-8"))
     compared = [certificate["reference_bf16"], *certificate["variants"].values()]
     for one in compared:
-        del one["comparison"]  # certificate.html shows it
+        one.pop("comparison", None)  # certificate.html shows it
     return dict(certificate)

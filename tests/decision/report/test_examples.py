@@ -6,13 +6,16 @@ import os
 import shutil
 from dataclasses import replace
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jql_engine.decision.report.examples import EXCERPT, shortened
-from jql_engine.decision.report.report import take_figures
+from jql_engine.decision.report.report import Sources, take_figures
 from jql_engine.errors import InputError
 from tests.decision.report.made import SCRIPT
+from tests.decision.score_files import SETTINGS, write
 
 
 @pytest.fixture
@@ -34,6 +37,21 @@ def test_excerpts_are_short_and_on_one_line():
     assert shortened("x" * EXCERPT) == "x" * EXCERPT
     assert shortened("x" * 10_000) == "x" * EXCERPT + " …"
     assert shortened("a" + " " * 10_000 + "b") == "a …"
+
+
+def test_ids_are_those_of_the_column_that_was_copied(tmp_path):
+    ids, texts = [f"k{row:02}" for row in range(20)], [f"text {row:02}" for row in range(20)]
+    for place, order in (("corpus", slice(None)), ("reversed", slice(None, None, -1))):
+        (tmp_path / place).mkdir()
+        pq.write_table(pa.table({"key": ids[order], "text": texts[order]}), tmp_path / place / "a.parquet")
+    columns = {"key": ids, "score_a": np.arange(20, dtype=np.float32), "n_tokens": np.ones(20, np.int32)}
+    size = (tmp_path / "corpus/a.parquet").stat().st_size
+    write(tmp_path / "scores/a.parquet", columns, {**SETTINGS, "id_column": "key", "source_bytes": size})
+    sources = Sources((str(tmp_path / "scores"),), corpus=(str(tmp_path / "corpus"),), assume_unchanged=True)
+    best = take_figures(sources).heads[0].best[0]
+    assert (best.id, best.excerpt) == ("k19", "text 19")
+    with pytest.raises(InputError, match=r"a\.parquet: row \d+ has key 'k\d+', its scores are of 'k\d+'"):
+        take_figures(replace(sources, corpus=(str(tmp_path / "reversed"),)))
 
 
 def test_a_corpus_with_other_rows_is_refused(copied, sources):
