@@ -9,6 +9,7 @@ from typing import Any
 
 from jql_engine.decision.copying import Joined, keep_rows
 from jql_engine.decision.opening import open_scores, remind_of_groups
+from jql_engine.decision.ranks import needed_weight
 from jql_engine.decision.result import Decision, Request
 from jql_engine.decision.scores import ScoreFiles
 from jql_engine.decision.threshold import decide
@@ -113,14 +114,19 @@ def announce(decision: Decision) -> None:
 
 def _announce_ties(decision: Decision) -> None:
     """Say where a threshold alone keeps clearly more than its quantile asks for."""
-    asked = 1 - decision.quantile
-    own = [one for one in decision.groups if not one.is_pooled] or decision.groups[:1]
-    shares = [(head.share, head.head, one.group) for one in own for head in one.thresholds]
-    tied = [one for one in shares if one[0] > asked + NOTICED]
+    weight = decision.request.weight
+    own = [(one, one.counts) for one in decision.groups if not one.is_pooled]
+    excess: list[tuple[float, float, str, str | None]] = []  # and what it is reached by, of which head and group
+    for group, counts in own or [(decision.groups[0], decision.counts)]:
+        total = counts.scored if weight == "documents" else counts.tokens or 0
+        asked = (total - needed_weight(total, decision.quantile, weight) + 1) / total
+        excess += [(one.share - asked, one.share, one.head, group.group) for one in group.thresholds]
+    tied = [one for one in excess if one[0] > NOTICED]
     if tied:
-        share, head, group = max(tied, key=lambda one: one[0])
-        where = "" if decision.group_column is None else f" in group {group!r}"
+        _, share, head, name = max(tied, key=lambda one: one[:2])
+        where = "" if decision.group_column is None else f" in group {name!r}"
+        whole = "equal scores are" if weight == "documents" else "equal scores, and all tokens of a document, are"
         say(
-            f"jql-cut: {len(tied):,} of {len(shares):,} thresholds are reached by more than the {asked:.1%} asked for, "
-            f"as equal scores are kept together: that of {head}{where} by {share:.1%}"
+            f"jql-cut: {len(tied):,} of {len(excess):,} thresholds keep more than the {1 - decision.quantile:.1%} of "
+            f"{weight} asked for, as {whole} kept together: that of {head}{where} keeps {share:.1%}"
         )
