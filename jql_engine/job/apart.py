@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
@@ -96,10 +96,23 @@ class Child:
                 context = get_context("spawn")  # a forked copy of Arrow's threads would hang
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(theirs, current_retries()), daemon=True)
-                process.start()
+                start(process)
                 theirs.close()
                 self._running = process, ours
             return self._running
+
+
+def start(process: SpawnProcess) -> None:
+    """Start a process that SIGINT and SIGTERM do not reach: the job decides when it ends.
+
+    Ctrl-C goes to every process of a terminal, and one that is still loading cannot ignore it by itself.
+    """
+    resource_tracker.ensure_running()  # which the first start would begin, and lift what is blocked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})  # which it inherits
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def in_threads(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
@@ -138,8 +151,6 @@ def die_with_parent() -> None:
 def _serve(connection: Connection, retries: RetryPolicy) -> None:
     set_retries(retries)
     die_with_parent()
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the job decides when this process ends
-        signal.signal(ignored, signal.SIG_IGN)
     with suppress(EOFError, OSError):  # the job is gone
         while True:
             function, arguments = connection.recv()

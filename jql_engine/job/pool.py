@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ from jql_engine.errors import EngineError
 from jql_engine.files.chunks import Chunk, ChunkDone, Failure, Task
 from jql_engine.files.output import Target
 from jql_engine.files.retries import RetryPolicy, current_retries, set_retries
-from jql_engine.job.apart import die_with_parent
+from jql_engine.job.apart import die_with_parent, start
 from jql_engine.printing import counted
 
 IN_FLIGHT = 4  # tasks a worker holds, so that each of its stages has one
@@ -273,7 +272,7 @@ def _start(spec: Spec) -> _Process:
     context = get_context("spawn")  # a forked copy of Arrow's and ONNX Runtime's threads would hang
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, spec, current_retries()), daemon=True)
-    process.start()
+    start(process)
     theirs.close()
     return _Process(spec, process, ours)
 
@@ -290,8 +289,6 @@ def work(connection: Connection, spec: Spec, retries: RetryPolicy) -> None:
     """The main function of a worker process."""
     set_retries(retries)
     die_with_parent()
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the job decides when a worker stops
-        signal.signal(ignored, signal.SIG_IGN)
     tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
     targets = _Held()
     stop, sending = threading.Event(), threading.Lock()

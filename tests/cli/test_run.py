@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -40,7 +43,7 @@ def jql_run(bundle, monkeypatch, capfd):
 def start(bundle, out: Path, *arguments: object) -> subprocess.Popen[str]:
     """The installed script."""
     command = [SCRIPT, *map(str, arguments), "--bundle", str(bundle.path), "--out", str(out), "--device", "cpu"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def finish(process: subprocess.Popen[str]) -> Result:
@@ -210,6 +213,22 @@ def test_a_chunk_that_takes_too_long_is_left_when_the_time_is_up(bundle, tmp_pat
 def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Worker processes, without multiprocessing's resource tracker."""
     return [c for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_ctrl_c_does_not_reach_a_process_that_starts(bundle, tmp_path, nth):
+    """A terminal sends it to all processes: the one that looks at inputs, a worker, and the one that finishes files."""
+    out = tmp_path / "out"
+    process = start(bundle, out, write(tmp_path / "a.parquet", TEXTS), "--chunk-rows", 3)
+    seen: set[int] = set()
+    while len(seen) < nth and process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            seen |= {child.pid for child in children(process)}
+    os.killpg(process.pid, signal.SIGINT)
+    result = finish(process)
+    assert result.code == 1 and "SIGINT: finishing what is in hand" in result.stderr
+    assert not re.search("Traceback|another takes its place|cannot be read", result.stderr), result.stderr
+    assert all(json.loads(run.read_text())["unfinished"] == [] for run in out.glob(".parts/*.run"))
 
 
 def test_a_worker_that_dies_is_reported_and_replaced(bundle, tmp_path):
