@@ -34,13 +34,15 @@ def join(parts: Sequence[pa.DictionaryArray]) -> pa.DictionaryArray:
 
 
 def compact(array: pa.DictionaryArray) -> pa.DictionaryArray:
-    """The same rows without the values that none of them has; pa.ArrowIndexError where a row's value is not there."""
+    """The same rows without the values that none of them has; pa.ArrowIndexError where a row's value is not there.
+
+    One that is ordered keeps all: parts of it could not be joined in its order.
+    """
     used = array.indices.drop_null().unique()
     check_indices(used, len(array.dictionary))
-    if len(used) == len(array.dictionary):
+    if len(used) == len(array.dictionary) or array.type.ordered:
         return array
-    indices = pc.index_in(array.indices, used)
-    return pa.DictionaryArray.from_arrays(indices, array.dictionary.take(used), ordered=array.type.ordered)
+    return pa.DictionaryArray.from_arrays(pc.index_in(array.indices, used), array.dictionary.take(used))
 
 
 def check_indices(indices: pa.Array, n_values: int) -> None:

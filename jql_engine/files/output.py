@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jql_engine.data import EMBEDDING
-from jql_engine.errors import EngineError, OutputError, PartsError
+from jql_engine.errors import EngineError, OutputError, PartsError, UnreadableError
 from jql_engine.files.chunks import Segment
 from jql_engine.files.dictionaries import decode, is_text
 from jql_engine.files.inputs import InputFile, SourceFile
@@ -118,7 +118,10 @@ class Target:
             names = [field.name for field in fields] + scores.column_names
             scores = pa.table([*columns, *scores.columns], names=names)
         sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=with_dictionary(schema)) as out:
+        with (
+            self._representable(),
+            pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=with_dictionary(schema)) as out,
+        ):
             for rows in decode(scores, schema, GROUP_BYTES):
                 out.write_table(rows)
         content = sink.getvalue()
@@ -153,11 +156,12 @@ class Target:
         with (
             explained(self.final),
             self._finishing(),
+            self._representable(),
             writing(self.final, self.aside, replace=False) as stream,
             pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=dictionary) as out,
         ):
             for group in _groups(tables):
-                out.write_table(group.cast(schema))
+                out.write_table(group.unify_dictionaries().cast(schema))
             check_unchanged(self.file.source)
             check()
 
@@ -168,6 +172,14 @@ class Target:
             yield
         except FileExistsError:
             check_settings(self.final, self.settings)
+
+    @contextmanager
+    def _representable(self) -> Iterator[None]:
+        """Raises UnreadableError for columns of the source that parquet has no place for, as objects without keys."""
+        try:
+            yield
+        except pa.ArrowNotImplementedError as error:
+            raise UnreadableError(f"{self.file.source.location} cannot be written as parquet: {error}") from error
 
     def _final_schema(self) -> pa.Schema:
         if self.kind != "append":

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jql_engine.errors import UnreadableError
-from jql_engine.files.dictionaries import check_indices, compact
+from jql_engine.files.dictionaries import compact
 from jql_engine.files.inputs import READ_BYTES, Columns, InputFile, SourceFile, check_columns
 from jql_engine.files.storage import open_parquet, open_read
 
@@ -67,10 +67,7 @@ def parquet_batches(
         for number in range(first, len(file.group_rows)):
             group = _Group(stream, footer, number)
             if columns is None:
-                for batch in group.batches(None, read_rows):
-                    for array in batch.columns:
-                        if pa.types.is_dictionary(array.type):
-                            check_indices(array.indices, len(array.dictionary))
+                for batch in map(_compacted, group.batches(None, read_rows)):
                     # All of them by position: two may have one name.
                     yield pa.RecordBatch.from_arrays(batch.columns, schema=file.schema)
             else:

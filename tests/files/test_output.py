@@ -161,6 +161,29 @@ def test_append_keeps_every_column_and_the_metadata(tmp_path, row_group_size):
     assert visible(tmp_path / "out") == ["a.parquet"]
 
 
+def test_append_holds_a_dictionary_once(tmp_path, monkeypatch):
+    """Each small batch is read with all of the dictionary; categories that are ordered keep their order."""
+    monkeypatch.setattr("jql_engine.files.output.GROUP_BYTES", 2 << 20)
+    n_rows, values = 20_000, [f"{i:060}" for i in range(10_000)]
+    places = np.arange(n_rows) // 2
+    grades = pa.DictionaryArray.from_arrays(pa.array(places % 2 * 2), ["low", "middle", "high"], ordered=True)
+    table = pa.table({
+        "text": [f"text {i}" for i in range(n_rows)],
+        "domain": pa.DictionaryArray.from_arrays(pa.array(places, pa.int32()), values),
+        "grade": grades,
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "a.parquet")
+    target = target_of(tmp_path / "out", described(tmp_path / "a.parquet"), "append")
+    commit_parts(target, 0, n_rows)
+    target.assemble()
+    found = pq.read_table(tmp_path / "out/a.parquet")
+    for name in table.column_names:
+        assert found[name].type == table[name].type and found[name].to_pylist() == table[name].to_pylist()
+    assert found["grade"].unify_dictionaries().chunk(0).dictionary.to_pylist() == ["low", "middle", "high"]
+    assert pq.read_metadata(tmp_path / "out/a.parquet").num_row_groups == 1
+    assert (tmp_path / "out/a.parquet").stat().st_size < 3 * (tmp_path / "a.parquet").stat().st_size
+
+
 def test_append_of_a_file_in_one_chunk_and_of_none(tmp_path):
     for n_rows in (0, 3):
         file = source(tmp_path / f"{n_rows}.parquet", n_rows, id=range(n_rows))

@@ -106,6 +106,16 @@ def test_the_group_column_may_be_the_id_column_and_goes_through_json_lines(engin
     assert found.column_names.count("id") == 1
 
 
+def test_objects_without_keys_which_parquet_has_no_place_for_stop_their_file_alone(engine, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, metadata in (("a", "{}"), ("b", '{"x": 1}')):
+        (tmp_path / f"in/{name}.jsonl").write_text(f'{{"text": "x", "metadata": {metadata}}}\n')
+    summary = score(engine, tmp_path / "out", tmp_path / "in", id_column="metadata")
+    assert [file.name for file in (tmp_path / "out").glob("*.parquet")] == ["b.parquet"]
+    [left] = summary.unfinished
+    assert left["file"].endswith("a.jsonl") and "cannot be written as parquet: " in left["reason"]
+
+
 def test_a_group_column_that_is_missing_or_no_name_is_an_error(engine, tmp_path):
     path = write(tmp_path / "a.parquet", ["x"], weight=[1.5])
     with pytest.raises(InputError, match="has no column 'lang'; it has text, weight: name one with --group-column"):
