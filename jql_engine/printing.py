@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
+from typing import TextIO
 
+CLEARED = "\r\x1b[K"  # to the start of the line, and what is in it
 # What stands before the "@" of these names no user but a container or a repository.
 PLACES = {"abfs", "abfss", "az", "wasb", "wasbs", "github"}
-USER = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://[^\s/?#\"\\]*@")
+# A password may hold any sign, though it should not: after a colon that no port follows, up to the first "@".
+USER = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://(?:[^\s/?#\"\\]*|[^\s/?#\"\\:@]*:(?!\d+[/?#])[^\s\"\\@]*)@")
 # To the next blank or quotation mark, without the punctuation of the sentence around it.
 QUERY = re.compile(r"\b(https?://[^\s?#\"\\]*\?)[^\s\"\\]*[^\s\"\\:;,.)'\]>]", re.IGNORECASE)
 
@@ -28,9 +32,15 @@ def counted(n: int, thing: str) -> str:
 
 def say(line: str) -> None:
     """Write a line to stderr, over the live line where there is one."""
-    start = "\r\x1b[K" if sys.stderr.isatty() else ""
-    sys.stderr.write(f"{start}{redact(line)}\n")
-    sys.stderr.flush()
+    show(sys.stderr, line)
+
+
+def show(stream: TextIO | None, line: str, end: str = "\n") -> None:
+    """Write a line over the live line of a terminal; where that cannot be written, as on a full disk, nothing fails."""
+    with suppress(OSError, ValueError):  # ValueError: it was closed
+        if stream is not None:
+            stream.write(f"{CLEARED if stream.isatty() else ''}{redact(line)}{end}")
+            stream.flush()
 
 
 def _without_user(found: re.Match[str]) -> str:

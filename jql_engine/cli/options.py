@@ -14,7 +14,7 @@ import typer
 
 from jql_engine.errors import EngineError
 from jql_engine.job.interrupt import StopError
-from jql_engine.printing import redact
+from jql_engine.printing import redact, say
 
 
 def _print_version(wanted: bool) -> None:
@@ -130,12 +130,19 @@ def check_outputs(**given: str | None) -> None:
 
 def finish(summary: Mapping[str, Any]) -> NoReturn:
     """Print the summary, and exit: 0 where all files are finished, else 1."""
-    print(redact(json.dumps(summary, ensure_ascii=False)), flush=True)  # noqa: T201
+    try:
+        print(redact(json.dumps(summary, ensure_ascii=False)), flush=True)  # noqa: T201
+    except OSError as error:
+        say(f"jql: all is done but to print the summary: {error.strerror}")
+        os._exit(1)  # what is left to print would fail again
     raise typer.Exit(1 if summary.get("unfinished") else 0)
 
 
 def run_command(app: typer.Typer, name: str) -> None:
     """Exit 0 done, 1 failed, 2 misuse."""
+    if any(not given or (given.startswith("--") and given.endswith("=")) for given in sys.argv[1:]):
+        print(f"{name}: an argument is empty; is a variable of the shell not set?", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
     try:
         app()
     except StopError as error:

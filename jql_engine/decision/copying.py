@@ -95,7 +95,7 @@ def keep_rows(
     Raises InputError where the scores do not line up with the corpus, and OutputError.
     """
     began = time.monotonic()
-    log.check()
+    log.check((job.out, *job.inputs))
     _check_all_given(job, joined)
     out = locate(job.out)
     _check_apart(out, joined, scores)

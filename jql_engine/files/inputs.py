@@ -26,7 +26,8 @@ Format: TypeAlias = Literal["parquet", "jsonl"]
 READ_BYTES = 4 << 20  # of a file handed out at a time, by what it says of itself
 # Names that a folder is searched for. A file that is given by its name is parquet unless it is called like one of the
 # others.
-SUFFIXES: dict[str, Format] = {
+HIDDEN = (".", "_")  # how names begin of what a writer has not finished
+SUFFIXES: dict[str, Format] = {  # in any case
     ".parquet": "parquet",
     ".jsonl": "jsonl",
     ".jsonl.gz": "jsonl",
@@ -154,6 +155,7 @@ def find_files(inputs: Sequence[str]) -> Listing:
     there, nothing matched, all refused, a folder that cannot be listed, or two inputs whose outputs exclude each other.
     """
     files: dict[RelativeName, SourceFile] = {}
+    places: dict[str, SourceFile] = {}
     refused: dict[str, Refused] = {}
     for given in inputs:
         for file in _expand(given):
@@ -164,8 +166,14 @@ def find_files(inputs: Sequence[str]) -> Listing:
             # Looking a path up takes longer than finding it.
             if other is not file and identity(other.location) != identity(file.location):
                 raise InputError(
-                    f"{other.location} and {file.location} would both be written to {file.relative}; give their "
-                    "common parent folder, or run them into two --out folders"
+                    f"{other.location} and {file.location} would both be written to {file.relative}; rename one, give "
+                    "their common parent folder where they lie in different ones, or run them into two --out folders"
+                )
+            place = str(file.location.absolute()) if isinstance(file.location, Path) else identity(file.location)
+            if (same := places.setdefault(place, other)).relative != file.relative:
+                raise InputError(
+                    f"{file.location} is given twice, and would be written to {same.relative} and to {file.relative}; "
+                    "leave out the input that lies inside of the other"
                 )
     _check_folders(list(files.values()))
     if refused and not files:
@@ -264,7 +272,7 @@ def _search(given: object, root: Location, segments: Sequence[str]) -> list[Foun
 
 def _search_folder(given: object, root: Location) -> list[Found]:
     """Hidden is what a writer has not finished: a leading dot or underscore anywhere."""
-    if found := list(search(root, Pattern(("**", "*"), (".", "_"), tuple(SUFFIXES)))):
+    if found := list(search(root, Pattern(("**", "*"), HIDDEN, tuple(SUFFIXES)))):
         return found
     raise InputError(f"folder {given} holds no file that ends in {', '.join(SUFFIXES)}")
 
@@ -274,6 +282,11 @@ def _source(location: Location, found: Found) -> SourceFile | Refused:
     shown = redact(str(location))
     if found.fault:
         return Refused(shown, f"{shown} cannot be read: {found.fault}")
+    if any(segment.startswith(HIDDEN) for segment in name.split("/")):
+        return Refused(
+            shown,
+            f"{shown} has a hidden name, as unfinished files have; scores of that name are not found again: rename it",
+        )
     try:
         relative = RelativeName(name)
         str(location).encode()
@@ -294,15 +307,15 @@ def _is_http(location: UPath) -> bool:
 
 
 def _output_name(relative: RelativeName) -> RelativeName:
-    """Scores are parquet: a.jsonl.gz gives a.parquet."""
+    """Scores are parquet, and are called so: a.jsonl.gz gives a.parquet, and part-0 gives part-0.parquet."""
     suffix = _suffix_of(relative.name)
-    if not suffix or suffix == ".parquet":
+    if suffix == ".parquet":
         return relative
-    return relative.with_name(relative.name.removesuffix(suffix) + ".parquet")
+    return relative.with_name(relative.name[: len(relative.name) - len(suffix)] + ".parquet")
 
 
 def _suffix_of(name: str) -> str:
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def identity(location: Location) -> str:

@@ -99,7 +99,7 @@ def _blocks(location: Location) -> Iterator[bytes]:
 
 @contextmanager
 def _opened(location: Location, expected: tuple[int, str] | None = None) -> Iterator[pa.NativeFile]:
-    kind = {".gz": "gzip", ".zst": "zstd"}.get(Path(location.name.partition("?")[0]).suffix)
+    kind = {".gz": "gzip", ".zst": "zstd"}.get(Path(location.name.partition("?")[0]).suffix.lower())
     with open_read(location, expected) as raw, pa.input_stream(raw, compression=kind) as stream:
         yield stream
 

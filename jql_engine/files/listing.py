@@ -71,7 +71,7 @@ class Pattern:
 
     def accepts(self, places: Places, name: str) -> bool:
         """Whether a file `name` that came to `places` is one."""
-        return len(self.segments) in places and name.endswith(self.suffixes)
+        return len(self.segments) in places and name.lower().endswith(self.suffixes)
 
     def matches(self, name: str) -> bool:
         """Whether a path below the folder that the pattern is for matches it."""

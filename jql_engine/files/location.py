@@ -8,10 +8,12 @@ from typing import TypeAlias
 from upath import UPath
 
 from jql_engine.errors import EngineError
+from jql_engine.printing import redact
 
 Location: TypeAlias = Path | UPath
 # Protocols of stores where an upload becomes visible when it is complete. Moving means copying there, so that uploading
 # aside would only double the work.
+BUCKETS = frozenset({"s3", "s3a", "gs", "gcs"})
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf"})
 
 
@@ -21,6 +23,12 @@ def locate(text: str | Path | UPath) -> Location:
         return text
     if "://" not in text:
         return Path(text)
+    protocol, _, rest = text.partition("://")
+    bucket = rest.partition("/")[0]
+    if protocol in BUCKETS and "@" in rest and (":" in bucket or "@" in bucket) and not bucket.startswith("arn:"):
+        raise EngineError(
+            f"{redact(text)} names a user, which buckets have not; give keys by the environment or a profile"
+        )
     try:
         location = UPath(text)
         path = location.path if location.fs else ""

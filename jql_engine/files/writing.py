@@ -192,6 +192,8 @@ def remove_version(location: Location, expected: tuple[int, str], aside: Locatio
             remove_file(location)
         return
     assert isinstance(aside, Path)
+    if location.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(location))
     if version_of(location) != expected:
         return
     _made(aside, lambda: location.rename(aside))

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from jql_engine.errors import OutputError
-from jql_engine.files.inputs import InputFile, SourceFile, fixed_part, fixed_part_of_url, identity
+from jql_engine.errors import InputError, OutputError
+from jql_engine.files.inputs import InputFile, Listing, Refused, SourceFile, fixed_part, fixed_part_of_url, identity
 from jql_engine.files.location import Location, is_remote, locate
 from jql_engine.files.output import Kind
 from jql_engine.files.parts import PARTS
 from jql_engine.files.storage import remove_file
 from jql_engine.files.writing import write
 
+NAME_BYTES = 255  # of a file's or folder's name, on every usual file system
 PROBE = ".jql-run"  # always the same name: where a run is killed beside it, the next one removes it
 
 
@@ -45,6 +46,19 @@ def check_output(out: Location, sources: Sequence[SourceFile]) -> None:
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise OutputError(f"--out {out} is not a folder that can be written: {reason}") from error
+
+
+def without_long_names(listed: Listing, out: Location) -> Listing:
+    """The same, files refused whose outputs would have names that no folder can hold."""
+    if not isinstance(out, Path):
+        return listed
+    long = {file for file in listed.files if any(len(part.encode()) > NAME_BYTES for part in file.relative.segments)}
+    reason = f"a name of over {NAME_BYTES} bytes, which folders cannot hold; rename it"
+    refused = [Refused(str(file.location), f"{file.location} would be written to {reason}") for file in long]
+    files = tuple(file for file in listed.files if file not in long)
+    if not files:
+        raise InputError("; ".join(one.reason for one in refused[:3]))
+    return Listing(files, (*listed.refused, *refused))
 
 
 def check_names(file: InputFile, scores: pa.Schema, kind: Kind) -> None:
@@ -82,6 +96,14 @@ def check_apart(out: Location, given: str) -> None:
         inside = False
     if inside:
         raise OutputError(f"--out {out} lies inside of the input {given}; choose a folder outside of it")
+
+
+def is_inside(file: Path, given: str | Location) -> bool:
+    """Whether a local file lies in a folder, or in the one that a glob searches."""
+    location = locate(given)
+    if not isinstance(location, Path):
+        return False
+    return _contains(fixed_part(str(location)) if glob.has_magic(str(location)) else location, file)
 
 
 def _contains(folder: Path, inner: Path) -> bool:

@@ -19,6 +19,7 @@ from jql_engine.files.inputs import InputFile
 from jql_engine.files.reading import Cursor, documents
 from jql_engine.job.plan import Job
 from jql_engine.job.scoring import open_inputs
+from jql_engine.printing import say
 from jql_engine.sessions.base import Session, execute
 from jql_engine.tokenizer import Tokenizer
 from jql_engine.windows import Windows
@@ -32,11 +33,15 @@ WARM_UP = 2  # documents
 def estimate_work(
     job: Job, bundle: Bundle, session: Session, n_workers: int, price_per_hour: float | None
 ) -> dict[str, Any]:
-    """Documents, tokens, hours and cost of `job`, from a sample; raises InputError.
+    """Documents, tokens, hours and cost of `job`, or of its rank's share, from a sample; raises InputError.
 
     Speed is that of `session` on documents drawn at random from the sample, times `n_workers`.
     """
     files, unreadable = open_inputs(job, bundle)
+    for one in unreadable:
+        say(f"jql: {one.reason}; it is left out of what follows")
+    if job.rank.world_size > 1:
+        say(f"jql: of the share of rank {job.rank.rank} of {job.rank.world_size} ({job.rank.said_by}) alone")
     n_docs = sum(file.n_rows for file in files)
     tokens, n_sampled = _sample(files, Tokenizer.of(bundle))
     lengths, windows = tokens.lengths, Windows.of(bundle).cut(tokens).tokens
@@ -55,6 +60,8 @@ def estimate_work(
         "truncated_share": round(float(tokens.truncated.sum()) / max(1, n_sampled), 5),
         "tokens_per_second": round(speed, 1),
         "workers": n_workers,
+        "rank": job.rank.rank,
+        "world_size": job.rank.world_size,
         "hours": round(hours, 4),
         "cost": None if price_per_hour is None else round(hours * price_per_hour, 2),
         "variant": session.variant,

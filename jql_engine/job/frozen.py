@@ -28,6 +28,7 @@ from jql_engine.files.storage import list_files, read_file, remove_empty_folders
 from jql_engine.files.writing import write
 from jql_engine.job.ranks import Rank, share
 from jql_engine.names import RelativeName
+from jql_engine.printing import redact
 
 ATTEMPTS = 8  # to read a listing that others finish and remove
 OURS = re.compile(r"([0-9a-f]{12})\.(\d+)\.(?:listing|([0-9a-f]{32})\.(?:closed|(\d+)-of-(\d+)\.done))")
@@ -237,7 +238,8 @@ def _remove_before(listing: FrozenListing, names: Sequence[str]) -> None:
 
 
 def _normal(inputs: Sequence[str]) -> tuple[str, ...]:
-    return tuple(given.rstrip("/") for given in inputs)
+    """As they are compared and kept: a URL that was signed anew is the same one."""
+    return tuple(redact(given.rstrip("/")) for given in inputs)
 
 
 def _some(inputs: Sequence[str]) -> str:

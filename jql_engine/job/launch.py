@@ -66,7 +66,7 @@ class Machine:
 def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threading.Event) -> dict[str, Any]:
     """Run `job` and return its summary."""
     began = time.monotonic()
-    log.check()
+    log.check((job.out, *job.inputs))
     choice = machine.choose(bundle)
     devices = machine.devices(choice)
     notes: list[str] = []
@@ -82,7 +82,7 @@ def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threadi
 def rescore(job: Job, bundle: Bundle, workers: int, log: RunLog, stop: threading.Event) -> dict[str, Any]:
     """Apply the heads of `bundle` to the vectors that a job has stored, and return the summary."""
     began = time.monotonic()
-    log.check()
+    log.check((job.out, *job.inputs))
     work = prepare_rescoring(job, bundle)
     specs = [Rescoring(bundle, work.claim)] * workers
     on = f"stored vectors, heads {', '.join(bundle.heads)}"

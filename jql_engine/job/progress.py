@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +13,10 @@ from typing import Any, TextIO
 
 from jql_engine.errors import OutputError
 from jql_engine.files.chunks import ChunkDone, StageSeconds
-from jql_engine.printing import redact
+from jql_engine.files.inputs import SUFFIXES
+from jql_engine.files.location import Location
+from jql_engine.job.check import is_inside
+from jql_engine.printing import redact, show
 
 TERMINAL_SECONDS = 0.5
 LOG_SECONDS = 30.0  # between lines where stderr is a file
@@ -24,7 +28,7 @@ class Meter:
 
     total: int  # documents to come
     n_workers: int = 1
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    stream: TextIO | None = field(default_factory=lambda: sys.stderr)  # None: it was closed
     documents: int = 0
     null_documents: int = 0
     invalid_utf8: int = 0
@@ -44,9 +48,9 @@ class Meter:
         for i, count in enumerate((documents, tokens, padding)):
             self._live[i] += count
         now = time.monotonic()
-        if now - self._shown >= (TERMINAL_SECONDS if self.stream.isatty() else LOG_SECONDS):
+        if now - self._shown >= (TERMINAL_SECONDS if self._is_live else LOG_SECONDS):
             self._shown = now
-            self._show()
+            self._show("" if self._is_live else "\n")
 
     def record(self, done: ChunkDone) -> None:
         """A chunk is committed."""
@@ -59,6 +63,10 @@ class Meter:
     def seconds(self) -> float:
         """Seconds since the run began."""
         return max(1e-9, time.monotonic() - self.started)
+
+    @property
+    def _is_live(self) -> bool:
+        return self.stream is not None and not self.stream.closed and self.stream.isatty()
 
     def shares(self) -> dict[str, dict[str, float]]:
         """How each stage spent the time of all workers, as shares of it."""
@@ -73,7 +81,7 @@ class Meter:
         """The stage that the others wait for: the one that worked longest."""
         return max(self.stages, key=lambda name: self.stages[name].busy, default=None)
 
-    def _show(self) -> None:
+    def _show(self, end: str) -> None:
         done = self._live[0] + self.null_documents
         rate = done / self.seconds
         left = timedelta(seconds=round(max(0, self.total - done) / rate)) if rate else "?"
@@ -84,23 +92,16 @@ class Meter:
         )
         if name := self.bottleneck:
             line += f", bottleneck {name} ({self.shares()[name]['busy']:.0%} busy)"
-        if self.stream.isatty():
-            self.stream.write(f"\r\x1b[K{line}")
-        else:
-            self.stream.write(f"{line}\n")
-        self.stream.flush()
+        show(self.stream, line, end)
 
     def say(self, line: str) -> None:
         """A sentence of its own, below the live line."""
-        start = "\r\x1b[K" if self.stream.isatty() else ""
-        self.stream.write(f"{start}{redact(line)}\n")
-        self.stream.flush()
+        show(self.stream, line)
 
     def close(self) -> None:
         """Leave the live line complete on the terminal."""
-        if self.stream.isatty():
-            self._show()
-            self.stream.write("\n")
+        if self._is_live:
+            self._show("\n")
 
     def figures(self) -> dict[str, Any]:
         """What the summary says of the work done."""
@@ -128,8 +129,18 @@ class RunLog:
     file: Path | None
     failure: str | None = None  # why no more lines are written
 
-    def check(self) -> None:
-        """Raise OutputError where the file cannot be written."""
+    def check(self, folders: Sequence[str | Location] = ()) -> None:
+        """Raise OutputError where the file cannot be written, or would be taken for data in one of `folders`."""
+        for given in folders:
+            if (
+                self.file is not None
+                and self.file.name.lower().endswith(tuple(SUFFIXES))
+                and is_inside(self.file, given)
+            ):
+                raise OutputError(
+                    f"--metrics {self.file} lies in {given}, where it would be taken for documents or scores; choose "
+                    "another folder, or a name that ends in .log"
+                )
         try:
             if self.file is not None:
                 self.file.parent.mkdir(parents=True, exist_ok=True)

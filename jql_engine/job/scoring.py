@@ -35,12 +35,7 @@ def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
 
     Raises InputError, OutputError, and BundleError where the bundle has nothing to compute for this job.
     """
-    if not bundle.heads and job.embeddings is None:
-        raise BundleError(f"{bundle.path} has no heads, only embeddings; give --embeddings fp16 or fp32 to keep those")
-    if job.embeddings is not None and (take := bundle.manifest.windows.take) != "first":
-        raise InputError(
-            f"--embeddings keeps one vector a document, not those of --windows {take}: give --windows first"
-        )
+    _check_bundle(job, bundle)
     settings, scores = _settings(job, bundle, variant, chunk_bytes), _score_schema(job, bundle)
     out = locate(job.out)
 
@@ -52,8 +47,19 @@ def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
     return plan(job, Claim(out, {**settings, "limit": job.limit}), look, target_of, chunk_bytes)
 
 
+def _check_bundle(job: Job, bundle: Bundle) -> None:
+    """Raise BundleError or InputError where the bundle has nothing to compute for this job."""
+    if not bundle.heads and job.embeddings is None:
+        raise BundleError(f"{bundle.path} has no heads, only embeddings; give --embeddings fp16 or fp32 to keep those")
+    if job.embeddings is not None and (take := bundle.manifest.windows.take) != "first":
+        raise InputError(
+            f"--embeddings keeps one vector a document, not those of --windows {take}: give --windows first"
+        )
+
+
 def open_inputs(job: Job, bundle: Bundle) -> tuple[list[InputFile], list[Unfinished]]:
-    """The files of `job` that can be read, and those that cannot; raises InputError."""
+    """The files of `job` that can be read, and those that cannot; raises InputError, BundleError."""
+    _check_bundle(job, bundle)
     listed = find_files(job.inputs)
     look = partial(_describe_unfinished, job.columns(bundle), None, None)
     with Child() as child:

@@ -231,6 +231,33 @@ def test_ctrl_c_does_not_reach_a_process_that_starts(bundle, tmp_path, nth):
     assert all(json.loads(run.read_text())["unfinished"] == [] for run in out.glob(".parts/*.run"))
 
 
+@pytest.mark.parametrize("arguments", [("", "--out", "o"), ("in", "--out", ""), ("in", "--out=")])
+def test_a_variable_of_the_shell_that_is_not_set_is_misuse(jql_run, arguments):
+    result = jql_run(*arguments)
+    assert result.code == 2 and "an argument is empty" in result.stderr
+
+
+def test_metrics_are_not_taken_for_data(jql_run, tmp_path):
+    write(tmp_path / "in/a.parquet", TEXTS)
+    for place in ("in", "out"):
+        log = tmp_path / place / "metrics.jsonl"
+        result = jql_run(tmp_path / "in", "--out", tmp_path / "out", "--metrics", log)
+        assert result.code == 1 and "where it would be taken for documents or scores" in result.stderr
+        assert not log.exists() and not (tmp_path / "out").exists()
+    assert jql_run(tmp_path / "in", "--out", tmp_path / "out", "--metrics", tmp_path / "in/metrics.log").code == 0
+
+
+@pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-"])
+def test_what_cannot_be_said_stops_nothing(bundle, tmp_path, redirected):
+    source = write(tmp_path / "a.parquet", TEXTS)
+    command = f"{SCRIPT} {source} --bundle {bundle.path} --out {tmp_path / 'out'} --device cpu {redirected}"
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["files"] == 1
+    full = subprocess.run(f"{command[: -len(redirected)]} >/dev/full", shell=True, stderr=subprocess.PIPE, text=True)
+    assert full.returncode == 1 and "all is done but to print the summary: No space left" in full.stderr
+    assert "Traceback" not in full.stderr
+
+
 def test_a_worker_that_dies_is_reported_and_replaced(bundle, tmp_path):
     source, out = slow(tmp_path / "a.parquet"), tmp_path / "out"
     process = start(bundle, out, source, *SLOW, "--workers", 2)

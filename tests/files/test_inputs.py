@@ -164,12 +164,37 @@ def test_a_folder_gives_json_lines_too_and_each_becomes_parquet(tmp_path):
     assert [file.format for file in found] == ["jsonl"] * 5 + ["parquet"]
 
 
+def test_the_same_file_is_not_scored_twice(tmp_path):
+    for name in ("a.parquet", "sub/b.parquet"):
+        write(tmp_path / name, ["x"])
+    with pytest.raises(
+        InputError, match=r"b\.parquet is given twice, and would be written to sub/b\.parquet and to b\.par"
+    ):
+        find_files([str(tmp_path), str(tmp_path / "sub")])
+    assert len(find_files([str(tmp_path), str(tmp_path / "a.parquet")]).files) == 2
+
+
+def test_scores_have_names_that_a_search_finds(tmp_path):
+    """Whatever was named or matched: what is scored must not be left out of what follows."""
+    for name in ("A.PARQUET", "b.JSONL.GZ", "part-0", "_c.parquet", ".d.parquet"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    listed = find_files([str(file) for file in sorted((tmp_path / "in").iterdir())])
+    names = sorted(file.relative.text for file in listed.files)
+    assert names == ["A.PARQUET", "b.parquet", "part-0.parquet"]
+    assert all("has a hidden name" in one.reason for one in listed.refused) and len(listed.refused) == 2
+    for name in names:
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).touch()
+    assert sorted(file.relative.text for file in find_files([str(tmp_path / "out")]).files) == names
+
+
 def test_only_the_suffix_of_a_name_changes(tmp_path):
     for name in ["v1.2.jsonl.gz", "x.jsonl.d/y.jsonl", "part-0"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = find_files([str(tmp_path), str(tmp_path / "part-0")]).files
-    assert [file.relative.text for file in found] == ["v1.2.parquet", "x.jsonl.d/y.parquet", "part-0"]
+    assert [file.relative.text for file in found] == ["v1.2.parquet", "x.jsonl.d/y.parquet", "part-0.parquet"]
     assert found[2].format == "parquet"
 
 
@@ -199,7 +224,7 @@ def remote():
         ("/", ["a.parquet", "b.parquet", "de/c.parquet", "de/x/d.parquet"]),
         ("/de", ["c.parquet", "x/d.parquet"]),
         ("/b.parquet", ["b.parquet"]),
-        ("/n.txt", ["n.txt"]),
+        ("/n.txt", ["n.txt.parquet"]),
         ("/a.jsonl.gz", ["a.parquet"]),
         ("/*.parquet", ["b.parquet"]),
         ("/d?/*.parquet", ["de/c.parquet"]),

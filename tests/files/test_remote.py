@@ -578,6 +578,16 @@ def test_no_secret_of_a_url_is_shown(client, bundle, corpus, tmp_path):
                 assert "5ecre7" not in text and "X-Amz" not in text
 
 
+def test_ranks_keep_no_secret_of_a_url_and_take_one_that_was_signed_anew(bundle, corpus, tmp_path):
+    with servers.files(corpus) as server:
+        for rank, signature in enumerate(("5ecre7", "5ecre8")):
+            given = [f"{server.url}/{name}?sig={signature}" for name in ("a.parquet", "lines.jsonl.gz")]
+            start = [*command(bundle, str(tmp_path / "out"), *given), "--rank", str(rank), "--world-size", "2"]
+            done = subprocess.run(start, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            assert not any("5ecre" in file.read_text("latin-1") for file in tmp_path.rglob("*") if file.is_file())
+
+
 def test_the_keys_of_a_bucket_cannot_lead_out_of_the_output(s3, bundle, local, tmp_path):
     """S3 takes any key; the odd ones are named, the others are scored."""
     odd = ["in//tmp/x.parquet", "in/sub/../../x.parquet", "in/./x.parquet", "in//x.parquet", "in/sub//x.parquet"]

@@ -90,6 +90,8 @@ def names(folder) -> list[str]:
 def test_a_path_stays_a_path_and_a_url_becomes_one(tmp_path):
     assert locate("a/b.parquet") == Path("a/b.parquet") and not is_remote(locate("a/b"))
     assert locate(tmp_path) is tmp_path
+    with pytest.raises(EngineError, match=r"^s3://…@bucket/x names a user, which buckets have not"):
+        locate("s3://AKIA:5e/cre7@bucket/x")
     assert locate(f"file://{tmp_path}") == tmp_path
     url = locate("memory://a/b.parquet")
     assert is_remote(url) and url.name == "b.parquet" and locate(url) is url

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,22 @@ def test_a_damaged_page_in_the_sample_is_named(engine, tmp_path):
         estimated(engine, path)
 
 
-def test_limit_and_rank_are_kept(engine, tmp_path):
+def test_limit_and_rank_are_kept(engine, tmp_path, capfd):
     for number, n_docs in enumerate([30, 20, 10]):
         write(tmp_path / f"{number}.parquet", ["x"] * n_docs)
     assert estimated(engine, tmp_path, limit=35)["documents"] == 35
-    shares = [estimated(engine, tmp_path, rank=Rank(rank, 2))["documents"] for rank in range(2)]
+    capfd.readouterr()
+    found = [estimated(engine, tmp_path, rank=Rank(rank, 2, "RANK, WORLD_SIZE")) for rank in range(2)]
+    shares = [one["documents"] for one in found]
     assert sum(shares) == 60 and min(shares) > 0
+    assert [(one["rank"], one["world_size"]) for one in found] == [(0, 2), (1, 2)]
+    assert "jql: of the share of rank 1 of 2 (RANK, WORLD_SIZE) alone" in capfd.readouterr().err
+
+
+def test_what_is_no_part_of_it_is_named_and_what_would_be_refused_is(bundle, engine, tmp_path, capfd):
+    write(tmp_path / "a.parquet", ["x"] * 9)
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    assert estimated(engine, tmp_path)["unreadable_files"] == 1
+    assert re.search(r"b\.parquet is not .*; it is left out of what follows", capfd.readouterr().err)
+    with pytest.raises(InputError, match="give --windows first"):
+        estimated(Engine(bundle, device="cpu", windows="all"), tmp_path, embeddings="fp16")

@@ -166,7 +166,7 @@ def test_files_that_come_and_go_between_the_ranks_are_left_to_nobody(bundle, tmp
     assert run(bundle, source, out, 0)["unfinished"] == []
     corpus(source, "00.parquet", "large-and-new.parquet")
     assert run(bundle, source, out, 1)["unfinished"] == []
-    assert "2 files have appeared since the ranks began" in capfd.readouterr().err
+    assert "2 files appeared since the ranks began" in capfd.readouterr().err
     listed = [json.loads(file.read_bytes())["files"] for file in out.glob(".parts/*.listing")]
     assert [sorted(name for name, _ in files) for files in listed] == [[f"{i}.parquet" for i in range(6)]]
     left = {f"{i}.parquet" for i in range(6)} - set(visible(out))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jql_engine import Engine, EngineError, probe_texts
-from jql_engine.errors import OutputError
+from jql_engine.errors import InputError, OutputError
 from jql_engine.files.chunks import Chunk, ChunkDone, Segment, StageSeconds, Task
 from jql_engine.files.parts import Part
 from jql_engine.job.launch import Machine
@@ -253,6 +253,34 @@ def test_work_is_planned_without_computing(engine, tmp_path):
     score(engine, tmp_path / "out", tmp_path / "in")
     assert prepared().n_finished == 1
     assert prepared(overwrite=True).n_finished == 0
+
+
+def test_a_name_that_no_folder_can_hold_stops_its_file_alone(engine, tmp_path):
+    write(tmp_path / "in/a.parquet", TEXTS)
+    (tmp_path / f"in/{'n' * 249}.jsonl").write_text('{"text": "x"}\n')
+    summary = score(engine, tmp_path / "out", tmp_path / "in")
+    assert summary.files == 1 and "a name of over 255 bytes" in summary.unfinished[0]["reason"]
+    (tmp_path / "in/a.parquet").unlink()
+    with pytest.raises(InputError, match="would be written to a name of over 255 bytes"):
+        score(engine, tmp_path / "out", tmp_path / "in")
+
+
+def test_a_folder_in_the_place_of_scores_stays(engine, tmp_path):
+    path = write(tmp_path / "in/a.parquet", TEXTS)
+    (tmp_path / "out/a.parquet").mkdir(parents=True)
+    (tmp_path / "out/a.parquet/thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="Is a directory"):
+        score(engine, tmp_path / "out", path, overwrite=True)
+    assert (tmp_path / "out/a.parquet/thesis.txt").read_text() == "mine"
+
+
+def test_what_a_limit_takes_of_other_inputs_is_said(engine, tmp_path):
+    """A damaged file was mended: the first documents are others."""
+    path = write(tmp_path / "in/b.parquet", TEXTS)
+    score(engine, tmp_path / "out", tmp_path / "in", limit=6)
+    write(tmp_path / "in/a.parquet", TEXTS[:4])
+    with pytest.raises(OutputError, match=r"b\.parquet exists and holds the first 6 .* --limit takes 2 of them now"):
+        score(engine, tmp_path / "out", path.parent, limit=6)
 
 
 def test_append_adds_the_scores_to_every_column(engine, tmp_path):
