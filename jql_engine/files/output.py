@@ -280,8 +280,8 @@ def check_settings(target: Location, settings: Settings) -> None:
     then, now = found.get("limit"), settings.get("limit")
     if different == ["limit"] and None not in (then, now):
         raise OutputError(
-            f"{target} exists and holds the first {then} of its documents, and --limit takes {now} of them now: with other inputs the first documents are others; choose another "
-            "--out, or start over with --overwrite"
+            f"{target} exists and holds the first {then} of its documents, and --limit takes {now} of them now: with "
+            "other inputs the first documents are others; choose another --out, or start over with --overwrite"
         )
     raise OutputError(
         f"{target} exists and was computed with other settings: {shown(key, found.get(key))} then, "
