@@ -282,11 +282,6 @@ def _source(location: Location, found: Found) -> SourceFile | Refused:
     shown = redact(str(location))
     if found.fault:
         return Refused(shown, f"{shown} cannot be read: {found.fault}")
-    if any(segment.startswith(HIDDEN) for segment in name.split("/")):
-        return Refused(
-            shown,
-            f"{shown} has a hidden name, as unfinished files have; scores of that name are not found again: rename it",
-        )
     try:
         relative = RelativeName(name)
         str(location).encode()
@@ -294,6 +289,11 @@ def _source(location: Location, found: Found) -> SourceFile | Refused:
         return Refused(shown, f"{shown}: {error}")
     except UnicodeEncodeError:
         return Refused(shown, f"{shown}: the name of a folder is not UTF-8; rename it")
+    if any(segment.startswith(HIDDEN) for segment in relative.segments):
+        return Refused(
+            shown,
+            f"{shown} has a hidden name, as unfinished files have; scores of that name are not found again: rename it",
+        )
     return SourceFile(location, _output_name(relative), found.size, found.version)
 
 

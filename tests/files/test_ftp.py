@@ -44,7 +44,7 @@ def test_scores_and_kept_rows_go_to_an_ftp_server(bundle, served, tmp_path, capf
     assert called(jql_run, f"{url}/corpus", "--out", f"{url}/scores", *options) == 0, capfd.readouterr()
     assert called(jql_run, f"{url}/corpus", "--out", f"{url}/scores", *options) == 0
     assert "2 files finished already" in capfd.readouterr().err
-    kept = ["--corpus", f"{url}/corpus", "--out", f"{url}/kept", "--quantile", "0.6", "--retry-minutes", "0"]
+    kept = ["--corpus", f"{url}/corpus", "--out", f"{url}/kept", "--quantile", "0.6", "--rule", "any"]
     assert called(jql_cut, f"{url}/scores", *kept) == 0, capfd.readouterr()
     assert called(jql_cut, f"{url}/scores", *kept, "--keep", "0.5") == 2, "misuse"
     assert visible(root) == [

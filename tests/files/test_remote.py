@@ -323,7 +323,7 @@ def test_a_changed_object_is_an_error(s3, bundle, tmp_path):
     run(bundle, "s3://bucket/out", "s3://bucket/in")
     write(file, 100, 1)
     upload(tmp_path)
-    with pytest.raises(OutputError, match=r"source_.*--overwrite"):
+    with pytest.raises(OutputError, match=r"before its source .* changed; .*--overwrite"):
         run(bundle, "s3://bucket/out", "s3://bucket/in")
     run(bundle, "s3://bucket/out", "s3://bucket/in", overwrite=True)
     assert read_s3("a.parquet")["id"].to_pylist() == pq.read_table(file)["id"].to_pylist()
@@ -360,7 +360,7 @@ def test_parts_of_a_changed_object_are_an_error(s3, bundle, tmp_path):
     assert len([name for name in objects() if name.startswith(".parts/a.parquet/")]) == 3
     write(file, 100, 1)
     upload(tmp_path)
-    with pytest.raises(OutputError, match=r"source_.*--overwrite"):
+    with pytest.raises(OutputError, match=r"before its source .* changed; .*--overwrite"):
         run(bundle, "s3://bucket/out", "s3://bucket/in")
     run(bundle, "s3://bucket/out", "s3://bucket/in", overwrite=True)
     assert objects() == ["a.parquet"]
@@ -651,7 +651,7 @@ def test_a_changed_file_of_a_web_server_is_an_error(client, bundle, tmp_path):
     with servers.files(file.parent) as server:
         run(bundle, tmp_path / "out", f"{server.url}/a.parquet")
         write(file, 100, 1)
-        with pytest.raises(OutputError, match=r"source_.*--overwrite"):
+        with pytest.raises(OutputError, match=r"before its source .* changed; .*--overwrite"):
             run(bundle, tmp_path / "out", f"{server.url}/a.parquet")
         with pytest.raises(InputError, match=r"b.parquet cannot be found: 404"):
             run(bundle, tmp_path / "out", f"{server.url}/b.parquet")
