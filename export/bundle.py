@@ -46,7 +46,7 @@ from jql_export.onnx_encoder import explained
 from jql_export.readouts.base import Readout, check_readouts, write_readouts
 from jql_export.reference import Reference
 from jql_export.settings import KNOWN_POOLING, check_texts, max_tokens_of, pooling_of
-from jql_export.tokenizer import difference_to_auto, tokenizer_of, write_tokenizer
+from jql_export.tokenizer import check_ids, difference_to_auto, tokenizer_of, write_tokenizer
 from jql_export.tolerances import tolerance_of
 from jql_export.variants import VARIANTS
 
@@ -91,7 +91,7 @@ def export_bundle(
     with _written_aside(out, overwrite) as folder:
         (folder / "graphs").mkdir()
         write_readouts(folder / READOUTS, readouts)
-        tokenizer = _write_tokenizer(folder, checkpoint, encoder.shape.pad_id, report)
+        tokenizer = _write_tokenizer(folder, checkpoint, encoder, report)
         draft = _manifest(checkpoint, encoder, readouts, pooling=chosen_pooling, max_tokens=limit, tokenizer=tokenizer)
         draft = _with_documents(draft, template, windows)
         write_graphs(folder, draft, encoder, readouts, report)
@@ -129,10 +129,14 @@ def _check_limits(directory: Path, limit: int, max_positions: int, readouts: Seq
             )
 
 
-def _write_tokenizer(folder: Path, checkpoint: Checkpoint, pad_id: int, report: Callable[[str], None]) -> TokenizerInfo:
+def _write_tokenizer(
+    folder: Path, checkpoint: Checkpoint, encoder: Encoder, report: Callable[[str], None]
+) -> TokenizerInfo:
     file = folder / TOKENIZER
     texts = probe_texts.texts()
-    info = prove_fast(file, write_tokenizer(checkpoint.directory, file, pad_id), texts)
+    plain = write_tokenizer(checkpoint.directory, file, encoder.shape.pad_id)
+    check_ids(checkpoint.directory, plain, encoder.vocab_size)
+    info = prove_fast(file, plain, texts)
     if info.fast:
         report(f"tokenizer: {info.fast}, which gives the ids of `tokenizers` on all {len(texts)} probe texts")
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from jql_engine.bundle import Manifest
 from jql_engine.errors import BundleError, DeviceError
 from jql_engine.sessions.openvino import unavailable_reason
-from jql_export.families.base import EncoderSpec, EncoderWeights, read_config
+from jql_export.families.base import EncoderSpec, EncoderWeights, number, read_config
 from jql_export.families.read import FAMILIES, read_encoder
 from jql_export.graph.encoder import write_graph
 from jql_export.onnx_encoder import VARIANT as FOREIGN
@@ -27,6 +27,7 @@ class Encoder:
     shape: EncoderSpec | Shape
     weights: EncoderWeights | None  # None: an architecture of which there is a foreign graph only
     foreign: ForeignEncoder | None
+    vocab_size: int  # rows of the words' table
     variants: tuple[str, ...]
     unused_tensors: tuple[str, ...] = ()  # of the checkpoint
 
@@ -48,12 +49,13 @@ def read_sources(
         if weights.adapter:
             report(f"LoRA adapter {weights.adapter} is merged into the weights")
     shape = read_shape(directory) if weights is None else weights.spec
+    n_rows = number(directory, read_config(directory), "vocab_size") if weights is None else len(weights.word)
     if encoder_onnx is None:
-        return Encoder(shape, weights, None, tuple(variants), unused)
+        return Encoder(shape, weights, None, n_rows, tuple(variants), unused)
     foreign = read_foreign(encoder_onnx, shape.hidden_size)
     if foreign.is_pooled:
         report(f"pooling of {FOREIGN}: that of {encoder_onnx}, which gives {foreign.output} alone")
-    return Encoder(shape, weights, foreign, (*variants, FOREIGN), unused)
+    return Encoder(shape, weights, foreign, n_rows, (*variants, FOREIGN), unused)
 
 
 def _check_variants(variants: Sequence[str]) -> None:

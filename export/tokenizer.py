@@ -14,18 +14,9 @@ from jql_engine.bundle import TokenizerInfo
 from jql_engine.errors import CheckpointError, TokenizerError
 from jql_engine.rust import rust_errors
 from jql_engine.tokenizer_libraries import parse_oracle
-from jql_export.settings import read_settings
 from jql_export.tensors import read_json
+from jql_export.tokenizer_settings import check_settings
 
-# transformers' classes that take tokenizer.json as it is, whatever tokenizer_config.json says of lower case.
-TAKE_THE_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
-BERT = ("BertTokenizer", "BertTokenizerFast")  # put texts in lower case where do_lower_case is not there
-# Settings of transformers' other classes: a text, and what is in it once normalized where the setting is on.
-SWITCHES = {
-    "do_lower_case": ("A", "a", "puts texts in lower case", "keeps capitals"),
-    "strip_accents": ("\u00e9|", "e|", "strips accents", "keeps accents"),
-    "tokenize_chinese_chars": ("中中", "中  中", "sets Chinese characters apart", "leaves Chinese characters together"),
-}
 SHOWN = 60  # characters of a text in a message
 # Saved are the ids up to the largest, with four bytes of memory for each one that no piece has.
 LARGEST_ID = 1 << 24
@@ -45,8 +36,8 @@ def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
     oracle = parse_oracle(file)
     if (largest := max(oracle.get_vocab().values(), default=0)) > LARGEST_ID:
         raise TokenizerError(f"{file} has the id {largest}, and no embedding table that many rows; it is damaged")
+    check_settings(source, oracle)
     with rust_errors(TokenizerError, f"{file} cannot tokenize a text"):
-        _check_config(source, read_settings(source / "tokenizer_config.json", dict), oracle)
         oracle.no_truncation()
         oracle.no_padding()
         oracle.save(str(target))
@@ -58,6 +49,22 @@ def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
         return TokenizerInfo(prefix, suffix, pad_id, None, oracle.token_to_id("\u2581"), added)
     except ValueError as error:
         raise TokenizerError(f"{file} is damaged: {error}") from error
+
+
+def check_ids(source: Path, info: TokenizerInfo, n_rows: int) -> None:
+    """Raise CheckpointError where `source`/tokenizer.json has an id for which the words' table [n_rows, D] has no row.
+
+    No probe document need have such a token; a text that has it would end a run, or get any score at all.
+    """
+    file = source / "tokenizer.json"
+    around = info.prefix + info.suffix
+    ids = parse_oracle(file).get_vocab() | {f"around every text: {one}": one for one in around}
+    token, largest = max(ids.items(), key=lambda item: item[1])
+    if largest >= n_rows:
+        raise CheckpointError(
+            f"{file} has id {largest} ({token!r}), the words' table of the model has {n_rows} rows: they do not belong "
+            "together, or a token was added and the table not resized; remove the token in a copy"
+        )
 
 
 def difference_to_auto(source: Path, file: Path, texts: Sequence[str]) -> str | None:
@@ -86,31 +93,6 @@ def difference_to_auto(source: Path, file: Path, texts: Sequence[str]) -> str | 
 def tokenizer_of(source: Path) -> Mapping[str, Any]:
     """What `source`/tokenizer.json says of ids, which truncation and padding are not; CheckpointError without one."""
     return read_json(source / "tokenizer.json") | {"truncation": None, "padding": None}
-
-
-def _check_config(source: Path, config: Mapping[str, Any], oracle: OracleTokenizer) -> None:
-    kind = config.get("tokenizer_class")
-    for key, (before, after, does, does_not) in SWITCHES.items():
-        said = config.get(key, True if kind in BERT and key == "do_lower_case" else None)
-        is_on = after in _normalize(oracle, before)
-        if said in (True, False) and said != is_on and kind not in TAKE_THE_FILE:
-            raise CheckpointError(
-                f"{source}: tokenizer_config.json has {key} = {said}, but tokenizer.json "
-                f"{does if is_on else does_not}; write both anew with "
-                f"AutoTokenizer.from_pretrained(...).save_pretrained(...), or correct {key} in a copy"
-            )
-    side = config.get("truncation_side") or (oracle.truncation or {}).get("direction") or "right"
-    if side != "right":
-        raise CheckpointError(
-            f"{source}: truncation_side = {side!r} in tokenizer_config.json, or direction in tokenizer.json, asks to "
-            "cut the beginning of a long text; supported is to cut its end: if that is fine for your heads, say "
-            "'right' in a copy"
-        )
-
-
-def _normalize(oracle: OracleTokenizer, text: str) -> str:
-    normalizer: Any = oracle.normalizer  # may be None, other than its stub says
-    return str(normalizer.normalize_str(text)) if normalizer else text
 
 
 def _around(oracle: OracleTokenizer) -> tuple[list[int], list[int]]:
