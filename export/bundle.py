@@ -47,6 +47,7 @@ from jql_export.readouts.base import Readout, check_readouts, write_readouts
 from jql_export.reference import Reference
 from jql_export.settings import KNOWN_POOLING, check_texts, max_tokens_of, pooling_of
 from jql_export.tokenizer import check_ids, difference_to_auto, tokenizer_of, write_tokenizer
+from jql_export.tokenizer_settings import check_tokenizer
 from jql_export.tolerances import tolerance_of
 from jql_export.variants import VARIANTS
 
@@ -80,7 +81,8 @@ def export_bundle(
     own = readouts[0].pooling if all(readout.pooling for readout in readouts) and readouts else None
     known = KNOWN_POOLING.get(checkpoint.id) or own
     chosen_pooling = pooling_of(checkpoint.directory, pooling, report, known)
-    check_texts(checkpoint.directory)
+    for directory in (checkpoint.directory, *_others(checkpoint.directory, readouts)):
+        check_texts(directory)
     taken = {name for readout in readouts if readout.checkpoint == checkpoint.directory for name in readout.tensors}
     encoder = read_sources(checkpoint.directory, variants, encoder_onnx, report, taken)
     _check_shared(checkpoint.directory, encoder, readouts)
@@ -91,7 +93,7 @@ def export_bundle(
     with _written_aside(out, overwrite) as folder:
         (folder / "graphs").mkdir()
         write_readouts(folder / READOUTS, readouts)
-        tokenizer = _write_tokenizer(folder, checkpoint, encoder, report)
+        tokenizer = _write_tokenizer(folder, checkpoint, encoder, readouts, report)
         draft = _manifest(checkpoint, encoder, readouts, pooling=chosen_pooling, max_tokens=limit, tokenizer=tokenizer)
         draft = _with_documents(draft, template, windows)
         write_graphs(folder, draft, encoder, readouts, report)
@@ -105,9 +107,11 @@ def export_bundle(
 
 
 def _check_shared(directory: Path, encoder: Encoder, readouts: Sequence[Readout]) -> None:
-    """Raise CheckpointError where a classifier was trained on another encoder than that of `directory`."""
-    others = {r.checkpoint: r.name for r in readouts if r.checkpoint is not None and r.checkpoint != directory}
-    for other, name in others.items():
+    """Raise CheckpointError where a classifier was trained on another encoder than that of `directory`, or other ids.
+
+    Files of the same tokenizer may ask for other ids beside it, as truncation_side does.
+    """
+    for other, name in _others(directory, readouts).items():
         if encoder.weights is None or (found := first_difference(encoder.weights, read_encoder(other))) is not None:
             what = f"{found} differs" if encoder.weights is not None else "that is known by its ONNX file alone"
             raise CheckpointError(
@@ -118,19 +122,29 @@ def _check_shared(directory: Path, encoder: Encoder, readouts: Sequence[Readout]
             raise CheckpointError(
                 f"classifier {name}: {other} has no {TOKENIZER} that equals that of {directory}; export one for each"
             )
+        check_tokenizer(other)
+
+
+def _others(directory: Path, readouts: Sequence[Readout]) -> dict[Path, str]:
+    """Checkpoints of classifiers besides `directory`, each with the name of one that is read from there."""
+    return {r.checkpoint: r.name for r in readouts if r.checkpoint is not None and r.checkpoint != directory}
 
 
 def _check_limits(directory: Path, limit: int, max_positions: int, readouts: Sequence[Readout]) -> None:
     """Raise CheckpointError where classifiers that share a pass read documents of different length."""
-    for other in dict.fromkeys(r.checkpoint for r in readouts if r.checkpoint not in (None, directory)):
-        if other is not None and (found := max_tokens_of(other, max_positions, None)) != limit:
+    for other in _others(directory, readouts):
+        if (found := max_tokens_of(other, max_positions, None)) != limit:
             raise CheckpointError(
                 f"{directory} reads {limit} tokens of a document, {other} {found}; say which it is: --max-tokens"
             )
 
 
 def _write_tokenizer(
-    folder: Path, checkpoint: Checkpoint, encoder: Encoder, report: Callable[[str], None]
+    folder: Path,
+    checkpoint: Checkpoint,
+    encoder: Encoder,
+    readouts: Sequence[Readout],
+    report: Callable[[str], None],
 ) -> TokenizerInfo:
     file = folder / TOKENIZER
     texts = probe_texts.texts()
@@ -141,8 +155,9 @@ def _write_tokenizer(
         report(f"tokenizer: {info.fast}, which gives the ids of `tokenizers` on all {len(texts)} probe texts")
     else:
         report("tokenizer: `tokenizers`; for this vocabulary tokie, which is faster, is not proven to be identical")
-    if difference := difference_to_auto(checkpoint.directory, file, texts):
-        report(f"tokenizer: {difference}")
+    for directory in (checkpoint.directory, *_others(checkpoint.directory, readouts)):
+        if difference := difference_to_auto(directory, file, texts):
+            report(f"tokenizer: {difference}")
     return info
 
 

@@ -198,6 +198,31 @@ def test_a_tokenizer_of_other_ids_is_refused_and_one_of_another_truncation_is_no
         export(first, *readouts, out=tmp_path / "other-out")
 
 
+@pytest.mark.parametrize(
+    ("file", "settings", "message"),
+    [
+        ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side = 'left'"),
+        ("tokenizer_config.json", {"do_lower_case": True, "tokenizer_class": "BertTokenizer"}, "do_lower_case = True"),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"q": "query: "}, "default_prompt_name": "q"},
+            "to put 'query: ' before every text",
+        ),
+        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case = true"),
+    ],
+)
+def test_texts_and_ids_of_every_classifier_are_checked(classifiers, tmp_path, file, settings, message):
+    """Of the second one too, and of one beside an encoder of its own: all get the same ids of a text."""
+    first, other = classifiers["bert", 1], Path(shutil.copytree(classifiers["bert", 3], tmp_path / "other"))
+    said = json.loads((other / file).read_text()) if (other / file).exists() else {}
+    (other / file).write_text(json.dumps(said | settings))
+    readouts = [read_classifier("a", first), read_classifier("b", other)]
+    for chosen in (readouts, readouts[1:]):
+        with pytest.raises(CheckpointError) as caught:
+            export(first, *chosen, out=tmp_path / "out")
+        assert message in str(caught.value) and str(other) in str(caught.value)
+
+
 def test_classifiers_of_different_length_leave_the_choice_to_the_user(classifiers, tmp_path):
     first, other = classifiers["bert", 1], Path(shutil.copytree(classifiers["bert", 3], tmp_path / "other"))
     (other / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 8}))
