@@ -17,6 +17,7 @@ import torch
 from jql_engine.errors import CheckpointError
 from jql_export.tensors import WORD, Array, Linear, Norm, TensorFile, read_json
 
+ADAPTER = "adapter_config.json"  # of the package peft
 LARGEST_SIZE = 1 << 24  # of anything in a config; tables as long are computed of it
 MOST = 1e30  # of what is computed with in fp32, which ends at 3e38
 
@@ -96,7 +97,16 @@ def first_difference(one: EncoderWeights, other: EncoderWeights) -> str | None:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a checkpoint directory."""
+    """config.json of a checkpoint directory; raises CheckpointError where an adapter lies beside it.
+
+    transformers adds that to the weights where the package peft is installed, and ignores it where it is not: neither
+    the graph nor the reference would have it.
+    """
+    if (directory / ADAPTER).exists():
+        raise CheckpointError(
+            f"{directory} has an adapter ({ADAPTER}), without which its weights are of another model: merge it first, "
+            "with peft's merge_and_unload() and save_pretrained(), or remove it in a copy if your heads were trained so"
+        )
     return read_json(directory / "config.json")
 
 

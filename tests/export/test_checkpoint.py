@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from jql_engine.errors import CheckpointError
 from jql_export.families.read import read_encoder
+from jql_export.onnx_encoder import read_shape
+from jql_export.readouts.classifier import read_classifier
+from jql_export.reference import load_encoder
 from tests.conftest import FAMILIES, MAX_TOKENS
 
 QKV = "encoder.layer.0.attention.qkv_proj.weight"
@@ -174,6 +178,14 @@ def test_rope_theta_of_older_configs_is_read(encoders, gte):
     change_config(gte, rope_theta=10000)
     frequencies = read_encoder(gte).spec.inverse_frequencies
     np.testing.assert_allclose(frequencies, 10000.0 ** (-np.arange(0, 8, 2) / 8), rtol=np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("read", [read_encoder, load_encoder, partial(read_classifier, "q"), read_shape])
+def test_an_adapter_beside_the_weights_is_refused_by_every_reader(bert, read):
+    """As peft saves one, whose weights are in a file of their own: they would be left out."""
+    (bert / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    with pytest.raises(CheckpointError, match=r"bert has an adapter \(adapter_config\.json\).*merge it first"):
+        read(bert)
 
 
 def test_a_missing_config_is_an_error(gte):
