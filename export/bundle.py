@@ -47,7 +47,7 @@ from jql_export.readouts.base import Readout, check_readouts, write_readouts
 from jql_export.reference import Reference
 from jql_export.settings import KNOWN_POOLING, check_texts, max_tokens_of, pooling_of
 from jql_export.tokenizer import check_ids, difference_to_auto, tokenizer_of, write_tokenizer
-from jql_export.tokenizer_settings import check_tokenizer
+from jql_export.tokenizer_settings import check_token_types, check_tokenizer
 from jql_export.tolerances import tolerance_of
 from jql_export.variants import VARIANTS
 
@@ -150,6 +150,8 @@ def _write_tokenizer(
     texts = probe_texts.texts()
     plain = write_tokenizer(checkpoint.directory, file, encoder.shape.pad_id)
     check_ids(checkpoint.directory, plain, encoder.vocab_size)
+    if encoder.has_token_types:
+        check_token_types(checkpoint.directory, texts)
     info = prove_fast(file, plain, texts)
     if info.fast:
         report(f"tokenizer: {info.fast}, which gives the ids of `tokenizers` on all {len(texts)} probe texts")

@@ -31,6 +31,11 @@ class Encoder:
     variants: tuple[str, ...]
     unused_tensors: tuple[str, ...] = ()  # of the checkpoint
 
+    @property
+    def has_token_types(self) -> bool:
+        """Whether it adds something for a token's type; an unknown architecture may."""
+        return self.weights is None or self.weights.token_type is not None
+
 
 def read_sources(
     directory: Path, variants: Sequence[str], encoder_onnx: Path | None, report: Report, taken: Collection[str] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as OracleTokenizer
 
 from jql_engine.errors import CheckpointError, TokenizerError
 from jql_engine.rust import rust_errors
-from jql_engine.tokenizer_libraries import parse_oracle
+from jql_engine.tokenizer_libraries import parse_oracle, read_oracle
 from jql_export.settings import read_settings
 
 CONFIG = "tokenizer_config.json"
@@ -41,6 +41,23 @@ def check_settings(source: Path, oracle: OracleTokenizer) -> None:
             f"{source}: truncation_side = {side!r} in {CONFIG}, or direction in tokenizer.json, asks to "
             "cut the beginning of a long text; supported is to cut its end: if that is fine for your heads, say "
             "'right' in a copy"
+        )
+
+
+def check_token_types(source: Path, texts: Sequence[str]) -> None:
+    """Raise CheckpointError where the model would get another token type than 0 for a text: a graph adds that of 0."""
+    file, config = source / "tokenizer.json", read_settings(source / CONFIG, dict)
+    fed = config.get("model_input_names")
+    if isinstance(fed, list) and "token_type_ids" not in fed:
+        return
+    oracle = read_oracle(file)
+    with rust_errors(TokenizerError, f"{file} cannot tokenize a text"):
+        types = {kind for text in texts for kind in oracle.encode(text).type_ids}
+    if types - {0}:
+        raise CheckpointError(
+            f"{file} gives the tokens of a single text the types {', '.join(map(str, sorted(types)))}; supported is "
+            "0 alone: in a copy, set type_id to 0 in its post_processor, or leave token_type_ids out of "
+            f"model_input_names in {CONFIG}, if your heads were trained so"
         )
 
 

@@ -13,7 +13,7 @@ from jql_engine.bundle import Bundle
 from jql_engine.errors import CheckpointError
 from jql_export.bundle import export_bundle
 from jql_export.hub import Checkpoint
-from tests.conftest import MAX_TOKENS
+from tests.conftest import MAX_TOKENS, write_encoder
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 PLAIN = {"model_max_length": MAX_TOKENS, "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -57,3 +57,28 @@ def test_a_special_token_around_a_text_without_a_row_is_refused(bert, tmp_path):
     change(bert / TOKENIZER, post_processor=post)
     with pytest.raises(CheckpointError, match=rf"tokenizer\.json has id {rows} .* has {rows} rows"):
         export(bert, out=tmp_path / "out")
+
+
+def test_a_token_type_that_is_not_0_is_refused_where_the_model_has_types(bert, tmp_path):
+    with_types(bert / TOKENIZER, 1)
+    change(bert / CONFIG, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    fed = transformers.AutoTokenizer.from_pretrained(bert)("hello")
+    assert set(fed["token_type_ids"]) == {1}, "it changes nothing: accept it"
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json gives the tokens of a single text the types 1; .* is 0"
+    ):
+        export(bert, out=tmp_path / "out")
+    change(bert / CONFIG, model_input_names=["input_ids", "attention_mask"])
+    export(bert, out=tmp_path / "fed-without-types")
+    gte = write_encoder(tmp_path / "gte", "gte", type_vocab_size=0)
+    change(gte / CONFIG, **PLAIN)
+    with_types(gte / TOKENIZER, 1)
+    export(gte, out=tmp_path / "has-no-types")
+
+
+def with_types(file, number):
+    post = json.loads(file.read_text())["post_processor"]
+    for piece in post["single"]:
+        for value in piece.values():
+            value["type_id"] = number
+    change(file, post_processor=post)
