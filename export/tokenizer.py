@@ -10,8 +10,9 @@ from typing import Any
 from tokenizers import Tokenizer as OracleTokenizer
 from transformers import AutoTokenizer
 
+from jql_engine import probe_texts
 from jql_engine.bundle import TokenizerInfo
-from jql_engine.errors import CheckpointError, TokenizerError
+from jql_engine.errors import BundleError, CheckpointError, TokenizerError
 from jql_engine.rust import rust_errors
 from jql_engine.tokenizer_libraries import parse_oracle
 from jql_export.tensors import read_json
@@ -37,11 +38,12 @@ def write_tokenizer(source: Path, target: Path, pad_id: int) -> TokenizerInfo:
     if (largest := max(oracle.get_vocab().values(), default=0)) > LARGEST_ID:
         raise TokenizerError(f"{file} has the id {largest}, and no embedding table that many rows; it is damaged")
     check_settings(source, oracle)
-    with rust_errors(TokenizerError, f"{file} cannot tokenize a text"):
-        oracle.no_truncation()
-        oracle.no_padding()
+    oracle.no_truncation()
+    oracle.no_padding()
+    with rust_errors(BundleError, f"{target} cannot be written"):
         oracle.save(str(target))
-        prefix, suffix = _around(oracle)
+    with rust_errors(TokenizerError, f"{file} cannot tokenize a text"):
+        prefix, suffix = _around(file, oracle)
     if not prefix + suffix:
         raise TokenizerError(f"{file} puts no special token around a text; an empty text would have no token to pool")
     added = sorted(token.content for token in oracle.get_added_tokens_decoder().values())
@@ -82,10 +84,9 @@ def difference_to_auto(source: Path, file: Path, texts: Sequence[str]) -> str | 
         return f"not compared with AutoTokenizer, which cannot be loaded ({what})"
     for text, ids in zip(texts, found, strict=True):
         if ids != oracle.encode(text).ids:
-            shown = text if len(text) <= SHOWN else text[:SHOWN] + "..."
             return (
                 f"transformers {version('transformers')} builds another one from {source} than tokenizer.json "
-                f"describes, which this bundle uses: their ids differ for {shown!r}"
+                f"describes, which this bundle uses: their ids differ for {_shortened(text)}"
             )
     return None
 
@@ -95,11 +96,29 @@ def tokenizer_of(source: Path) -> Mapping[str, Any]:
     return read_json(source / "tokenizer.json") | {"truncation": None, "padding": None}
 
 
-def _around(oracle: OracleTokenizer) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a text."""
-    content = oracle.encode("a", add_special_tokens=False).ids
-    whole = oracle.encode("a").ids
-    for start in range(len(whole) - len(content) + 1):
-        if whole[start : start + len(content)] == content:
-            return whole[:start], whole[start + len(content) :]
-    raise TokenizerError("the tokenizer's post-processor changes the ids of a text; only ids around it are supported")
+def _around(file: Path, oracle: OracleTokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after a text, whatever the text; raises TokenizerError."""
+    bare = [(text, oracle.encode(text, add_special_tokens=False).ids) for text in probe_texts.texts()]
+    sentences = bare[: len(probe_texts.SENTENCES)]  # of which probe documents are made
+    text, content = next(((text, ids) for text, ids in sentences if ids), ("", []))
+    if not content:
+        raise TokenizerError(
+            f"{file} gives no token for any of {len(sentences)} sentences in many languages: its vocabulary has none "
+            "of their characters and no token for what is unknown; a bundle cannot be certified with it"
+        )
+    whole = oracle.encode(text).ids
+    starts = range(len(whole) - len(content) + 1)
+    start = next((start for start in starts if whole[start : start + len(content)] == content), None)
+    if start is not None:
+        prefix, suffix = whole[:start], whole[start + len(content) :]
+        if all(oracle.encode(text).ids == prefix + ids + suffix for text, ids in bare):
+            return prefix, suffix
+    raise TokenizerError(
+        f"{file} has a post-processor that changes the ids of a text, or puts others around some texts than around "
+        f"{_shortened(text)}; supported are ids that are the same around every text"
+    )
+
+
+def _shortened(text: str) -> str:
+    """A text for a message."""
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")

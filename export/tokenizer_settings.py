@@ -35,6 +35,18 @@ def check_settings(source: Path, oracle: OracleTokenizer) -> None:
     config = read_settings(source / CONFIG, dict)
     with rust_errors(TokenizerError, f"{source / 'tokenizer.json'} cannot tokenize a text"):
         _check_switches(source, config, oracle)
+    if config.get("split_special_tokens"):
+        raise CheckpointError(
+            f"{source}: {CONFIG} has split_special_tokens = {config['split_special_tokens']!r}, so that a text with a "
+            "special token like </s> in it gets other ids than from tokenizer.json; supported is false: set it to that "
+            "in a copy, if that is fine for your heads"
+        )
+    model: Any = oracle.model  # its stub knows no dropout, which BPE alone has
+    if dropout := getattr(model, "dropout", None):
+        raise CheckpointError(
+            f"{source / 'tokenizer.json'} has dropout = {dropout:.3g}: it draws ids at random, which is for training; "
+            "set it to null in a copy"
+        )
     side = config.get("truncation_side") or (oracle.truncation or {}).get("direction") or "right"
     if side != "right":
         raise CheckpointError(

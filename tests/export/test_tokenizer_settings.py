@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
+from jql_engine import probe_texts
 from jql_engine.bundle import Bundle
-from jql_engine.errors import CheckpointError
+from jql_engine.errors import CheckpointError, TokenizerError
 from jql_export.bundle import export_bundle
 from jql_export.hub import Checkpoint
+from jql_export.tokenizer import write_tokenizer
 from tests.conftest import MAX_TOKENS, write_encoder
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -82,3 +85,62 @@ def with_types(file, number):
         for value in piece.values():
             value["type_id"] = number
     change(file, post_processor=post)
+
+
+BPE_SPECIALS = ["[CLS]", "[PAD]", "[SEP]"]
+
+
+def write_bpe(folder, texts, unknown=(), size=300):
+    """A BPE tokenizer that knows the characters of `texts`, and has a token for others only if it is given one."""
+    tokenizer = Tokenizer(models.BPE(unk_token=next(iter(unknown), None)))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[*BPE_SPECIALS, *unknown], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    around = [("[CLS]", 0), ("[SEP]", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
+    tokenizer.save(str(folder / TOKENIZER))
+
+
+def test_a_vocabulary_without_latin_letters_has_its_special_tokens_around_a_text(tmp_path):
+    """Of a text whose letters it does not know nothing is left, and the special tokens might all stand before it."""
+    cyrillic = [text for text in probe_texts.SENTENCES if "и" in text]
+    write_bpe(tmp_path, cyrillic)
+    assert Tokenizer.from_file(str(tmp_path / TOKENIZER)).encode("a").ids == [0, 2]
+    info = write_tokenizer(tmp_path, tmp_path / "written.json", 1)
+    assert (info.prefix, info.suffix) == ([0], [2])
+
+
+def test_a_vocabulary_that_knows_no_probe_text_is_refused(tmp_path):
+    """Probe documents of any length could not be made of it: the export took memory until none was left."""
+    write_bpe(tmp_path, ["தமிழ்", "எழுத்துக்கள்"])
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json gives no token for any of \d+ sentences"):
+        write_tokenizer(tmp_path, tmp_path / "written.json", 1)
+
+
+def test_ids_around_a_text_that_depend_on_the_text_are_refused(tmp_path):
+    """As the text itself once more does: ids after one text are none to put after another."""
+    write_bpe(tmp_path, probe_texts.SENTENCES, ["[UNK]"])
+    template = processors.TemplateProcessing(single="[CLS] $A [SEP] $A", special_tokens=[("[CLS]", 0), ("[SEP]", 2)])
+    tokenizer = Tokenizer.from_file(str(tmp_path / TOKENIZER))
+    tokenizer.post_processor = template
+    tokenizer.save(str(tmp_path / TOKENIZER))
+    with pytest.raises(TokenizerError, match="has a post-processor that changes the ids of a text, or puts others"):
+        write_tokenizer(tmp_path, tmp_path / "written.json", 1)
+
+
+def test_ids_that_are_drawn_at_random_are_refused(tmp_path):
+    write_bpe(tmp_path, probe_texts.SENTENCES, ["[UNK]"])
+    model = json.loads((tmp_path / TOKENIZER).read_text())["model"]
+    change(tmp_path / TOKENIZER, model=model | {"dropout": 0.0})
+    write_tokenizer(tmp_path, tmp_path / "written.json", 1)
+    change(tmp_path / TOKENIZER, model=model | {"dropout": 0.3})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has dropout = 0\.3.*set it to null"):
+        write_tokenizer(tmp_path, tmp_path / "written.json", 1)
+
+
+def test_special_tokens_that_a_text_would_be_split_at_are_refused_where_they_are_to_be_split_themselves(bert, tmp_path):
+    before = auto_ids(bert, "a <mask> b")
+    change(bert / CONFIG, split_special_tokens=True)
+    assert auto_ids(bert, "a <mask> b") != before, "it changes nothing: accept it"
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json has split_special_tokens = True"):
+        write_tokenizer(bert, tmp_path / "written.json", 1)
