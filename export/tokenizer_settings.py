@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,12 @@ from jql_engine.tokenizer_libraries import parse_oracle, read_oracle
 from jql_export.settings import read_settings
 
 CONFIG = "tokenizer_config.json"
+MAP = "special_tokens_map.json"
+# Where both of these files name tokens.
+NAMED = (
+    *(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
+    "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens",
+)  # fmt: skip
 # transformers' classes that take tokenizer.json as it is, whatever tokenizer_config.json says of lower case.
 TAKE_THE_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
 BERT = ("BertTokenizer", "BertTokenizerFast")  # put texts in lower case where do_lower_case is not there
@@ -35,6 +41,7 @@ def check_settings(source: Path, oracle: OracleTokenizer) -> None:
     config = read_settings(source / CONFIG, dict)
     with rust_errors(TokenizerError, f"{source / 'tokenizer.json'} cannot tokenize a text"):
         _check_switches(source, config, oracle)
+    _check_tokens(source, config, oracle)
     if config.get("split_special_tokens"):
         raise CheckpointError(
             f"{source}: {CONFIG} has split_special_tokens = {config['split_special_tokens']!r}, so that a text with a "
@@ -84,6 +91,45 @@ def _check_switches(source: Path, config: Mapping[str, Any], oracle: OracleToken
                 f"{does if is_on else does_not}; write both anew with "
                 f"AutoTokenizer.from_pretrained(...).save_pretrained(...), or correct {key} in a copy"
             )
+
+
+def _check_tokens(source: Path, config: Mapping[str, Any], oracle: OracleTokenizer) -> None:
+    """Raise CheckpointError for a token of another file that tokenizer.json does not have, under its id.
+
+    transformers adds such a token, and never splits it; a text that has it would get other ids here.
+    """
+    known = {token.content: str(number) for number, token in oracle.get_added_tokens_decoder().items()}
+    for name, token, number in _named_tokens(source, config):
+        if known.get(token) is None or number not in (None, known[token]):
+            found = f"has under id {known[token]}" if token in known else "lacks among its added tokens"
+            under = "" if number is None else f" under id {number}"
+            raise CheckpointError(
+                f"{source}: {name} has the token {token!r}{under}, which tokenizer.json {found}; if the model knows "
+                "it, write all of them anew with AutoTokenizer.from_pretrained(...).save_pretrained(...), else remove "
+                "it in a copy"
+            )
+
+
+def _named_tokens(source: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:
+    """File, token and id, where it says one, of each token that the files beside tokenizer.json name."""
+    added = read_settings(source / "added_tokens.json", dict)
+    yield from (("added_tokens.json", token, str(number)) for token, number in added.items())
+    decoder = config.get("added_tokens_decoder")
+    for number, token in (decoder if isinstance(decoder, dict) else {}).items():
+        yield from ((CONFIG, content, number) for content in _contents(token))
+    for name, settings in ((CONFIG, config), (MAP, read_settings(source / MAP, dict))):
+        yield from ((name, content, None) for key in NAMED for content in _contents(settings.get(key)))
+
+
+def _contents(value: object) -> Iterator[str]:
+    """The texts of tokens: one as a text or an object with `content`, or several in a list or by name."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict) and "content" in value:
+        yield str(value["content"])
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _contents(one)
 
 
 def _normalize(oracle: OracleTokenizer, text: str) -> str:

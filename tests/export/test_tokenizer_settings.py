@@ -16,9 +16,9 @@ from jql_engine.errors import CheckpointError, TokenizerError
 from jql_export.bundle import export_bundle
 from jql_export.hub import Checkpoint
 from jql_export.tokenizer import write_tokenizer
-from tests.conftest import MAX_TOKENS, write_encoder
+from tests.conftest import MAX_TOKENS, SPECIALS, write_encoder
 
-TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 PLAIN = {"model_max_length": MAX_TOKENS, "tokenizer_class": "PreTrainedTokenizerFast"}
 
 
@@ -144,3 +144,45 @@ def test_special_tokens_that_a_text_would_be_split_at_are_refused_where_they_are
     assert auto_ids(bert, "a <mask> b") != before, "it changes nothing: accept it"
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json has split_special_tokens = True"):
         write_tokenizer(bert, tmp_path / "written.json", 1)
+
+
+DOC = {"content": "<doc>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "text"),
+    [
+        (CONFIG, {"added_tokens_decoder": {"100": DOC}}, "a <doc> b"),
+        (CONFIG, {"additional_special_tokens": ["<doc>"]}, "a <doc> b"),
+        (CONFIG, {"extra_special_tokens": {"document_token": "<doc>"}}, "a <doc> b"),
+        (CONFIG, {"extra_special_tokens": ["Stern"]}, "der Stern"),
+        (CONFIG, {"mask_token": "Stern"}, "der Stern"),
+        ("added_tokens.json", {"<doc>": 100}, "a <doc> b"),
+        (MAP, {"additional_special_tokens": ["<doc>"]}, "a <doc> b"),
+    ],
+)
+def test_a_token_that_only_another_file_names_is_refused(bert, tmp_path, file, settings, text):
+    before = auto_ids(bert, text)
+    change(bert / file, **settings)
+    assert auto_ids(bert, text) != before, "it changes nothing: accept it"
+    token = text.split()[1]
+    with pytest.raises(
+        CheckpointError, match=rf"{file} has the token '{token}'.*tokenizer\.json lacks among its added"
+    ):
+        write_tokenizer(bert, tmp_path / "written.json", 1)
+
+
+def test_a_token_under_another_id_is_refused(bert, tmp_path):
+    change(bert / CONFIG, added_tokens_decoder={"100": DOC | {"content": "<mask>"}})
+    with pytest.raises(CheckpointError, match=r"'<mask>' under id 100, which tokenizer\.json has under id 4;"):
+        write_tokenizer(bert, tmp_path / "written.json", 1)
+
+
+def test_tokens_that_every_file_names_alike_are_accepted(bert, tmp_path):
+    """As transformers 4 saves them."""
+    ids = {str(number): DOC | {"content": token} for number, token in enumerate(SPECIALS)}
+    names = {"cls_token": "<s>", "pad_token": DOC | {"content": "<pad>"}, "additional_special_tokens": ["<mask>"]}
+    change(bert / CONFIG, added_tokens_decoder=ids, extra_special_tokens={}, bos_token=None, **names)
+    change(bert / MAP, **names)
+    change(bert / "added_tokens.json", **{"<mask>": 4})
+    write_tokenizer(bert, tmp_path / "written.json", 1)
