@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +41,7 @@ from jql_export.graphs import Encoder, read_sources, write_graphs
 from jql_export.hub import Checkpoint
 from jql_export.onnx_encoder import VARIANT as FOREIGN
 from jql_export.onnx_encoder import explained
+from jql_export.place import check_place, written_aside
 from jql_export.readouts.base import Readout, check_readouts, write_readouts
 from jql_export.reference import Reference
 from jql_export.settings import KNOWN_POOLING, check_texts, max_tokens_of, pooling_of
@@ -77,6 +76,7 @@ def export_bundle(
     """
     if unknown := sorted(set(variants) - set(VARIANTS)):
         raise BundleError(f"variant {unknown[0]!r} is unknown; known are {', '.join(VARIANTS)}")
+    check_place(out, overwrite)
     # A head that does not say how it pools reads the embedding, of which a classifier beside it knows nothing.
     own = readouts[0].pooling if all(readout.pooling for readout in readouts) and readouts else None
     known = KNOWN_POOLING.get(checkpoint.id) or own
@@ -90,7 +90,7 @@ def export_bundle(
     if max_tokens is None:
         _check_limits(checkpoint.directory, limit, encoder.shape.max_positions, readouts)
     check_readouts(readouts, encoder.shape.hidden_size)
-    with _written_aside(out, overwrite) as folder:
+    with written_aside(out, overwrite, report) as folder:
         (folder / "graphs").mkdir()
         write_readouts(folder / READOUTS, readouts)
         tokenizer = _write_tokenizer(folder, checkpoint, encoder, readouts, report)
@@ -247,32 +247,3 @@ def _variant(name: str) -> Variant:
         tolerance=tolerance,
         parity={},
     )
-
-
-@contextmanager
-def _written_aside(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` that takes its place once all went well."""
-    if out.exists() and not (out.is_dir() and overwrite and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
-        what = (
-            "a bundle; give --overwrite to replace it"
-            if (out / MANIFEST).is_file()
-            else "no bundle; choose another --out"
-        )
-        raise BundleError(f"{out} exists and is {what}")
-    out = out.resolve()
-    aside = out.with_name(f".{out.name}.{os.getpid()}.writing")
-    replaced = out.with_name(f".{out.name}.{os.getpid()}.replaced")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise BundleError(f"{aside} cannot be created: {error.strerror}; choose another --out") from error
-    try:
-        yield aside
-        if out.exists():
-            out.rename(replaced)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
