@@ -13,12 +13,28 @@ import typer
 from jql_engine.errors import EngineError
 from jql_engine.template import Template
 from jql_export.defaults import EDU_HEADS, EDU_REPOSITORY, SNOWFLAKE
+from jql_export.place import check_place
 
 if TYPE_CHECKING:
     from jql_engine.bundle import Bundle, EngineKey
 
+
+def _path(value: str) -> Path:
+    return Path(_not_empty(value))  # which makes "." of ""
+
+
+def _not_empty(value: str) -> str:
+    if not value:
+        raise typer.BadParameter("is empty; is a variable of the shell not set?")
+    return value
+
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
+# What an installation that is for running alone lacks, and the extra that brings it.
+EXTRAS = dict.fromkeys(("huggingface_hub", "ml_dtypes", "onnx", "torch", "transformers"), "export") | {
+    "onnxruntime": "cpu"
+}
 TENSORRT = "tensorrt-fp16"
 # Options that only make sense for an export, and only for a certificate.
 OF_EXPORT = ("out", "no_heads", "variant", "compute_capability", "library", "encoder_onnx", "overwrite")
@@ -28,10 +44,14 @@ OF_CERTIFICATE = ("bundle", "documents", "text_column")
 @app.command()
 def export(
     ctx: typer.Context,
-    out: Annotated[Path | None, typer.Option(help="The bundle to write.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="The bundle to write.", show_default=False)
+    ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
+            parser=_not_empty,
+            metavar="TEXT",
             help="Checkpoint directory or hub id (or ID@REVISION) of the encoder; by default the classifier's, else "
             f"{SNOWFLAKE}.",
             show_default=False,
@@ -207,6 +227,8 @@ def _check_certify(ctx: typer.Context, certify: bool) -> None:
         raise typer.BadParameter(why, param_hint=_flag(name))
     if ctx.params[wanted] is None:
         raise typer.BadParameter(f"give the bundle to {'certify' if certify else 'write'}", param_hint=_flag(wanted))
+    if not certify:
+        check_place(ctx.params["out"], ctx.params["overwrite"])  # before anything is downloaded
 
 
 def _check_settings(ctx: typer.Context, bundle: Bundle, template: Template | None) -> None:
@@ -265,6 +287,13 @@ def main() -> None:
         app()
     except EngineError as error:
         print(f"jql-export: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in EXTRAS:
+            raise
+        what = f"the package {name} is not installed; pip install 'jql-engine[{EXTRAS[name]}]'"
+        print(f"jql-export: {what}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
 
 

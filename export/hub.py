@@ -6,6 +6,7 @@ HF_ENDPOINT, HF_HUB_OFFLINE). Nothing that could run is among them: no .py file,
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,9 +42,9 @@ def find_checkpoint(encoder: str, revision: str | None = None) -> Checkpoint:
 
     Raises CheckpointError.
     """
-    if not Path(encoder).is_dir() and "@" in encoder:
+    if not _is_directory(encoder) and "@" in encoder:
         encoder, _, revision = encoder.partition("@")
-    if Path(encoder).is_dir():
+    if _is_directory(encoder):
         if revision is not None:
             raise CheckpointError(f"--revision {revision} is for a hub id; {encoder} is a directory here")
         return Checkpoint(Path(encoder), Path(encoder).resolve().name, None)
@@ -54,6 +55,21 @@ def find_checkpoint(encoder: str, revision: str | None = None) -> Checkpoint:
             f"{encoder} is neither a directory here nor a model that the hub gave: {error}"
         ) from error
     return Checkpoint(directory, encoder, directory.name)
+
+
+def _is_directory(place: str) -> bool:
+    """Whether `place` is a directory, and one that may be read; raises CheckpointError where only the first is so."""
+    try:
+        if not Path(place).is_dir():
+            return False
+        allowed = os.access(place, os.R_OK | os.X_OK)
+    except PermissionError:  # of a folder above it
+        allowed = False
+    except OSError:  # too long for a file's name
+        return False
+    if not allowed:
+        raise CheckpointError(f"{place} may not be read by this user; ask for its permissions, or copy it")
+    return True
 
 
 def edu_heads(revision: str | None = None) -> list[Readout]:

@@ -87,12 +87,14 @@ def check_texts(directory: Path) -> None:
 
 
 def read_settings(file: Path, kind: type[T]) -> T:
-    """The JSON in `file`, empty where there is none; CheckpointError where it is no `kind`."""
-    if not file.is_file():
-        return kind()
+    """The JSON in `file`, empty where there is none; CheckpointError where it cannot be read, or is no `kind`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except FileNotFoundError:
+        return kind()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is no JSON: {error}") from error
     if not isinstance(content, kind):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, expected a {kind.__name__}")

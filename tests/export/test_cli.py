@@ -225,6 +225,91 @@ def test_unused_tensors_are_reported(call, encoders, head_files, tmp_path):
     assert (tmp_path / "out" / MANIFEST).is_file()
 
 
+@pytest.mark.parametrize("option", ["--encoder=", "--out="])
+def test_an_empty_value_is_misuse(call, option):
+    """As of a variable of the shell that is not set: it must not mean the default encoder, or the folder one is in."""
+    status, err = call("--encoder=any", "--out=any", "--no-heads", option)
+    assert (
+        status == 2 and option[:-1] in err and "is empty; is a variable of the shell not set?" in " ".join(err.split())
+    )
+
+
+def test_a_place_that_is_taken_is_noticed_before_anything_is_fetched(call, tmp_path):
+    (tmp_path / "thesis.tex").write_text("ten years")
+    status, err = call("--encoder=nobody/nothing", "--no-heads", "--out", tmp_path)
+    assert status == 1 and err == f"jql-export: {tmp_path} exists and is no bundle; choose another --out\n"
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from jql_engine.errors import EngineError
+from jql_export.hub import find_checkpoint
+from jql_export.place import check_place
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+for call in (lambda: find_checkpoint(sys.argv[1]), lambda: check_place(Path(sys.argv[1]), False)):
+    try:
+        call()
+    except EngineError as error:
+        print(error)
+"""
+
+
+def test_a_folder_that_may_not_be_entered_is_an_error(tmp_path):
+    inside = tmp_path / "closed" / "encoder"
+    inside.mkdir(parents=True)
+    inside.parent.chmod(0)
+    done = subprocess.run([sys.executable, "-c", AS_NOBODY, inside], capture_output=True, text=True)
+    inside.parent.chmod(0o700)
+    assert done.stdout.splitlines() == [
+        f"{inside} may not be read by this user; ask for its permissions, or copy it",
+        f"{inside} cannot be looked at: Permission denied; choose another --out",
+    ], done.stderr
+
+
+WITHOUT_TORCH = """
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "onnx"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Without())
+from jql_export.cli import main
+main()
+"""
+
+
+def test_an_installation_for_running_alone_says_what_exporting_needs(tmp_path):
+    arguments = ["--encoder=any", "--no-heads", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == ("jql-export: the package transformers is not installed; pip install 'jql-engine[export]'\n")
+
+
+DISK_FULL = """
+import resource, sys
+from jql_export.cli import main
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+main()
+"""
+
+
+def test_a_disk_that_is_full_is_an_error_of_one_line(checkpoint, tmp_path):
+    """First it has no room for the tokenizer, then for the weights of the graph."""
+    (tmp_path / "place").mkdir()
+    for limit in (20_000, 60_000):
+        options = ["--encoder", str(checkpoint), "--no-heads", "--out", str(tmp_path / "place" / "out")]
+        code = [sys.executable, "-c", DISK_FULL, str(limit)]
+        done = subprocess.run([*code, *options], capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert "cannot be written: File too large" in last and "tokenize a text" not in last, done.stderr
+        assert list((tmp_path / "place").iterdir()) == []
+
+
 def script(*arguments):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120)

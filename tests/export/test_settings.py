@@ -150,6 +150,12 @@ def test_modules_that_are_no_json_are_an_error(tmp_path):
         pooling_of(tmp_path, None, print)
 
 
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "tokenizer_config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json cannot be read: Is a directory"):
+        max_tokens_of(tmp_path, POSITIONS, None)
+
+
 @pytest.mark.parametrize(
     ("sentence_bert", "tokenizer", "expected"),
     [
