@@ -83,9 +83,9 @@ def export_bundle(
     chosen_pooling = pooling_of(checkpoint.directory, pooling, report, known)
     for directory in (checkpoint.directory, *_others(checkpoint.directory, readouts)):
         check_texts(directory)
-    taken = {name for readout in readouts if readout.checkpoint == checkpoint.directory for name in readout.tensors}
+    taken = _taken(checkpoint.directory, readouts)
     encoder = read_sources(checkpoint.directory, variants, encoder_onnx, report, taken)
-    _check_shared(checkpoint.directory, encoder, readouts)
+    _check_shared(checkpoint.directory, encoder, readouts, report)
     limit = max_tokens_of(checkpoint.directory, encoder.shape.max_positions, max_tokens)
     if max_tokens is None:
         _check_limits(checkpoint.directory, limit, encoder.shape.max_positions, readouts)
@@ -106,14 +106,18 @@ def export_bundle(
     return Bundle.open(out)
 
 
-def _check_shared(directory: Path, encoder: Encoder, readouts: Sequence[Readout]) -> None:
+def _check_shared(
+    directory: Path, encoder: Encoder, readouts: Sequence[Readout], report: Callable[[str], None]
+) -> None:
     """Raise CheckpointError where a classifier was trained on another encoder than that of `directory`, or other ids.
 
     Files of the same tokenizer may ask for other ids beside it, as truncation_side does.
     """
     for other, name in _others(directory, readouts).items():
-        if encoder.weights is None or (found := first_difference(encoder.weights, read_encoder(other))) is not None:
-            what = f"{found} differs" if encoder.weights is not None else "that is known by its ONNX file alone"
+        weights = None if encoder.weights is None else read_encoder(other)
+        found = None if encoder.weights is None or weights is None else first_difference(encoder.weights, weights)
+        if weights is None or found is not None:
+            what = "that is known by its ONNX file alone" if weights is None else f"{found} differs"
             raise CheckpointError(
                 f"classifier {name}: the encoder in {other} is not that in {directory}: {what}; classifiers share a "
                 "bundle where they share an encoder, so export one for each"
@@ -123,6 +127,13 @@ def _check_shared(directory: Path, encoder: Encoder, readouts: Sequence[Readout]
                 f"classifier {name}: {other} has no {TOKENIZER} that equals that of {directory}; export one for each"
             )
         check_tokenizer(other)
+        for tensor in sorted(set(weights.unused_tensors) - _taken(other, readouts)):
+            report(f"unused tensor of classifier {name}: {tensor}")
+
+
+def _taken(directory: Path, readouts: Sequence[Readout]) -> set[str]:
+    """Names of the tensors in `directory` that classifiers read."""
+    return {name for readout in readouts if readout.checkpoint == directory for name in readout.tensors}
 
 
 def _others(directory: Path, readouts: Sequence[Readout]) -> dict[Path, str]:

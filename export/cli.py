@@ -45,13 +45,13 @@ OF_CERTIFICATE = ("bundle", "documents", "text_column")
 def export(
     ctx: typer.Context,
     out: Annotated[
-        Path | None, typer.Option(parser=_path, metavar="PATH", help="The bundle to write.", show_default=False)
+        Path | None, typer.Option(parser=_path, metavar="<path>", help="The bundle to write.", show_default=False)
     ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
             parser=_not_empty,
-            metavar="TEXT",
+            metavar="<str>",
             help="Checkpoint directory or hub id (or ID@REVISION) of the encoder; by default the classifier's, else "
             f"{SNOWFLAKE}.",
             show_default=False,

@@ -89,7 +89,7 @@ class TensorFile:
         self._left = set(self._tensors)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
-        """The tensor `name` in fp32; raises CheckpointError where it is missing or of another shape."""
+        """The tensor `name` in fp32; raises CheckpointError where it is missing, of another shape or not finite."""
         full = self.prefix + name
         if full not in self._tensors:
             raise CheckpointError(f"{self.path}: tensor {full} is missing; the checkpoint holds {_some(self._tensors)}")
@@ -98,6 +98,8 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: tensor {full} is {list(tensor.shape)}, config.json says {list(shape)}")
         self._left.discard(full)
         array: Array = tensor.to(torch.float32).numpy()
+        if not np.isfinite(array).all():  # of a row for a rare token no probe document need tell
+            raise CheckpointError(f"{self.path}: tensor {full} holds NaN, or what is infinite in fp32; copy it again")
         return array
 
     def linear(self, name: str, n_in: int, n_out: int) -> Linear:

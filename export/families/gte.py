@@ -65,7 +65,13 @@ def _scaled_frequencies(directory: Path, config: Mapping[str, Any], types: tuple
     divided by factor^(2/d). Alibaba-NLP/new-impl applies it at every length, short texts too.
     """
     scaling = mapping(directory, config, "rope_scaling")
-    rope = mapping(directory, config, "rope_parameters") or {"rope_theta": config.get("rope_theta"), **scaling}
+    rope = mapping(directory, config, "rope_parameters")
+    if rope and scaling:
+        raise CheckpointError(
+            f"{directory}: config.json has rope_scaling = {scaling!r} beside rope_parameters; expected is "
+            "one of them: in a copy, remove that with which the model was not trained"
+        )
+    rope = rope or {"rope_theta": config.get("rope_theta"), **scaling}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in types or not rope.get("rope_theta"):
         raise CheckpointError(

@@ -161,6 +161,8 @@ def _check(name: str, directory: Path, config: Mapping[str, Any]) -> None:
 
 def _outputs(name: str, directory: Path, config: Mapping[str, Any], n_outputs: int) -> tuple[str, ...]:
     said = config.get("num_labels")
+    if said is not None and type(said) is not int:
+        raise HeadError(f"classifier {name}: {directory}: config.json has num_labels = {said!r}, expected an integer")
     labels = config.get("id2label") or {i: f"LABEL_{i}" for i in range(said or DEFAULT_LABELS)}
     try:
         by_number = {int(number): str(label) for number, label in labels.items()}

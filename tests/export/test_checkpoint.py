@@ -18,6 +18,7 @@ from jql_export.reference import load_encoder
 from tests.conftest import FAMILIES, MAX_TOKENS
 
 QKV = "encoder.layer.0.attention.qkv_proj.weight"
+WORD = "embeddings.word_embeddings.weight"
 INDEX = "model.safetensors.index.json"
 
 
@@ -133,6 +134,20 @@ def test_a_wrong_shape_is_named_with_the_expected_one(gte, name):
         read_encoder(gte)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
+def test_a_weight_that_is_not_finite_is_an_error_that_names_its_tensor(gte, value):
+    """No probe document need have the token whose row it is."""
+
+    def spoil(tensors):
+        tensors[WORD] = tensors[WORD].double()
+        tensors[WORD][442, 7] = value
+        return tensors
+
+    change_tensors(gte, spoil)
+    with pytest.raises(CheckpointError, match=rf"tensor {WORD} holds NaN, or what is infinite in fp32"):
+        read_encoder(gte)
+
+
 def test_no_word_embeddings_are_an_error_that_names_what_is_there(gte):
     change_tensors(gte, lambda _: {"linear.weight": torch.ones(2, 2)})
     with pytest.raises(CheckpointError, match=r"word_embeddings\.weight.*found 0; the checkpoint holds linear\.weight"):
@@ -151,6 +166,7 @@ def test_no_word_embeddings_are_an_error_that_names_what_is_there(gte):
         ("gte", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"RoPE type 'yarn'.*type 'default'"),
         ("gte", {"rope_parameters": None, "rope_scaling": {"type": "ntk", "factor": 8}}, r"RoPE type 'ntk'.*'default'"),
         ("gte", {"rope_parameters": None}, r"RoPE type 'default' with theta None"),
+        ("gte", {"rope_scaling": {"type": "ntk", "factor": 8}}, r"rope_scaling = \{.*\} beside rope_parameters"),
         ("gte", {"num_attention_heads": 5}, r"hidden_size 32 is no multiple of num_attention_heads 5"),
         ("gte", {"num_hidden_layers": "2"}, r"num_hidden_layers = '2', expected a positive integer"),
         ("bert", {"pad_token_id": None}, r"pad_token_id = None, expected a positive integer"),

@@ -239,6 +239,17 @@ def test_a_head_beside_a_classifier_does_not_take_over_its_pooling(classifiers, 
         export(folder, *readouts, out=tmp_path / "out")
 
 
+def test_unused_tensors_of_every_classifier_are_named(classifiers, tmp_path):
+    first, other = classifiers["bert", 1], Path(shutil.copytree(classifiers["bert", 3], tmp_path / "other"))
+    state = load_file(other / "model.safetensors")
+    save_file(state | {"second_head.weight": torch.ones(3, 3)}, other / "model.safetensors", {"format": "pt"})
+    a, b = read_classifier("a", first), read_classifier("b", other)
+    for readouts, expected in (([a, b], "unused tensor of classifier b: second_head.weight"), ([a], None)):
+        lines = []
+        export(first, *readouts, out=tmp_path / f"{len(readouts)}", report=lines.append)
+        assert [line for line in lines if "unused" in line] == ([expected] if expected else [])
+
+
 @pytest.mark.parametrize("labels", [{"id2label": None, "num_labels": 3}, {"id2label": {}, "num_labels": 3}])
 def test_labels_that_are_not_named_are_numbered(classifiers, tmp_path, labels):
     folder = with_config(classifiers["bert", 3], tmp_path / "bert", labels)
@@ -303,6 +314,7 @@ def test_another_tokenizer_by_transformers_is_reported(classifiers, tmp_path):
         ),
         ({"model_type": "deberta-v2"}, "model_type 'deberta-v2'; known are bert: "),
         ({"id2label": {"0": "a"}}, "3 outputs, config.json has num_labels = None and the labels a;"),
+        ({"num_labels": "3", "id2label": None}, "num_labels = '3', expected an integer"),
         ({"num_labels": 2}, "3 outputs, config.json has num_labels = 2 and the labels Science"),
         ({"id2label": {"0": "a b", "1": "a-b", "2": "c"}}, "several labels become the column score_x_a_b"),
         ({"id2label": ["a", "b", "c"]}, "id2label = "),
