@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from jql_engine.batching import plan_batches
-from jql_engine.bundle import Bundle
-from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
-from jql_engine.errors import DeviceError
+from jql_engine.bundle import MANIFEST, Bundle
+from jql_engine.data import Batch, BatchOutput, Budget, Layout, TokenBatch
+from jql_engine.errors import BundleError, DeviceError
 from jql_engine.sessions.tensorrt.cache import EngineOptions
 
 # Text of one chunk, the unit of commit: what a GPU scores in some seconds, two cores in about a minute.
@@ -79,6 +79,25 @@ def check_options(bundle: Bundle, variant: str, options: SessionOptions) -> None
         return
     if options.engines != EngineOptions():
         raise DeviceError(f"variant {variant} does not run with TensorRT; leave out the options of its engines")
+
+
+INPUTS: dict[Layout, frozenset[str]] = {
+    "exact": frozenset({"input_ids"}),
+    "padded": frozenset({"input_ids", "attention_mask"}),
+}
+
+
+def check_inputs(bundle: Bundle, variant: str, found: Collection[str], layouts: Sequence[Layout]) -> None:
+    """Raise BundleError where a graph takes other inputs than those of the layout that the manifest says it has.
+
+    `layouts`: those that the session can feed.
+    """
+    info = bundle.manifest.variants[variant]
+    if info.layout not in layouts or INPUTS[info.layout] != set(found):
+        raise BundleError(
+            f"{bundle.path}: variant {variant} has layout {info.layout!r} and provider {info.provider!r} in "
+            f"{MANIFEST}, its graph takes {', '.join(sorted(found))}; export the bundle again"
+        )
 
 
 def run_in_order(session: Session, tokens: TokenBatch, budget: Budget | None = None) -> BatchOutput:

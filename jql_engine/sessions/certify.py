@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from jql_engine.bundle import PROBES, Bundle
+from jql_engine.bundle import MANIFEST, PROBES, Bundle
 from jql_engine.data import TokenBatch
 from jql_engine.errors import BundleError, ParityError
 from jql_engine.sessions.base import Session, run_in_order
@@ -121,6 +121,28 @@ def _check_probes(bundle: Bundle, tensors: Mapping[str, NDArray[Any]]) -> None:
     offsets = tensors["offsets"]
     if offsets[0] != 0 or offsets[-1] != n_ids or (np.diff(offsets) <= 0).any():
         raise BundleError(f"{bundle.path}: {PROBES} has offsets that do not span its ids; export the bundle again")
+    _check_manifest(bundle, tensors["ids"], offsets)
+
+
+def _check_manifest(bundle: Bundle, ids: NDArray[np.int32], offsets: NDArray[np.int64]) -> None:
+    """Raise BundleError where the manifest says other of documents than the probes prove: they are of every kind.
+
+    A graph has no more positions than their longest takes, and may compute anything of a longer one without an error.
+    """
+    m, lengths = bundle.manifest, np.diff(offsets)
+    prefix, suffix = m.tokenizer.prefix, m.tokenizer.suffix
+    if (longest := int(lengths.max())) < m.max_tokens:
+        raise BundleError(
+            f"{bundle.path}: max_tokens is {m.max_tokens} in {MANIFEST}, the longest document in {PROBES} has "
+            f"{longest} tokens, and the graphs were certified up to there; export the bundle again"
+        )
+    first, last = offsets[:-1, None] + np.arange(len(prefix)), offsets[1:, None] - np.arange(len(suffix), 0, -1)
+    is_short = lengths.min() < len(prefix) + len(suffix)
+    if is_short or (ids[first] != prefix).any() or (ids[last] != suffix).any():
+        raise BundleError(
+            f"{bundle.path}: tokenizer has prefix {prefix} and suffix {suffix} in {MANIFEST}, documents in {PROBES} "
+            "have other ids there; export the bundle again"
+        )
 
 
 def _largest(found: Array, expected: Array) -> NDArray[np.float64]:

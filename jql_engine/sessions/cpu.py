@@ -6,7 +6,7 @@ import onnxruntime as ort
 
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget
-from jql_engine.sessions.base import streams_of
+from jql_engine.sessions.base import check_inputs, streams_of
 
 # Small batches keep the activations of a layer in the cache; see docs/benchmarks.md for the sweep.
 BATCH_TOKENS = 1024
@@ -29,6 +29,8 @@ class CpuSession:
         # Every length is another shape: memory patterns are never met again, and an arena keeps the largest for good.
         options.enable_mem_pattern = False
         self._session = ort.InferenceSession(str(bundle.graph(variant)), options, providers=["CPUExecutionProvider"])
+        inputs = [value.name for value in self._session.get_inputs()]
+        check_inputs(bundle, variant, inputs, ("exact", "padded"))
 
     def run(self, batch: Batch) -> BatchOutput:
         """Compute one batch; see Session."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from jql_engine.bundle import Bundle
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import DeviceError
+from jql_engine.sessions.base import check_inputs
 
 # From 512 to 4,096 the speed is the same within 2 %; see docs/benchmarks.md.
 BATCH_TOKENS = 1024
@@ -66,6 +67,7 @@ class OpenVinoSession:
             "ENABLE_CPU_PINNING": n_threads == len(os.sched_getaffinity(0)),
         }
         self._compiled = openvino.Core().compile_model(str(bundle.graph(variant)), "CPU", settings)
+        check_inputs(bundle, variant, [value.get_any_name() for value in self._compiled.inputs], ("exact",))
         self._request = self._compiled.create_infer_request()
         self._running = threading.Lock()  # a request holds its tensors
         self._failed = False  # then its graph is in no known state: it may give wrong scores without an error
