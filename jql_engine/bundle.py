@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +16,7 @@ from jql_engine.errors import BundleError, InputError, UnsafeNameError
 from jql_engine.fields import decode
 from jql_engine.names import RelativeName
 from jql_engine.template import Template
+from jql_engine.unlisted import unlisted_weights
 
 FORMAT = 2
 MANIFEST = "bundle.json"
@@ -343,19 +342,16 @@ def _check_names(path: Path, manifest: Manifest) -> None:
 
 def _check_weights(path: Path, manifest: Manifest) -> None:
     """Raise BundleError for a file beside a graph that is not listed: the runtime may load weights from it."""
-    graphs = {path / variant.graph for variant in manifest.variants.values()}
-    # In the bundle's own folder, where other files lie as well, weights are named after their graph.
-    beside = chain.from_iterable(
-        graph.parent.glob(f"{glob.escape(graph.stem)}.*") if graph.parent == path else graph.parent.rglob("*")
-        for graph in graphs
-    )
-    for file in beside:
-        name = file.relative_to(path).as_posix()
-        if name not in manifest.files and file.is_file() and not file.name.startswith("."):
-            raise BundleError(
-                f"{path / MANIFEST}: {name!r} lies beside a graph and is not among its files; remove it, or export the "
-                "bundle again"
-            )
+    graphs = {variant.graph for variant in manifest.variants.values()}
+    try:
+        name = next(unlisted_weights(path, graphs, manifest.files), None)
+    except OSError as error:
+        raise BundleError(f"{error.filename} cannot be read: {error.strerror}; check its permissions") from error
+    if name is not None:
+        raise BundleError(
+            f"{path / MANIFEST}: {name!r} lies beside a graph and is not among its files; remove it, or export the "
+            "bundle again"
+        )
 
 
 def _read_manifest(path: Path) -> bytes:

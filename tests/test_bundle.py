@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from jql_engine.bundle import FORMAT, MANIFEST, PROBES, READOUTS, Bundle, EngineKey, Manifest, describe_files, sha256_of
@@ -89,6 +90,41 @@ def test_weights_that_are_not_listed_are_refused(copy, name):
     (copy / name).parent.mkdir(exist_ok=True)
     (copy / name).touch()
     assert_refused(copy, f"{name!r} lies beside a graph and is not among its files")
+
+
+@pytest.mark.parametrize("place", ["graphs", ""])
+def test_hidden_weights_that_a_graph_names_are_refused_and_other_hidden_files_are_not(copy, place):
+    """Both libraries of a CPU load them; what a system leaves is of no concern."""
+    for graph in (copy / "graphs").glob("*.onnx*"):
+        graph.rename(copy / place / graph.name)
+    graph, weights = copy / place / "cpu-fp32.onnx", copy / place / "cpu-fp32.onnx.data"
+    moved = replace_location(graph, ".w.data")
+    for name in (".DS_Store", ".nfs0123", "._cpu-fp32.onnx"):
+        (copy / place / name).touch()
+
+    def keep_one(fields):
+        variant = fields["variants"]["cpu-fp32"] | {"graph": graph.relative_to(copy).as_posix()}
+        fields["variants"] = {"cpu-fp32": variant}
+        fields["files"] = {k: v for k, v in describe_files(copy).items() if not Path(k).name.startswith(".")}
+
+    for file in copy.rglob("standard-fp32*"):
+        file.unlink()
+    change_manifest(copy, keep_one)
+    Bundle.open(copy)
+    graph.write_bytes(moved)
+    weights.rename(copy / place / ".w.data")
+    change_manifest(copy, keep_one)
+    name = Path(place, ".w.data").as_posix()
+    assert_refused(copy, f"{name!r} lies beside a graph and is not among its files")
+
+
+def replace_location(graph, location):
+    """`graph` with its weights in another file."""
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = location if entry.key == "location" else entry.value
+    return model.SerializeToString()
 
 
 def test_what_took_the_place_of_an_opened_bundle_is_seen(copy):
