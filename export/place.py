@@ -50,7 +50,7 @@ def written_aside(out: Path, overwrite: bool, report: Callable[[str], None]) -> 
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise BundleError(
-            f"{out} cannot be written: {where}{error.strerror or error}; nothing of it is left"
+            f"{out} cannot be written: {where}{error.strerror or error}; what was written is removed"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

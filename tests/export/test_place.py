@@ -71,7 +71,9 @@ def test_a_name_that_leaves_no_room_for_that_of_the_folder_aside_is_an_error(tmp
 
 def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path):
     with (
-        pytest.raises(BundleError, match=r"out cannot be written: No space left on device; nothing of it is left"),
+        pytest.raises(
+            BundleError, match=r"out cannot be written: No space left on device; what was written is removed"
+        ),
         written_aside(tmp_path / "out", False, silent) as folder,
     ):
         (folder / "graph").write_text("half of it")
