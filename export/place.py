@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,12 +49,19 @@ def written_aside(out: Path, overwrite: bool, report: Callable[[str], None]) -> 
         yield aside
         _take_place(aside, out, replaced, overwrite)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise BundleError(
-            f"{out} cannot be written: {where}{error.strerror or error}; what was written is removed"
-        ) from error
+        raise BundleError(f"{_failed(error, out)}; what was written is removed") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _failed(error: OSError, out: Path) -> str:
+    """What an error during an export says: of its output, or of a file that it reads."""
+    reason, name = error.strerror or type(error).__name__, error.filename
+    if name is not None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        place = Path(str(name)).absolute()
+        if out not in (place, *place.parents) and not any(part.startswith(f".{out.name}.") for part in place.parts):
+            return f"{name} cannot be read: {reason}"
+    return f"{out} cannot be written: {f'{name}: ' if name else ''}{reason}"
 
 
 def _left_by_others(out: Path, own: str) -> list[Path]:

@@ -11,7 +11,7 @@ CLEARED = "\r\x1b[K"  # to the start of the line, and what is in it
 # What stands before the "@" of these names no user but a container or a repository.
 PLACES = {"abfs", "abfss", "az", "wasb", "wasbs", "github"}
 # A password may hold any sign, though it should not: after a colon that no port follows, up to the first "@".
-USER = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://(?:[^\s/?#\"\\]*|[^\s/?#\"\\:@]*:(?!\d+[/?#])[^\s\"\\@]*)@")
+USER = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://(?:[^\s/?#\"\\]*|(?!arn:)[^\s/?#\"\\:@\[]*:(?!\d+[/?#])[^\s\"\\@]*)@")
 # To the next blank or quotation mark, without the punctuation of the sentence around it.
 QUERY = re.compile(r"\b(https?://[^\s?#\"\\]*\?)[^\s\"\\]*[^\s\"\\:;,.)'\]>]", re.IGNORECASE)
 

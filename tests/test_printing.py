@@ -24,6 +24,8 @@ SIGNED = "https://b.s3.amazonaws.com/in/a.parquet?X-Amz-Credential=AKIA%2F2024&X
         ("ftp://user:pa?ss#x@host/a", "ftp://…@host/a"),
         ("http://host:8080/a@b.parquet", "http://host:8080/a@b.parquet"),
         ("s3://AKIA:5e/cre7@bucket/x", "s3://…@bucket/x"),
+        ("s3://arn:aws:s3:eu:1:accesspoint/a/data@2024/x", "s3://arn:aws:s3:eu:1:accesspoint/a/data@2024/x"),
+        ("http://[::1]:9000/x@y", "http://[::1]:9000/x@y"),
         ("https://token@host/a?b", "https://…@host/a?…"),
         ("simplecache::https://u:p@h/a?b", "simplecache::https://…@h/a?…"),
         ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -122,7 +124,7 @@ def check_outputs(**given: str | None) -> None:
         if file is None:
             continue
         hint = f"--{name}"
-        if any(file.endswith(suffix) for suffix in SUFFIXES):
+        if file.lower().endswith(tuple(SUFFIXES)):
             raise typer.BadParameter(f"{file} has the name of a data file; choose another", param_hint=hint)
         if (other := places.setdefault(identity(locate(file)), hint)) != hint:
             raise typer.BadParameter(f"{file} is that of {other} too; give each a file of its own", param_hint=hint)
@@ -140,8 +142,10 @@ def finish(summary: Mapping[str, Any]) -> NoReturn:
 
 def run_command(app: typer.Typer, name: str) -> None:
     """Exit 0 done, 1 failed, 2 misuse."""
-    if any(not given or (given.startswith("--") and given.endswith("=")) for given in sys.argv[1:]):
-        print(f"{name}: an argument is empty; is a variable of the shell not set?", file=sys.stderr)  # noqa: T201
+    empty = (before for before, given in pairwise(sys.argv) if re.fullmatch(r"(--[a-z0-9-]+=)?", given))
+    if (before := next(empty, None)) is not None:
+        why = f"an argument is empty, that after {before}; is a variable of the shell not set?"
+        print(redact(f"{name}: {why}"), file=sys.stderr)  # noqa: T201
         sys.exit(2)
     try:
         app()

@@ -39,10 +39,11 @@ def open_scores(
     `columns` names the score columns; without it they are those that jql-run wrote. `extra_columns` are read besides.
     Raises InputError.
     """
-    try:
-        listing = find_files(inputs)
-    finally:  # whatever begins later will be noticed as a change of the files; where nothing was found, this says why
-        unfinished = {one.file: one for given in inputs for one in check_finished(given)}
+    _check_all_finished(inputs)  # before: a job that ends while files are listed is not seen after it
+    listing = find_files(inputs)
+    unfinished = _check_all_finished(
+        inputs
+    )  # one that has begun; one that begins later changes files, which is noticed
     if unfinished:
         say(f"jql: {_warning(inputs, list(unfinished.values()))}")
     if listing.refused:
@@ -73,6 +74,10 @@ def open_scores(
     return ScoreFiles(
         files, heads, scores, group_column, has_tokens, tuple(extra_columns), settings, tuple(unfinished.values())
     )
+
+
+def _check_all_finished(inputs: Sequence[str]) -> dict[str, Unfinished]:
+    return {one.file: one for given in inputs for one in check_finished(given)}
 
 
 def remind_of_groups(files: ScoreFiles) -> None:

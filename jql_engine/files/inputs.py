@@ -26,7 +26,6 @@ Format: TypeAlias = Literal["parquet", "jsonl"]
 READ_BYTES = 4 << 20  # of a file handed out at a time, by what it says of itself
 # Names that a folder is searched for. A file that is given by its name is parquet unless it is called like one of the
 # others.
-HIDDEN = (".", "_")  # how names begin of what a writer has not finished
 SUFFIXES: dict[str, Format] = {  # in any case
     ".parquet": "parquet",
     ".jsonl": "jsonl",
@@ -35,6 +34,8 @@ SUFFIXES: dict[str, Format] = {  # in any case
     ".json.gz": "jsonl",
     ".json.zst": "jsonl",
 }
+HIDDEN = (".", "_")  # how names begin of what a writer has not finished
+IN_FOLDERS = Pattern(("**", "*"), HIDDEN, tuple(SUFFIXES))  # what a folder is searched for
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +173,8 @@ def find_files(inputs: Sequence[str]) -> Listing:
             place = str(file.location.absolute()) if isinstance(file.location, Path) else identity(file.location)
             if (same := places.setdefault(place, other)).relative != file.relative:
                 raise InputError(
-                    f"{file.location} is given twice, and would be written to {same.relative} and to {file.relative}; "
-                    "leave out the input that lies inside of the other"
+                    f"{file.location} is given twice, as {same.relative} and as {file.relative}; leave out the input "
+                    "that lies inside of the other"
                 )
     _check_folders(list(files.values()))
     if refused and not files:
@@ -272,7 +273,7 @@ def _search(given: object, root: Location, segments: Sequence[str]) -> list[Foun
 
 def _search_folder(given: object, root: Location) -> list[Found]:
     """Hidden is what a writer has not finished: a leading dot or underscore anywhere."""
-    if found := list(search(root, Pattern(("**", "*"), HIDDEN, tuple(SUFFIXES)))):
+    if found := list(search(root, IN_FOLDERS)):
         return found
     raise InputError(f"folder {given} holds no file that ends in {', '.join(SUFFIXES)}")
 
@@ -289,11 +290,6 @@ def _source(location: Location, found: Found) -> SourceFile | Refused:
         return Refused(shown, f"{shown}: {error}")
     except UnicodeEncodeError:
         return Refused(shown, f"{shown}: the name of a folder is not UTF-8; rename it")
-    if any(segment.startswith(HIDDEN) for segment in relative.segments):
-        return Refused(
-            shown,
-            f"{shown} has a hidden name, as unfinished files have; scores of that name are not found again: rename it",
-        )
     return SourceFile(location, _output_name(relative), found.size, found.version)
 
 

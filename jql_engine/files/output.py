@@ -161,7 +161,8 @@ class Target:
             pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=dictionary) as out,
         ):
             for group in _groups(tables):
-                out.write_table(group.unify_dictionaries().cast(schema))
+                for rows in _unified(group):
+                    out.write_table(rows.cast(schema))
             check_unchanged(self.file.source)
             check()
 
@@ -178,7 +179,7 @@ class Target:
         """Raises UnreadableError for columns of the source that parquet has no place for, as objects without keys."""
         try:
             yield
-        except pa.ArrowNotImplementedError as error:
+        except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
             raise UnreadableError(f"{self.file.source.location} cannot be written as parquet: {error}") from error
 
     def _final_schema(self) -> pa.Schema:
@@ -311,6 +312,14 @@ def _metadata_of(target: Location) -> dict[bytes, bytes]:
             if is_remote(target):
                 raise
             return {}
+
+
+def _unified(group: pa.Table) -> Iterator[pa.Table]:
+    """With one dictionary a column; where its indices are too narrow for that, pieces with their own, as they came."""
+    try:
+        yield group.unify_dictionaries()
+    except pa.ArrowInvalid:
+        yield from (pa.Table.from_batches([batch]) for batch in group.to_batches())
 
 
 def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

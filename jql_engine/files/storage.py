@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from upath import UPath
 
 from jql_engine.files.location import OBJECT_STORES, Location
 from jql_engine.files.retries import (
@@ -120,10 +121,22 @@ def _remove(location: Location) -> None:
         location.fs.rm(location.path)  # which takes a name with "*" for a pattern
     except FileNotFoundError:
         raise
-    except Exception as error:
-        if location.exists():
+    except Exception as error:  # FTP has one of its own
+        if not _is_gone(location):
             raise
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(location)) from error  # FTP's is its own
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(location)) from error
+
+
+def _is_gone(location: UPath) -> bool:
+    """Whether the server says so; `exists` says it where it fails too."""
+    try:
+        location.fs.invalidate_cache(location.path)
+        location.fs.info(location.path)
+    except FileNotFoundError:
+        return True
+    except Exception:
+        return False
+    return False
 
 
 def remove_empty_parents(folder: Location, root: Location) -> None:

@@ -10,12 +10,24 @@ from pathlib import Path
 import pyarrow as pa
 
 from jql_engine.errors import InputError, OutputError
-from jql_engine.files.inputs import InputFile, Listing, Refused, SourceFile, fixed_part, fixed_part_of_url, identity
+from jql_engine.files.inputs import (
+    HIDDEN,
+    IN_FOLDERS,
+    InputFile,
+    Listing,
+    Refused,
+    SourceFile,
+    fixed_part,
+    fixed_part_of_url,
+    identity,
+)
+from jql_engine.files.listing import Pattern
 from jql_engine.files.location import Location, is_remote, locate
 from jql_engine.files.output import Kind
 from jql_engine.files.parts import PARTS
 from jql_engine.files.storage import remove_file
 from jql_engine.files.writing import write
+from jql_engine.printing import redact
 
 NAME_BYTES = 255  # of a file's or folder's name, on every usual file system
 PROBE = ".jql-run"  # always the same name: where a run is killed beside it, the next one removes it
@@ -48,17 +60,25 @@ def check_output(out: Location, sources: Sequence[SourceFile]) -> None:
         raise OutputError(f"--out {out} is not a folder that can be written: {reason}") from error
 
 
-def without_long_names(listed: Listing, out: Location) -> Listing:
-    """The same, files refused whose outputs would have names that no folder can hold."""
-    if not isinstance(out, Path):
-        return listed
-    long = {file for file in listed.files if any(len(part.encode()) > NAME_BYTES for part in file.relative.segments)}
-    reason = f"a name of over {NAME_BYTES} bytes, which folders cannot hold; rename it"
-    refused = [Refused(str(file.location), f"{file.location} would be written to {reason}") for file in long]
-    files = tuple(file for file in listed.files if file not in long)
+def with_usable_names(listed: Listing, out: Location) -> Listing:
+    """The same, files refused whose outputs could not have their names, or would not be found under them."""
+    refused = list(listed.refused)
+    files = []
+    for file in listed.files:
+        segments = file.relative.segments
+        why = None
+        if any(segment.startswith(HIDDEN) for segment in segments):
+            why = "a hidden name, as unfinished files have, which no command that follows would find"
+        elif isinstance(out, Path) and any(len(segment.encode()) > NAME_BYTES for segment in segments):
+            why = f"a name of over {NAME_BYTES} bytes, which folders cannot hold"
+        if why is None:
+            files.append(file)
+        else:
+            shown = redact(str(file.location))
+            refused.append(Refused(shown, f"{shown} would be written to {why}; rename it"))
     if not files:
         raise InputError("; ".join(one.reason for one in refused[:3]))
-    return Listing(files, (*listed.refused, *refused))
+    return Listing(tuple(files), tuple(refused))
 
 
 def check_names(file: InputFile, scores: pa.Schema, kind: Kind) -> None:
@@ -85,8 +105,12 @@ def check_apart(out: Location, given: str) -> None:
     if not isinstance(out, Path):
         assert not isinstance(location, Path)
         above = locate(fixed_part_of_url(given)) if glob.has_magic(given) else location
-        assert not isinstance(above, Path)
-        inside = out.fs == above.fs and f"{out.path}/".startswith(above.path.rstrip("/") + "/")
+        # A wildcard in the name of the bucket leaves no folder to compare.
+        inside = (
+            not isinstance(above, Path)
+            and out.fs == above.fs
+            and f"{out.path}/".startswith(above.path.rstrip("/") + "/")
+        )
     elif Path(given).is_dir():
         inside = _contains(Path(given), out)
     elif glob.has_magic(given) and not Path(given).exists():
@@ -98,12 +122,17 @@ def check_apart(out: Location, given: str) -> None:
         raise OutputError(f"--out {out} lies inside of the input {given}; choose a folder outside of it")
 
 
-def is_inside(file: Path, given: str | Location) -> bool:
-    """Whether a local file lies in a folder, or in the one that a glob searches."""
+def would_find(given: str | Location, file: Path) -> bool:
+    """Whether a search of the folder or glob `given` finds a local file."""
     location = locate(given)
     if not isinstance(location, Path):
         return False
-    return _contains(fixed_part(str(location)) if glob.has_magic(str(location)) else location, file)
+    root, pattern = location, IN_FOLDERS
+    if glob.has_magic(str(location)) and not location.exists():
+        root = fixed_part(str(location))
+        pattern = Pattern(location.parts[len(root.parts) :])
+    inner, outer = file.resolve(), root.resolve()
+    return inner.is_relative_to(outer) and pattern.matches(inner.relative_to(outer).as_posix())
 
 
 def _contains(folder: Path, inner: Path) -> bool:

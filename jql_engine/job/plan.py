@@ -21,7 +21,7 @@ from jql_engine.files.storage import list_files, remove_empty_folders, remove_fi
 from jql_engine.files.versions import version_of
 from jql_engine.files.writing import remove_version
 from jql_engine.job.apart import Child, CrashError, in_threads
-from jql_engine.job.check import check_apart, check_output, without_long_names
+from jql_engine.job.check import check_apart, check_output, with_usable_names
 from jql_engine.job.claim import Claim
 from jql_engine.job.frozen import FrozenListing, freeze, is_frozen, remove_stray
 from jql_engine.job.ranks import Rank, share
@@ -137,7 +137,7 @@ def plan(
 
     Raises InputError; OutputError where another job has the folder, or has left parts there.
     """
-    listed = without_long_names(find_files(job.inputs), claim.out)
+    listed = with_usable_names(find_files(job.inputs), claim.out)
     for given in job.inputs:
         check_apart(claim.out, given)
     run_file = RunFile.of(claim.out, claim.settings, job.inputs, job.rank)

@@ -13,9 +13,8 @@ from typing import Any, TextIO
 
 from jql_engine.errors import OutputError
 from jql_engine.files.chunks import ChunkDone, StageSeconds
-from jql_engine.files.inputs import SUFFIXES
 from jql_engine.files.location import Location
-from jql_engine.job.check import is_inside
+from jql_engine.job.check import would_find
 from jql_engine.printing import redact, show
 
 TERMINAL_SECONDS = 0.5
@@ -132,11 +131,7 @@ class RunLog:
     def check(self, folders: Sequence[str | Location] = ()) -> None:
         """Raise OutputError where the file cannot be written, or would be taken for data in one of `folders`."""
         for given in folders:
-            if (
-                self.file is not None
-                and self.file.name.lower().endswith(tuple(SUFFIXES))
-                and is_inside(self.file, given)
-            ):
+            if self.file is not None and would_find(given, self.file):
                 raise OutputError(
                     f"--metrics {self.file} lies in {given}, where it would be taken for documents or scores; choose "
                     "another folder, or a name that ends in .log"

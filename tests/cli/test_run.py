@@ -234,7 +234,13 @@ def test_ctrl_c_does_not_reach_a_process_that_starts(bundle, tmp_path, nth):
 @pytest.mark.parametrize("arguments", [("", "--out", "o"), ("in", "--out", ""), ("in", "--out=")])
 def test_a_variable_of_the_shell_that_is_not_set_is_misuse(jql_run, arguments):
     result = jql_run(*arguments)
-    assert result.code == 2 and "an argument is empty" in result.stderr
+    assert result.code == 2 and "an argument is empty, that after" in result.stderr
+
+
+def test_a_value_may_end_in_an_equals_sign(jql_run, tmp_path):
+    write(tmp_path / "in/a.parquet", TEXTS)
+    assert jql_run(tmp_path / "in", f"--out={tmp_path}/lang=").code == 0
+    assert visible(tmp_path / "lang=") == ["a.parquet"]
 
 
 def test_metrics_are_not_taken_for_data(jql_run, tmp_path):
@@ -244,7 +250,9 @@ def test_metrics_are_not_taken_for_data(jql_run, tmp_path):
         result = jql_run(tmp_path / "in", "--out", tmp_path / "out", "--metrics", log)
         assert result.code == 1 and "where it would be taken for documents or scores" in result.stderr
         assert not log.exists() and not (tmp_path / "out").exists()
-    assert jql_run(tmp_path / "in", "--out", tmp_path / "out", "--metrics", tmp_path / "in/metrics.log").code == 0
+    for given, log in (("in", "in/metrics.log"), ("in/*.parquet", "in/metrics.jsonl"), ("in", "in/.metrics.jsonl")):
+        assert jql_run(tmp_path / given, "--out", tmp_path / "out", "--metrics", tmp_path / log).code == 0
+        (tmp_path / log).unlink()
 
 
 @pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&-"])

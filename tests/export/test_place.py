@@ -85,3 +85,17 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path):
 def with_content(out):
     with written_aside(out, False, silent) as folder:
         (folder / MANIFEST).write_text("{}")
+
+
+def test_what_cannot_be_read_during_an_export_is_not_called_an_output(tmp_path):
+    with (
+        pytest.raises(BundleError, match=r"^.*enc/training_args\.bin cannot be read: No such file"),
+        written_aside(tmp_path / "out", False, print),
+    ):
+        (tmp_path / "enc/training_args.bin").read_bytes()
+    with (
+        pytest.raises(BundleError, match=r"out cannot be written: .*graph\.onnx: Is a directory"),
+        written_aside(tmp_path / "out", False, print) as folder,
+    ):
+        (folder / "graph.onnx").mkdir()
+        (folder / "graph.onnx").write_bytes(b"x")

@@ -28,6 +28,7 @@ from jql_engine.files.chunks import Chunk, Segment, split
 from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import Columns, InputFile, Listing, SourceFile, find_files
 from jql_engine.files.versions import version_from, version_of
+from jql_engine.job.check import with_usable_names
 from jql_engine.names import RelativeName
 from tests.inputs import damage, not_utf8
 
@@ -167,24 +168,25 @@ def test_a_folder_gives_json_lines_too_and_each_becomes_parquet(tmp_path):
 def test_the_same_file_is_not_scored_twice(tmp_path):
     for name in ("a.parquet", "sub/b.parquet"):
         write(tmp_path / name, ["x"])
-    with pytest.raises(
-        InputError, match=r"b\.parquet is given twice, and would be written to sub/b\.parquet and to b\.par"
-    ):
+    with pytest.raises(InputError, match=r"b\.parquet is given twice, as sub/b\.parquet and as b\.parquet"):
         find_files([str(tmp_path), str(tmp_path / "sub")])
     assert len(find_files([str(tmp_path), str(tmp_path / "a.parquet")]).files) == 2
 
 
 def test_scores_have_names_that_a_search_finds(tmp_path):
     """Whatever was named or matched: what is scored must not be left out of what follows."""
-    for name in ("A.PARQUET", "b.JSONL.GZ", "part-0", "_c.parquet", ".d.parquet"):
-        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "in").mkdir()
+    for name in ("A.PARQUET", "b.JSONL.GZ", "part-0", "_c.parquet", ".d.parquet", f"{'n' * 249}.jsonl"):
         (tmp_path / "in" / name).touch()
     listed = find_files([str(file) for file in sorted((tmp_path / "in").iterdir())])
-    names = sorted(file.relative.text for file in listed.files)
+    assert len(listed.files) == 6, "who only reads takes what is named"
+    usable = with_usable_names(listed, tmp_path / "out")
+    names = sorted(file.relative.text for file in usable.files)
     assert names == ["A.PARQUET", "b.parquet", "part-0.parquet"]
-    assert all("has a hidden name" in one.reason for one in listed.refused) and len(listed.refused) == 2
+    reasons = [one.reason.partition(" would be written to ")[2] for one in usable.refused]
+    assert [reason.split(",")[0] for reason in reasons] == ["a hidden name"] * 2 + ["a name of over 255 bytes"]
+    (tmp_path / "out").mkdir()
     for name in names:
-        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "out" / name).touch()
     assert sorted(file.relative.text for file in find_files([str(tmp_path / "out")]).files) == names
 

@@ -18,6 +18,7 @@ from jql_engine.errors import InputError, OutputError, PartsError
 from jql_engine.files.chunks import Segment
 from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import Columns, InputFile, SourceFile
+from jql_engine.files.location import locate
 from jql_engine.files.output import METADATA_KEY, Target, check_settings, is_finished
 from jql_engine.files.parts import Part, find_leftovers
 from jql_engine.files.versions import version_of
@@ -184,6 +185,20 @@ def test_append_holds_a_dictionary_once(tmp_path, monkeypatch):
     assert (tmp_path / "out/a.parquet").stat().st_size < 3 * (tmp_path / "a.parquet").stat().st_size
 
 
+def test_append_of_categories_with_narrow_indices_in_each_row_group(tmp_path):
+    """Of pandas: each row group has fewer categories than an int8 can number, and all together have more."""
+    kind = pa.dictionary(pa.int8(), pa.string())
+    values = [f"{number:03}" for number in range(200)]
+    with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema([("text", pa.string()), ("domain", kind)])) as out:
+        for half in (values[:100], values[100:]):
+            out.write_table(pa.table({"text": half, "domain": pa.array(half).dictionary_encode().cast(kind)}))
+    target = target_of(tmp_path / "out", described(tmp_path / "a.parquet"), "append")
+    commit_parts(target, 0, 200)
+    target.assemble()
+    found = pq.read_table(tmp_path / "out/a.parquet")
+    assert found["domain"].type == kind and found["domain"].to_pylist() == values
+
+
 def test_append_of_a_file_in_one_chunk_and_of_none(tmp_path):
     for n_rows in (0, 3):
         file = source(tmp_path / f"{n_rows}.parquet", n_rows, id=range(n_rows))
@@ -340,7 +355,12 @@ def test_a_file_where_a_folder_should_be_is_an_error(tmp_path):
 
 def check(out: Path, given: Path, *files: InputFile) -> None:
     check_apart(out, str(given))
+
     check_output(out, [file.source for file in files])
+
+
+def test_a_wildcard_in_the_name_of_a_bucket_leaves_nothing_to_compare():
+    check_apart(locate("memory://scores/new"), "memory://corpus-*/2024/*.parquet")
 
 
 def test_the_output_folder_is_made_and_left_empty(tmp_path):

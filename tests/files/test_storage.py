@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from upath import UPath
 
 from jql_engine.errors import EngineError
@@ -72,6 +73,32 @@ def waits(monkeypatch) -> list[float]:
     found: list[float] = []
     monkeypatch.setattr(retries, "time", SimpleNamespace(sleep=found.append, monotonic=lambda: sum(found)))
     return found
+
+
+class Resetting(MemoryFileSystem):
+    """Removes nothing the first time, and says where it fails that there is nothing, as fsspec does."""
+
+    protocol = "resetting"
+    failures = 0
+
+    def rm_file(self, path: str) -> None:
+        if type(self).failures:
+            type(self).failures -= 1
+            raise ConnectionResetError("reset by peer")
+        super()._rm(path)
+
+    def exists(self, path: str, **_: object) -> bool:
+        return not type(self).failures and super().exists(path)
+
+
+def test_a_removal_that_fails_is_tried_again(waits):
+    fsspec.register_implementation("resetting", Resetting, clobber=True)
+    file = UPath("resetting://storage-test/a")
+    file.fs.pipe_file(file.path, b"x")
+    Resetting.failures = 2
+    remove_file(file)
+    assert waits and not file.exists()
+    remove_file(file)
 
 
 def put(target, data: bytes | pa.Buffer, **options) -> None:

@@ -219,6 +219,28 @@ def refused(given: Path | str) -> bool:
     return False
 
 
+def test_a_job_that_ends_while_its_files_are_listed_is_noticed(bundle, tmp_path, monkeypatch):
+    """The listing lacks its last file, and what it had left to do is gone right after it."""
+    for name in ("a", "b"):
+        write(tmp_path / f"in/{name}.parquet")
+    run(bundle, tmp_path / "out", tmp_path / "in")
+    last = (tmp_path / "out/b.parquet").rename(tmp_path / "b.parquet")
+    settings = json.loads(pq.read_schema(tmp_path / "out/a.parquet").metadata[b"jql_engine"])
+    del settings["source_bytes"], settings["source_version"]
+    run_file = RunFile.of(tmp_path / "out", settings, [str(tmp_path / "in")], Rank())
+    run_file.begin(["b.parquet"], [])
+
+    def listed_before_the_end(inputs):
+        found = find_files(inputs)
+        last.rename(tmp_path / "out/b.parquet")
+        run_file.write(None)
+        return found
+
+    monkeypatch.setattr("jql_engine.decision.opening.find_files", listed_before_the_end)
+    with pytest.raises(InputError, match=r"b\.parquet is to be written"):
+        open_scores([str(tmp_path / "out")])
+
+
 def test_links_to_parts_of_an_output_lead_to_what_it_lacks(bundle, corpus, tmp_path):
     """As those have them who gather the scores of several jobs in one folder."""
     run(bundle, tmp_path / "out", corpus)

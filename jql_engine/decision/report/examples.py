@@ -43,7 +43,11 @@ class Corpus:
         name, found = scores.source.relative.text, scores.source.location
         if name not in self.sources:
             raise InputError(f"the corpus holds no file that {found} could be the scores of: none is called {name}")
-        file = open_file(self.sources[name], Columns(self.text_column, id_column))
+        try:
+            file = open_file(self.sources[name], Columns(self.text_column, id_column))
+        except InputError:  # is it another file altogether?
+            check_scored(open_file(self.sources[name], Columns(self.text_column)), scores, self.assume_unchanged)
+            raise
         check_scored(file, scores, self.assume_unchanged)
         return file
 
