@@ -205,7 +205,7 @@ def test_a_damaged_file_is_named_and_the_others_are_finished(engine, tmp_path, c
     damage(bad, row_group=9)
     n_threads = threading.active_count()
     summary = score(engine, tmp_path / "out", tmp_path / "in")
-    assert threading.active_count() == n_threads
+    assert threading.active_count() <= n_threads, "one is left"  # those of a test before may end meanwhile
     [unfinished] = summary.unfinished
     assert unfinished["file"] == str(bad) and "cannot be read to its end" in unfinished["reason"]
     assert capfd.readouterr().err.count(f"{bad} cannot be read to its end") == 1
