@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from jql_engine.cli.options import check_arguments
 from jql_engine.errors import EngineError
 from jql_engine.template import Template
 from jql_export.defaults import EDU_HEADS, EDU_REPOSITORY, SNOWFLAKE
@@ -17,17 +18,6 @@ from jql_export.place import check_place
 
 if TYPE_CHECKING:
     from jql_engine.bundle import Bundle, EngineKey
-
-
-def _path(value: str) -> Path:
-    return Path(_not_empty(value))  # which makes "." of ""
-
-
-def _not_empty(value: str) -> str:
-    if not value:
-        raise typer.BadParameter("is empty; is a variable of the shell not set?")
-    return value
-
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -44,14 +34,10 @@ OF_CERTIFICATE = ("bundle", "documents", "text_column")
 @app.command()
 def export(
     ctx: typer.Context,
-    out: Annotated[
-        Path | None, typer.Option(parser=_path, metavar="<path>", help="The bundle to write.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The bundle to write.", show_default=False)] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
-            parser=_not_empty,
-            metavar="<str>",
             help="Checkpoint directory or hub id (or ID@REVISION) of the encoder; by default the classifier's, else "
             f"{SNOWFLAKE}.",
             show_default=False,
@@ -283,6 +269,7 @@ def _named(value: str, option: str, form: str) -> tuple[str, str]:
 
 def main() -> None:
     """Exit 0 done, 1 failed, 2 misuse."""
+    check_arguments("jql-export")
     try:
         app()
     except EngineError as error:

@@ -140,13 +140,18 @@ def finish(summary: Mapping[str, Any]) -> NoReturn:
     raise typer.Exit(1 if summary.get("unfinished") else 0)
 
 
+def check_arguments(name: str) -> None:
+    """Exit 2 where an argument is empty, which most options would take for the current folder."""
+    for before, given in pairwise(sys.argv):
+        if re.fullmatch(r"(--[a-z0-9-]+=)?", given):
+            what = given[:-1] or (before if before.startswith("-") else "an argument")
+            print(f"{name}: {what} is empty; is a variable of the shell not set?", file=sys.stderr)  # noqa: T201
+            sys.exit(2)
+
+
 def run_command(app: typer.Typer, name: str) -> None:
     """Exit 0 done, 1 failed, 2 misuse."""
-    empty = (before for before, given in pairwise(sys.argv) if re.fullmatch(r"(--[a-z0-9-]+=)?", given))
-    if (before := next(empty, None)) is not None:
-        why = f"an argument is empty, that after {before}; is a variable of the shell not set?"
-        print(redact(f"{name}: {why}"), file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+    check_arguments(name)
     try:
         app()
     except StopError as error:

@@ -234,8 +234,9 @@ class Copier:
             at = 0
             for batch in cursor.take(len(rows)):
                 _check_ids(batch, rows.columns.slice(at, batch.num_rows), files.extra_columns, target, rows.start + at)
+                mine = kept.slice(at, batch.num_rows)
                 for column, part in zip(columns, batch.columns, strict=True):
-                    column.add(pa.chunked_array([_filtered(part, kept.slice(at, batch.num_rows))]))
+                    column.add(pa.chunked_array([_filtered(part, mine)]))
                 at += batch.num_rows
         return pa.table([column.rows() for column in columns], names=target.scores.names)
 

@@ -16,7 +16,7 @@ from jql_engine.decision.scores import TOKENS, ScoreFiles
 from jql_engine.errors import InputError
 from jql_engine.files.formats import unreadable
 from jql_engine.files.inputs import InputFile, SourceFile, check_group_type, find_files, with_shared_schemas
-from jql_engine.files.output import METADATA_KEY, OF_SCORES, OF_SOURCE, shown
+from jql_engine.files.output import METADATA_KEY, OF_SCORES, OF_SOURCE, differences, shown
 from jql_engine.files.parquet import describe_whole
 from jql_engine.files.retries import retry
 from jql_engine.job.apart import in_threads
@@ -125,9 +125,9 @@ def _check_one_job(first: _Looked, other: _Looked) -> None:
     names = f"{first.file.source.location} and {other.file.source.location}"
     if not (one and two):
         raise InputError(f"of {names} one was written by jql-run and one was not; give the files of one job")
-    key = next((key for key in {**one, **two} if one.get(key) != two.get(key)), None)
-    if key is None:  # a null and a setting that is not there
+    if not (different := differences(one, two)):
         return
+    key = different[0]
     raise InputError(
         f"{names} are of different jobs: {shown(key, one.get(key))} in the first, {shown(key, two.get(key))} in the "
         "second; their scores cannot be compared: give the files of one job"

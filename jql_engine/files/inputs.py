@@ -170,6 +170,8 @@ def find_files(inputs: Sequence[str]) -> Listing:
                     f"{other.location} and {file.location} would both be written to {file.relative}; rename one, give "
                     "their common parent folder where they lie in different ones, or run them into two --out folders"
                 )
+            if len(inputs) == 1:  # which finds nothing twice
+                continue
             place = str(file.location.absolute()) if isinstance(file.location, Path) else identity(file.location)
             if (same := places.setdefault(place, other)).relative != file.relative:
                 raise InputError(

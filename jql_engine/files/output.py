@@ -242,6 +242,11 @@ def settings_of(shared: Settings, source: SourceFile, limit: int | None = None) 
     return {**shared, "source_bytes": source.size, "source_version": source.version, "limit": limit}
 
 
+def differences(one: Settings, other: Settings) -> list[str]:
+    """Names of the settings in which two differ; a null is as good as none."""
+    return [key for key in {**one, **other} if one.get(key) != other.get(key)]
+
+
 def shown(key: str, value: object) -> str:
     """A setting as a user knows it: an option where it is one, a hash as its first digits."""
     if key in OPTIONS:
@@ -267,7 +272,7 @@ def check_settings(target: Location, settings: Settings) -> None:
         found = dict(json.loads(metadata[METADATA_KEY]))
     except (KeyError, TypeError, ValueError) as error:
         raise OutputError(f"{target} exists and was not written by jql-run; move it, or give --overwrite") from error
-    if not (different := [key for key in {**settings, **found} if found.get(key) != settings.get(key)]):
+    if not (different := differences(settings, found)):
         return
     key = different[0]
     if set(different) <= OF_SOURCE | OF_SCORES:

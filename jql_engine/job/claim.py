@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from jql_engine.errors import OutputError
 from jql_engine.files.location import Location
-from jql_engine.files.output import explained, shown
+from jql_engine.files.output import differences, explained, shown
 from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, find_leftovers, key_of
 from jql_engine.files.storage import exists, read_file, remove_empty_folders, remove_file
 from jql_engine.files.writing import write
@@ -109,7 +109,7 @@ class Claim:
             other: dict[str, Any] = dict(json.loads(found))
         except (ValueError, TypeError) as error:
             raise OutputError(f"{self.record} is damaged ({error}); give --overwrite to start over") from error
-        if not (different := [key for key in {**self.settings, **other} if other.get(key) != self.settings.get(key)]):
+        if not (different := differences(self.settings, other)):
             return
         key = different[0]
         raise OutputError(

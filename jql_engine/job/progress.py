@@ -49,7 +49,7 @@ class Meter:
         now = time.monotonic()
         if now - self._shown >= (TERMINAL_SECONDS if self._is_live else LOG_SECONDS):
             self._shown = now
-            self._show("" if self._is_live else "\n")
+            self._show()
 
     def record(self, done: ChunkDone) -> None:
         """A chunk is committed."""
@@ -80,7 +80,7 @@ class Meter:
         """The stage that the others wait for: the one that worked longest."""
         return max(self.stages, key=lambda name: self.stages[name].busy, default=None)
 
-    def _show(self, end: str) -> None:
+    def _show(self, end: str = "") -> None:
         done = self._live[0] + self.null_documents
         rate = done / self.seconds
         left = timedelta(seconds=round(max(0, self.total - done) / rate)) if rate else "?"
@@ -91,7 +91,7 @@ class Meter:
         )
         if name := self.bottleneck:
             line += f", bottleneck {name} ({self.shares()[name]['busy']:.0%} busy)"
-        show(self.stream, line, end)
+        show(self.stream, line, end if self._is_live else "\n")
 
     def say(self, line: str) -> None:
         """A sentence of its own, below the live line."""

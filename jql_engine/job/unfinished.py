@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from jql_engine.errors import OutputError
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import OF_SCORES, OF_SOURCE, Target, explained, stored_settings
+from jql_engine.files.output import OF_SCORES, OF_SOURCE, Target, differences, explained, stored_settings
 from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, find_leftovers, key_of, parts_folder
 from jql_engine.files.storage import list_files, read_file, remove_empty_folders, remove_file
 from jql_engine.files.writing import write
@@ -188,6 +188,5 @@ def _remove_parts(out: Location, ended: set[str], gone: set[str], targets: Seque
 
 def _is_of_another_source(target: Target, place: Location) -> bool:
     """Whether a part was computed with the settings of `target`, of what its source was before."""
-    found, wanted = stored_settings(place), target.settings
-    different = {key for key in {**found, **wanted} if found.get(key) != wanted.get(key)}
+    different = set(differences(stored_settings(place), target.settings))
     return bool(different) and different <= OF_SOURCE | OF_SCORES

@@ -234,7 +234,7 @@ def test_ctrl_c_does_not_reach_a_process_that_starts(bundle, tmp_path, nth):
 @pytest.mark.parametrize("arguments", [("", "--out", "o"), ("in", "--out", ""), ("in", "--out=")])
 def test_a_variable_of_the_shell_that_is_not_set_is_misuse(jql_run, arguments):
     result = jql_run(*arguments)
-    assert result.code == 2 and "an argument is empty, that after" in result.stderr
+    assert result.code == 2 and "is empty; is a variable of the shell not set?" in result.stderr
 
 
 def test_a_value_may_end_in_an_equals_sign(jql_run, tmp_path):
