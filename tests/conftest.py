@@ -9,21 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from jql_engine.bundle import Bundle
 from jql_engine.engine import Engine
 from jql_engine.errors import DeviceError
 from jql_engine.sessions.devices import every_gpu, gpu_without_driver
-from jql_export import probes
 from jql_export.bundle import Checkpoint, export_bundle
 from jql_export.families.read import read_encoder
 from jql_export.readouts.head_file import read_head
 from jql_export.variants import VARIANTS
+from tests.inputs import train_unigram
 
 warnings.filterwarnings("ignore", module="lightning")
 
-SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 MAX_TOKENS = 96
 FAMILIES = ("gte", "bert", "xlm-roberta")
 
@@ -47,9 +46,7 @@ def write_tokenizer(folder: Path) -> int:
     tokenizer.normalizer = normalizers.NFKC()
     space = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
-    specials = [AddedToken(s, normalized=False, special=True, lstrip=s == "<mask>") for s in SPECIALS]
-    trainer = trainers.UnigramTrainer(vocab_size=700, special_tokens=specials, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(probes.SENTENCES, trainer)
+    train_unigram(tokenizer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )

@@ -16,7 +16,7 @@ from jql_engine.data import DocumentBatch
 from jql_engine.errors import CheckpointError, TokenizerError
 from jql_engine.tokenizer import UNLIMITED, Tokenizer, prove_fast
 from jql_export.tokenizer import write_tokenizer
-from tests.conftest import SPECIALS
+from tests.inputs import SPECIALS, special_tokens, train_unigram
 
 PAD = 1
 ODD = [" ", "\n", "\t", "\u00a0", "\u200b", "\u3000", "\ufeff", "\u2581", "<", "/s>", "e\u0301", "\ufb01", "Ａ", "\x00"]
@@ -29,41 +29,40 @@ def write_unigram(folder, normalizer=None, whitespace_split=False, added=()):
     """A Unigram tokenizer; as it is, without a normalizer, tokie 0.1.4 is identical."""
     metaspace = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
     split = [pre_tokenizers.WhitespaceSplit()] if whitespace_split else []
-    trainer = trainers.UnigramTrainer(vocab_size=700, special_tokens=specials(), unk_token="<unk>", show_progress=False)
-    return write(folder, models.Unigram(), trainer, normalizer, pre_tokenizers.Sequence([*split, metaspace]), added)
+    tokenizer = of_parts(models.Unigram(), normalizer, pre_tokenizers.Sequence([*split, metaspace]))
+    train_unigram(tokenizer)
+    tokenizer.add_tokens(list(added))
+    return write(folder, tokenizer)
 
 
 def write_wordpiece(folder):
     """A tokenizer in the layout of BERT."""
-    trainer = trainers.WordPieceTrainer(vocab_size=1500, special_tokens=specials(), show_progress=False)
     model = models.WordPiece(unk_token="<unk>")
-    return write(folder, model, trainer, normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer())
+    tokenizer = of_parts(model, normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer())
+    trainer = trainers.WordPieceTrainer(vocab_size=1500, special_tokens=special_tokens(), show_progress=False)
+    tokenizer.train_from_iterator(probe_texts.SENTENCES, trainer)
+    return write(folder, tokenizer)
 
 
-def write(folder, model, trainer, normalizer, pre_tokenizer, added=()):
+def of_parts(model, normalizer, pre_tokenizer):
     tokenizer = OracleTokenizer(model)
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.train_from_iterator(probe_texts.SENTENCES, trainer)
-    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+def write(folder, tokenizer):
     around = [("<s>", 0), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
     tokenizer.save(str(folder / "tokenizer.json"))
-    if isinstance(model, models.Unigram):
-        change_pieces(folder / "tokenizer.json", lambda pieces: [(p, float(np.float32(score))) for p, score in pieces])
     return folder
 
 
 def change_pieces(file, change):
-    """What Unigram's trainer saves is not exact in fp32; what SentencePiece saves, as XLM-R's, is."""
     content = json.loads(file.read_text())
     content["model"]["vocab"] = change(content["model"]["vocab"])
     file.write_text(json.dumps(content))
-
-
-def specials():
-    return [AddedToken(token, normalized=False, special=True, lstrip=token == "<mask>") for token in SPECIALS]
 
 
 def xlm_roberta_normalizer():

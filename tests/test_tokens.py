@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from jql_engine import probe_texts, tokenizer_libraries
 from jql_engine import tokenizer as module
@@ -21,8 +21,7 @@ from jql_engine.data import DocumentBatch, TokenBatch
 from jql_engine.errors import TokenizerError
 from jql_engine.tokenizer import UNLIMITED, Tokenizer, with_proven_tokenizer
 from jql_engine.tokenizer_libraries import fast_encoder, fast_name, oracle_encoder, oracle_name, read_oracle
-from tests.conftest import SPECIALS
-from tests.inputs import OTHER_TOKIE, made_with_other_tokie
+from tests.inputs import OTHER_TOKIE, SPECIALS, made_with_other_tokie, train_unigram
 
 LIMITS = (2, 3, 4, 7, 20, 96)
 # White space that XLM-R's normalizer turns into blanks is left out: the normalizer of this file changes nothing.
@@ -43,9 +42,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.normalizer = normalizers.Precompiled(struct.pack("<I", 2048) + bytes(2048))
     space = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
-    specials = [AddedToken(s, normalized=False, special=True, lstrip=s == "<mask>") for s in SPECIALS]
-    trainer = trainers.UnigramTrainer(vocab_size=700, special_tokens=specials, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(probe_texts.SENTENCES, trainer)
+    train_unigram(tokenizer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )

@@ -24,8 +24,8 @@ from jql_engine.data import DocumentBatch
 from jql_engine.tokenizer import Tokenizer
 from jql_engine.tokenizer_libraries import oracle_encoder, read_oracle
 from jql_engine.truncation import letters_and_marks, shortener
-from tests.conftest import SPECIALS
-from tests.test_tokenizer import specials, write_unigram, write_wordpiece, xlm_roberta_normalizer
+from tests.inputs import SPECIALS, special_tokens
+from tests.test_tokenizer import write_unigram, write_wordpiece, xlm_roberta_normalizer
 
 ADDED = (*SPECIALS, "a０b", "光己")
 LIMITS = (2, 3, 10, 40)
@@ -72,7 +72,7 @@ def write_unigram_of(pieces, folder, normalizer, whitespace_split=True, **settin
     metaspace = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=settings.pop("split", True))
     split = [pre_tokenizers.WhitespaceSplit()] if whitespace_split else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, metaspace])
-    tokenizer.add_special_tokens(specials())
+    tokenizer.add_special_tokens(special_tokens())
     tokenizer.add_tokens(settings.pop("added", [AddedToken("a０b", lstrip=True), AddedToken("光己", rstrip=True)]))
     around = [("<s>", 0), ("</s>", 2)]
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)

@@ -16,7 +16,8 @@ from jql_engine.errors import CheckpointError, TokenizerError
 from jql_export.bundle import export_bundle
 from jql_export.hub import Checkpoint
 from jql_export.tokenizer import write_tokenizer
-from tests.conftest import MAX_TOKENS, SPECIALS, write_encoder
+from tests.conftest import MAX_TOKENS, write_encoder
+from tests.inputs import SPECIALS
 
 TOKENIZER, CONFIG, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 PLAIN = {"model_max_length": MAX_TOKENS, "tokenizer_class": "PreTrainedTokenizerFast"}
