@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from jql_engine.cli.options import check_arguments
-from jql_engine.errors import EngineError
+from jql_engine.cli.options import run_command
+from jql_engine.printing import say
 from jql_engine.template import Template
 from jql_export.defaults import EDU_HEADS, EDU_REPOSITORY, SNOWFLAKE
 from jql_export.place import check_place
@@ -21,10 +20,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-# What an installation that is for running alone lacks, and the extra that brings it.
-EXTRAS = dict.fromkeys(("huggingface_hub", "ml_dtypes", "onnx", "torch", "transformers"), "export") | {
-    "onnxruntime": "cpu"
-}
 TENSORRT = "tensorrt-fp16"
 # Options that only make sense for an export, and only for a certificate.
 OF_EXPORT = ("out", "no_heads", "variant", "compute_capability", "library", "encoder_onnx", "overwrite")
@@ -154,11 +149,8 @@ def export(
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
 
-    def report(line: str) -> None:
-        print(line, file=sys.stderr)  # noqa: T201
-
     def build(bundle: Bundle) -> dict[str, EngineKey]:
-        return dict(build_ahead(bundle, TENSORRT, wanted, library or RTX, report) for wanted in compute_capability)
+        return dict(build_ahead(bundle, TENSORRT, wanted, library or RTX, say) for wanted in compute_capability)
 
     if certify is not None and bundle is not None:
         _check_defaults(Bundle.open(bundle), bool(encoder or classifiers), bool(pairs or classifiers or no_heads))
@@ -174,9 +166,9 @@ def export(
     if certify is not None and bundle is not None:
         _check_settings(ctx, Bundle.open(bundle), filled)
         certificate = certify_bundle(
-            bundle, checkpoint, heads, certify, text_column=text_column, n_docs=documents, report=report
+            bundle, checkpoint, heads, certify, text_column=text_column, n_docs=documents, report=say
         )
-        report(f"{bundle / CERTIFICATE}: {summary(certificate)}")
+        say(f"{bundle / CERTIFICATE}: {summary(certificate)}")
         return
     assert out is not None, "checked above"
     written = export_bundle(
@@ -187,14 +179,14 @@ def export(
         max_tokens=max_tokens,
         variants=variant or ([] if encoder_onnx else ["cpu-fp32"]),
         overwrite=overwrite,
-        report=report,
+        report=say,
         encoder_onnx=encoder_onnx,
         build=build,
         template=filled,
         windows=WindowsInfo(windows, aggregate or "max"),
     )
     names = f"heads {', '.join(written.heads)}" if written.heads else "no heads"
-    report(f"{written.path}: bundle {written.hash[:12]}, {names}")
+    say(f"{written.path}: bundle {written.hash[:12]}, {names}")
 
 
 def _given(ctx: typer.Context, names: Sequence[str]) -> list[str]:
@@ -269,19 +261,7 @@ def _named(value: str, option: str, form: str) -> tuple[str, str]:
 
 def main() -> None:
     """Exit 0 done, 1 failed, 2 misuse."""
-    check_arguments("jql-export")
-    try:
-        app()
-    except EngineError as error:
-        print(f"jql-export: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(1)
-    except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
-        if name not in EXTRAS:
-            raise
-        what = f"the package {name} is not installed; pip install 'jql-engine[{EXTRAS[name]}]'"
-        print(f"jql-export: {what}", file=sys.stderr)  # noqa: T201
-        sys.exit(1)
+    run_command(app, "jql-export")
 
 
 if __name__ == "__main__":

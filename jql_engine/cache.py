@@ -15,6 +15,7 @@ from typing import IO, Any
 from jql_engine.errors import CacheError
 
 LOCK_SECONDS = 0.5
+OTHER_FOLDER = "XDG_CACHE_HOME, or for engines --engine-cache"
 
 
 def cache_folder(name: str) -> Path:
@@ -99,8 +100,8 @@ def _check(path: Path, found: os.stat_result) -> None:
     if found.st_uid != os.geteuid() or others:
         raise CacheError(
             f"{path} belongs to user {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):04o}: it must belong to "
-            f"user {os.geteuid()}, who runs this, and nobody else may write it, since engines are loaded from there; "
-            "delete it or take the permission away (chmod go-w), or name another folder with --engine-cache"
+            f"user {os.geteuid()}, who runs this, and nobody else may write it, since what is there is executed: "
+            f"delete it or take the permission away (chmod go-w), or name another folder by {OTHER_FOLDER}"
         )
 
 
@@ -111,6 +112,5 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CacheError(
-            f"{path} in the engine cache cannot be read or written ({error.strerror}): name another folder with "
-            "--engine-cache"
+            f"{path} in the cache cannot be read or written ({error.strerror}): name another folder by {OTHER_FOLDER}"
         ) from error

@@ -132,7 +132,7 @@ class Budget:
         if place == len(self.buckets):
             raise InputError(
                 f"a document has {n_tokens} tokens, the longest that this session was opened for has "
-                f"{self.buckets[-1]}; lower --max-tokens, or export the bundle with a larger one"
+                f"{self.buckets[-1]}; cut it to that many, or export the bundle with a larger --max-tokens"
             )
         return self.buckets[place]
 

@@ -78,7 +78,10 @@ def test_a_folder_that_others_can_write_is_neither_read_nor_written(folder, perm
         refuses(locked(folder / "lock", print).__enter__),
     ):
         assert f"{folder} belongs to user {os.geteuid()} and has mode {permissions:04o}" in message
-        assert "chmod go-w" in message and "name another folder with --engine-cache" in message
+        assert (
+            "chmod go-w" in message
+            and "name another folder by XDG_CACHE_HOME, or for engines --engine-cache" in message
+        )
     assert (folder / "file").read_bytes() == b"planted" and not (folder / "lock").exists()
 
 
@@ -148,7 +151,10 @@ def test_a_folder_that_cannot_be_written_names_the_option_for_another(tmp_path, 
         (tmp_path / "cache").touch()
     for function in (lambda file: write_private(file, b"x"), lambda file: locked(file, print).__enter__()):
         message = refuses(function, tmp_path / "cache" / "file")
-        assert "cannot be read or written" in message and "name another folder with --engine-cache" in message
+        assert (
+            "cannot be read or written" in message
+            and "name another folder by XDG_CACHE_HOME, or for engines --engine-cache" in message
+        )
 
 
 def test_the_lock_of_a_process_that_was_killed_is_free(folder):

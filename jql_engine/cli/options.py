@@ -18,6 +18,11 @@ from jql_engine.errors import EngineError
 from jql_engine.job.interrupt import StopError
 from jql_engine.printing import redact, say
 
+# Packages of a runtime or of jql-export that an installation may lack, and the extra that brings each.
+EXTRAS = dict.fromkeys(("huggingface_hub", "ml_dtypes", "onnx", "torch", "transformers"), "export") | {
+    "onnxruntime": "cpu"
+}
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -159,4 +164,11 @@ def run_command(app: typer.Typer, name: str) -> None:
         os._exit(1)  # a thread may be in the middle of an execution that nobody waits for
     except EngineError as error:
         print(redact(f"{name}: {error}"), file=sys.stderr, flush=True)  # noqa: T201
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        what = f"the package {package} is not installed; pip install 'jql-engine[{EXTRAS[package]}]'"
+        print(f"{name}: {what}", file=sys.stderr)  # noqa: T201
         sys.exit(1)

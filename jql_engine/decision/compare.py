@@ -9,6 +9,7 @@ from typing import Any
 from jql_engine.certificate import CUT
 from jql_engine.decision.comparison import Comparison, compare, flips_at
 from jql_engine.decision.pairing import read_pair
+from jql_engine.decision.report.plots import check_matplotlib
 from jql_engine.decision.result import MIN_GROUP
 from jql_engine.decision.written import write_json, write_text
 from jql_engine.files.location import locate
@@ -27,6 +28,8 @@ def compare_files(
 ) -> dict[str, Any]:
     """Compare two sets of scores, write what is asked for, and return the summary; raises EngineError."""
     began = time.monotonic()
+    if html is not None:
+        check_matplotlib()  # before minutes of reading
     found = compare(read_pair([first], [second], columns, group_column), min_group)
     if lone := found.only_first + found.only_second:
         say(f"jql-compare: {lone:,} documents have scores in one set alone, and are left out")

@@ -237,11 +237,13 @@ def _find_local(path: Path) -> list[Found]:
             return _search(path, fixed_part(str(path)), path.parts)
         raise InputError(f"{path} does not exist; give parquet or JSON Lines files, folders or globs") from error
     except OSError as error:
-        raise InputError(f"{path} cannot be looked up: {error.strerror}") from error
+        raise InputError(
+            f"{path} cannot be looked up: {error.strerror}; check its permissions and those above it"
+        ) from error
     if stat.S_ISDIR(status.st_mode):
         return _search_folder(path, path)
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path} is neither a file nor a folder")
+        raise InputError(f"{path} is neither a file nor a folder; give parquet or JSON Lines files, folders or globs")
     return [Found(path.name, str(path), *version_from_status(status))]
 
 
@@ -270,14 +272,14 @@ def _search(given: object, root: Location, segments: Sequence[str]) -> list[Foun
     there = not isinstance(root, Path) or root.exists()  # elsewhere the listing tells
     if there and (found := list(search(root, Pattern(tuple(segments[fixed:]))))):
         return found
-    raise InputError(f"{given} matches no file")
+    raise InputError(f"{given} matches no file; check the pattern, and put it in quotes")
 
 
 def _search_folder(given: object, root: Location) -> list[Found]:
     """Hidden is what a writer has not finished: a leading dot or underscore anywhere."""
     if found := list(search(root, IN_FOLDERS)):
         return found
-    raise InputError(f"folder {given} holds no file that ends in {', '.join(SUFFIXES)}")
+    raise InputError(f"folder {given} holds no file that ends in {', '.join(SUFFIXES)}; name others one by one")
 
 
 def _source(location: Location, found: Found) -> SourceFile | Refused:

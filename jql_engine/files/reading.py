@@ -139,7 +139,7 @@ class Cursor:
             batch = retry(location, self._next)
         if batch is None:
             missing = self.file.n_rows - self.row
-            raise InputError(f"{location} ends {missing} rows before its footer says; it is damaged")
+            raise InputError(f"{location} ends {missing:,} rows too early; it is damaged, copy it again")
         return batch
 
     def _next(self) -> pa.RecordBatch | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,8 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from jql_engine.bundle import MANIFEST, sha256_of
-from jql_engine.cache import cache_folder
-from jql_engine.errors import BundleError
+from jql_engine.cache import cache_folder, locked
+from jql_engine.errors import BundleError, HeadError
+from jql_engine.printing import say
 
 EXPORT = "from jql_export.cli import main; main()"
 
@@ -22,14 +22,16 @@ EXPORT = "from jql_export.cli import main; main()"
 def exported(encoder: str, heads: Mapping[str, str | Path] | None = None, embed_only: bool = False) -> Path:
     """The bundle of an encoder (directory or hub id) and `heads` (name -> checkpoint; None: the default heads).
 
-    The first caller runs jql-export in a process of its own, which needs jql-engine[export]; others wait for it.
-    `embed_only` exports no heads. Raises BundleError with what jql-export said.
+    The first caller runs jql-export in a process of its own, which needs jql-engine[export]; others wait for it, and
+    stderr is told so. `embed_only` exports no heads.
+
+    Raises BundleError with what jql-export said, HeadError for a checkpoint that cannot be read, and CacheError for a
+    cache folder that cannot be written or that others can write in.
     """
     out = cache_folder("bundles") / _key(encoder, heads, embed_only)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when this process ends, however it ends
+    with locked(out.with_suffix(".lock"), lambda: say(f"jql: another process is exporting {encoder}; waiting for it")):
         if not (out / MANIFEST).is_file():
+            say(f"jql: exporting {encoder} to {out}, once; this takes minutes")
             _export(encoder, heads, embed_only, out)
     return out
 
@@ -57,7 +59,7 @@ def _key(encoder: str, heads: Mapping[str, str | Path] | None, embed_only: bool)
     """Changes with everything that the bundle is made of."""
     folder = Path(encoder)
     source = [(name, status.st_size, status.st_mtime_ns) for name, status in _files(folder)]
-    checkpoints = {name: sha256_of(Path(file)) for name, file in (heads or {}).items()}
+    checkpoints = {name: _hash(name, Path(file)) for name, file in (heads or {}).items()}
     parts = [
         str(folder.resolve()) if source else encoder,
         source,
@@ -67,6 +69,15 @@ def _key(encoder: str, heads: Mapping[str, str | Path] | None, embed_only: bool)
         _variants(),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _hash(name: str, file: Path) -> str:
+    try:
+        return sha256_of(file)
+    except OSError as error:
+        raise HeadError(
+            f"head {name}: {file} cannot be read ({error.strerror}); give the file of its weights"
+        ) from error
 
 
 def _files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:

@@ -1,4 +1,4 @@
-"""What jql-run does: a job on this machine's devices, an estimate of it, or new heads on stored vectors."""
+"""From a job to its summary: texts scored on this machine's devices, new heads on stored vectors, or an estimate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jql_engine.job.rescore import Rescoring, prepare_rescoring
 from jql_engine.job.scoring import prepare
 from jql_engine.job.unfinished import Unfinished
 from jql_engine.job.worker import Scoring
-from jql_engine.printing import counted
+from jql_engine.printing import counted, say
 from jql_engine.sessions.base import DEFAULTS, SessionOptions, check_options
 from jql_engine.sessions.open import open_session
 from jql_engine.sessions.select import Choice, choose
@@ -41,7 +41,7 @@ class Machine:
     max_flips: float | None = None
 
     def choose(self, bundle: Bundle) -> Choice:
-        """Devices and variant; see jql_engine.sessions."""
+        """Devices and variant; see sessions.select.choose."""
         choice = choose(bundle, self.device, self.variant, self.tolerance, self.max_flips)
         check_options(bundle, choice.variant, self.options)
         return choice
@@ -69,7 +69,7 @@ def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threadi
     log.check((job.out, *job.inputs))
     choice = machine.choose(bundle)
     devices = machine.devices(choice)
-    notes: list[str] = []
+    notes = choice.notes()
     bundle = with_proven_tokenizer(bundle, notes.append)
     work = prepare(job, bundle, choice.variant, choice.chunk_bytes)
     options = machine.shared(devices)
@@ -94,8 +94,10 @@ def estimate(job: Job, bundle: Bundle, machine: Machine, price_per_hour: float |
     """Predict the work of `job`; computes a sample and writes nothing."""
     choice = machine.choose(bundle)
     devices = machine.devices(choice)
-    bundle = with_proven_tokenizer(bundle, Meter(0).say)
-    session = open_session(bundle, choice, devices[0], machine.shared(devices), Meter(0).say)
+    for note in choice.notes():
+        _say(note)
+    bundle = with_proven_tokenizer(bundle, _say)
+    session = open_session(bundle, choice, devices[0], machine.shared(devices), _say)
     return estimate_work(job, bundle, session, len(devices), price_per_hour)
 
 
@@ -136,6 +138,10 @@ def run_work(
     meter.close()
     meter.say(_end(job, outcome, meter, done))
     return _summary(job, outcome, work, meter)
+
+
+def _say(line: str) -> None:
+    say(f"jql: {line}")
 
 
 def _beginning(job: Job, on: str, work: Work) -> str:

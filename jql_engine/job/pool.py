@@ -232,7 +232,10 @@ class Pool:
         how = f"{worker.name} died with exit code {worker.process.exitcode}"
         self._stillborn += not worker.ready
         if self._stillborn > len(self._specs) + DEATHS:
-            raise EngineError(f"{how} before it was ready, as those before it did (out of memory?)")
+            raise EngineError(
+                f"{how} before it was ready, as those before it did; its own messages are above. Where memory is "
+                "short, lower --workers"
+            )
         for task in worker.in_hand.values():
             self._deaths[task.number] += worker.ready
         lost = [task for task in worker.in_hand.values() if self._deaths[task.number] >= DEATHS and worker.alone]

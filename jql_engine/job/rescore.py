@@ -69,11 +69,12 @@ def _describe(bundle: Bundle, source: SourceFile) -> InputFile:
         stored = _stored_settings(schema)
         encoder, _ = str(stored["encoder"]), list(stored["heads"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UnreadableError(f"{source.location} was not written by jql-run ({error!r})") from error
-    if EMBEDDING in schema.names and "n_tokens" not in schema.names:
-        raise UnreadableError(f"{source.location} has no column 'n_tokens', as jql-run writes it")
-    if EMBEDDING not in schema.names:
-        raise UnreadableError(f"{source.location} has no column {EMBEDDING!r}; score it again with --embeddings fp16")
+        raise UnreadableError(
+            f"{source.location} was not written by jql-run ({error!r}); give outputs of jql-run --embeddings"
+        ) from error
+    for column in (EMBEDDING, "n_tokens"):
+        if column not in schema.names:
+            raise UnreadableError(f"{source.location} has no column {column!r}; score it again with --embeddings fp16")
     width, found = bundle.manifest.encoder.hidden_size, schema.field(EMBEDDING).type
     if not _holds_vectors(found, width):
         raise UnreadableError(

@@ -49,14 +49,15 @@ def _certify_fallback(bundle: Bundle, fallback: Fallback | None, report: Callabl
 
     Most jobs never need it, and to keep it would take four bytes a weight and room for the longest document. The first
     overflow opens it again, in seconds and without the probes: the process, GPU, library, graph file and largest batch
-    are the same, and so are the kernels. A graph for the CPU was certified at export.
+    are the same, and so are the kernels.
     """
-    if fallback is None or bundle.manifest.variants[fallback.variant].provider not in ON_GPU:
+    if fallback is None:
         return
     probes, tolerance, session = read_probes(bundle), tolerance_of(bundle, fallback.variant), fallback.open()
+    short = bundle.manifest.variants[fallback.variant].provider not in ON_GPU
     try:
-        certify(session, *probes, tolerance)
-        short = False
+        if not short:
+            certify(session, *probes, tolerance)
     except OutOfMemoryError:  # it has what the other session leaves
         short = True
     if short:

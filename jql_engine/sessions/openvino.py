@@ -60,7 +60,7 @@ class OpenVinoSession:
         self.n_parallel = 1
         n_threads = threads or len(os.sched_getaffinity(0))
         settings = {
-            "INFERENCE_PRECISION_HINT": HINTS[info.precision] if "BF16" in _capabilities() else "f32",
+            "INFERENCE_PRECISION_HINT": HINTS[info.precision],
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": n_threads,
             # Each worker of several would pin its threads to the same first cores.

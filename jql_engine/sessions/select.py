@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jql_engine.bundle import Bundle, Variant
 from jql_engine.certificate import Certificate, read_certificate
@@ -65,6 +65,11 @@ class Choice:
     devices: tuple[str, ...]  # cpu, or cuda:N of each GPU
     variant: str
     tolerance: float | None = None  # what was asked for of the scores, if anything
+    passed_over: Mapping[str, str] = field(default_factory=dict, compare=False)  # faster graphs, and why not they
+
+    def notes(self) -> list[str]:
+        """A line for each faster graph that was not taken."""
+        return [f"variant {name} is faster, and is not taken: {why}" for name, why in self.passed_over.items()]
 
     @property
     def chunk_bytes(self) -> int:
@@ -96,14 +101,14 @@ def choose(
         device = _best_kind(bundle, variant, limit)
     kind = device.partition(":")[0]
     gpus = every_gpu(device) if kind == "cuda" else ()  # before anything of the bundle: the GPU was asked for
-    name = _named(bundle, kind, variant, limit) if variant else _fastest(bundle, kind, limit)
+    name, passed_over = (_named(bundle, kind, variant, limit), {}) if variant else _fastest(bundle, kind, limit)
     if device != "cuda":
         if len(set(named := device.split(","))) < len(named):
             raise DeviceError(f"device {device} names a GPU twice; a GPU has one worker")
         if missing := sorted(set(named) - {"cpu", *gpus}):
             raise DeviceError(f"device {missing[0]} was requested; the NVIDIA driver shows {', '.join(gpus)}")
         gpus = tuple(named)
-    return Choice(gpus, name, tolerance)
+    return Choice(gpus, name, tolerance, passed_over)
 
 
 def runnable(bundle: Bundle, kind: str) -> list[str]:
@@ -113,14 +118,16 @@ def runnable(bundle: Bundle, kind: str) -> list[str]:
     return [name for name in found if unavailable_reason(bundle.manifest.variants[name]) is None]
 
 
-def _fastest(bundle: Bundle, kind: str, limit: Limit) -> str:
-    variants, reasons = bundle.manifest.variants, {}
+def _fastest(bundle: Bundle, kind: str, limit: Limit) -> tuple[str, dict[str, str]]:
+    """The fastest graph that may be taken, and why none that is faster."""
+    variants = bundle.manifest.variants
+    reasons: dict[str, str] = {}
     for how in SPEED[kind]:
         for name, variant in variants.items():
             if (variant.provider, variant.precision) == how:
                 reason = unavailable_reason(variant) or limit.reason_against(name, variant)
                 if reason is None:
-                    return name
+                    return name, reasons
                 reasons[name] = reason
     others = {name: f"written for {v.provider}, {v.precision}" for name, v in variants.items() if name not in reasons}
     why = "; ".join(f"{name}: {reason}" for name, reason in (reasons | others).items())

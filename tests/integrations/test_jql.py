@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from jql_engine.errors import DeviceError, HeadError
+from jql_engine.errors import CacheError, DeviceError, HeadError
 from jql_engine.integrations import export_cache as cache
 from jql_engine.integrations.jql import RegressionHead, get_embedder_instance
 from jql_export import probes
@@ -124,6 +124,19 @@ def test_a_changed_file_of_an_encoder_is_another_bundle(tmp_path, changed):
     assert cache._key(str(encoder), None, False) == before
     (encoder / changed).write_text("22")
     assert cache._key(str(encoder), None, False) != before
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(HeadError, match=r"head edu: .*gone.ckpt cannot be read \(No such file or directory\)"):
+        cache.exported(str(tmp_path), {"edu": tmp_path / "gone.ckpt"})
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(CacheError, match=r"file/jql-engine/bundles.* cannot be read or written .*XDG_CACHE_HOME"):
+        cache.exported("Snowflake/snowflake-arctic-embed-m-v2.0", {})
 
 
 def test_what_the_export_said_comes_out(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from jql_engine.errors import BundleError, DeviceError, ParityError
 from jql_engine.sessions import select as choice
 from jql_engine.sessions.base import run_in_order
 from jql_engine.sessions.certify import SHORT_TOKENS, read_probes, tolerance_of, write_probes
+from jql_engine.sessions.cpu import CpuSession
 from jql_engine.sessions.cuda import session as cuda
 from jql_engine.sessions.cuda.capacity import BufferedSession, Capacity, OutOfMemoryError
 from jql_engine.sessions.open import open_session, open_variant
@@ -171,11 +172,13 @@ def test_the_graph_for_what_overflows_is_certified_before_the_first_batch(gpu_bu
         opened(gpu_bundles["gte"], FP16)
 
 
+@pytest.mark.parametrize("exact", [FP32, "cpu-fp32"])
 @pytest.mark.parametrize("sound", [True, False])
-def test_the_graph_for_what_overflows_in_tensorrt_is_certified_too(gpu_bundles, evaluated, monkeypatch, sound):
-    bundle, run = gpu_bundles["gte"], cuda.CudaExecutor.run
+def test_the_graph_for_what_overflows_in_tensorrt_is_certified_too(gpu_bundles, evaluated, monkeypatch, exact, sound):
+    kind = cuda.CudaExecutor if exact == FP32 else CpuSession
+    bundle, run = gpu_bundles["gte"], kind.run
     variants = bundle.manifest.variants
-    graphs = {TENSORRT: replace(variants[FP16], provider="tensorrt"), FP32: variants[FP32]}
+    graphs = {TENSORRT: replace(variants[FP16], provider="tensorrt"), exact: variants[exact]}
     bundle = replace(bundle, manifest=replace(bundle.manifest, variants=graphs))
 
     def open_tensorrt(bundle, variant, device, engines, report, fallback):
@@ -183,18 +186,18 @@ def test_the_graph_for_what_overflows_in_tensorrt_is_certified_too(gpu_bundles, 
 
     def wrong_in_fp32(executor, batch):
         output = run(executor, batch)
-        output.scores[0] += 0.01 if executor.variant == FP32 else 0
+        output.scores[0] += 0.01 if executor.variant == exact else 0
         return output
 
     monkeypatch.setattr(tensorrt, "TensorRTSession", open_tensorrt)
     monkeypatch.setattr(choice, "unavailable_reason", lambda _: None)
     if sound:
-        session, said = opened(bundle, TENSORRT)
-        assert session.fallback.variant == FP32
-        assert f"{FP32}, for documents that overflow fp16, is certified" in said
+        found, said = opened(bundle, TENSORRT)
+        assert found.fallback.variant == exact
+        assert f"{exact}, for documents that overflow fp16, is certified" in said
         return
-    monkeypatch.setattr(cuda.CudaExecutor, "run", wrong_in_fp32)
-    with pytest.raises(ParityError, match=f"variant {FP32} is out of tolerance: score"):
+    monkeypatch.setattr(kind, "run", wrong_in_fp32)
+    with pytest.raises(ParityError, match=f"variant {exact} is out of tolerance: score"):
         opened(bundle, TENSORRT)
 
 

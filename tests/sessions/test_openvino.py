@@ -116,7 +116,8 @@ class TestChoice:
     def test_the_requested_tolerance_decides(self, bundle):
         measured = with_parity(bundle, bf16=0.01)
         assert choose(measured, "cpu", tolerance=0.01).variant == (BF16 if HAS_BF16 else FP32)
-        assert choose(measured, "cpu", tolerance=0.001).variant == FP32
+        exact = choose(measured, "cpu", tolerance=0.001)
+        assert exact.variant == FP32 and list(exact.passed_over) == [BF16]
 
     def test_nothing_close_enough_is_an_error_with_each_reason(self, bundle):
         with pytest.raises(BundleError, match=rf"{FP32}: its scores differ by up to 1e-06 .*allowed is 0"):
@@ -163,7 +164,9 @@ class TestChoice:
         both = replace(
             bundle, manifest=replace(bundle.manifest, variants={BF16: bf16, FP32: bundle.manifest.variants[FP32]})
         )
-        assert choose(both, "cpu").variant == FP32
+        chosen = choose(both, "cpu")
+        assert chosen.variant == FP32 and list(chosen.passed_over) == [BF16]
+        assert chosen.notes()[0].startswith(f"variant {BF16} is faster, and is not taken: this CPU has no bf16")
         with pytest.raises(DeviceError, match=f"variant {BF16}: this CPU has no bf16 .*finds FP32, INT8.*{FP32}"):
             open_variant(both, BF16)
 

@@ -239,7 +239,7 @@ def test_a_link_that_was_planted_in_the_cache_is_not_followed(cache, tmp_path, s
     file = provide(cache, KEY, make(), silent).path.with_suffix(suffix)
     file.rename(tmp_path / file.name)
     file.symlink_to(tmp_path / file.name)
-    with pytest.raises(CacheError, match=rf"{file} in the engine cache cannot be read"):
+    with pytest.raises(CacheError, match=rf"{file} in the cache cannot be read"):
         provide(cache, KEY, make(), silent)
 
 

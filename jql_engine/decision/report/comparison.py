@@ -26,7 +26,7 @@ from jql_engine.decision.report.page import (
     share,
     side_by_side,
 )
-from jql_engine.decision.report.plots import Plots, check_matplotlib
+from jql_engine.decision.report.plots import Plots
 from jql_engine.printing import redact
 
 MOST_LISTED = 200  # groups in tables, the largest
@@ -40,8 +40,7 @@ Described = Mapping[str, Any]  # of JSON: a comparison, or a slice of one
 
 
 def comparison_page(found: Comparison, first: str, second: str) -> str:
-    """The page of jql-compare about the scores in `first` and `second`; raises EngineError without matplotlib."""
-    check_matplotlib()
+    """The page of jql-compare about the scores in `first` and `second`."""
     comparison, plots = found.to_json(), Plots()
     lead = [
         paragraph(f"First: {redact(first)}"),
@@ -63,8 +62,7 @@ def comparison_page(found: Comparison, first: str, second: str) -> str:
 
 
 def certificate_page(certificate: Described) -> str:
-    """The page of a bundle's certificate, by the content of certificate.json; raises EngineError without matplotlib."""
-    check_matplotlib()
+    """The page of a bundle's certificate, by the content of certificate.json."""
     plots = Plots()
     compared = {REFERENCE: certificate["reference_bf16"], **certificate["variants"]}
     corpus, machine = certificate["corpus"], certificate["machine"]

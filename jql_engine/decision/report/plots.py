@@ -64,8 +64,7 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise EngineError(
-            "a page has plots, and matplotlib, which draws them, is not installed: pip install 'jql-engine[report]', "
-            "or leave out --html and take the figures with --json"
+            "a page has plots, and matplotlib, which draws them, is not installed: pip install 'jql-engine[report]'"
         ) from error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jql_engine.bundle import Bundle
-from jql_engine.certificate import CERTIFICATE, read_certificate
+from jql_engine.certificate import CERTIFICATE, HOW, read_certificate
 from jql_engine.decision.opening import open_scores, remind_of_groups
 from jql_engine.decision.ranks import Weight
 from jql_engine.decision.report.decisions import contents_section, kept_section, thresholds_section
@@ -119,8 +119,7 @@ def take_figures(sources: Sources, weight: Weight = "documents", min_group: int 
 
 
 def report_page(figures: Figures) -> str:
-    """The page that shows them; raises EngineError where matplotlib is missing."""
-    check_matplotlib()
+    """The page that shows them."""
     plots = Plots()
     sections = [contents_section(figures), histogram_section(figures, plots), kept_section(figures)]
     sections.append(thresholds_section(figures))
@@ -156,6 +155,7 @@ def _certificate(path: Path, files: ScoreFiles) -> Mapping[str, Any] | None:
             "that they were computed with"
         )
     if not (path / CERTIFICATE).exists():
+        say(f"jql-report: {path} has no {CERTIFICATE}, so none is shown; {HOW}")
         return None
     read_certificate(bundle)  # checks it
     certificate = json.loads((path / CERTIFICATE).read_text(encoding="utf-8"))
