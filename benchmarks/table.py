@@ -63,7 +63,7 @@ class GpuRow(Row):
     mfu: float = 0.0  # of the model's FLOP, over the large fp16 product of the same run
     to_reference: float = 0.0  # tokens per second over those of the faster of JQL's loops in the same run
     gigabytes_per_second: float = 0.0  # of a copy
-    overflowed: int = 0  # documents that left fp16
+    overflowed: int = 0  # documents that overflowed fp16
     note: str = ""  # what else must be known: it failed, memory allowed less
     ops: dict[str, dict[str, float]] = field(default_factory=dict)  # by type: see benchmarks.gpu.profile; of a profile
     nodes: dict[str, int] = field(default_factory=dict)  # on each provider, of a profile

@@ -55,7 +55,7 @@ def export(
     ] = [],  # noqa: B006
     activation: Annotated[
         Literal["sigmoid", "softmax"] | None,
-        typer.Option(help="Of the classifiers' outputs; by default none: raw logits."),
+        typer.Option(help="Activation on the classifiers' outputs; by default none: scores are raw logits."),
     ] = None,
     no_heads: Annotated[bool, typer.Option("--no-heads", help="A bundle that only embeds.")] = False,
     pooling: Annotated[str | None, typer.Option(help="cls or mean, where the checkpoint does not say it.")] = None,
@@ -80,8 +80,8 @@ def export(
     variant: Annotated[
         list[str],
         typer.Option(
-            help="Graph to write: cpu-fp32 (the default), openvino-fp32, openvino-bf16, cuda-fp16, "
-            "cuda-bf16, cuda-fp32, tensorrt-fp16, standard-fp32; repeat.",
+            help="Graph to write: cpu-fp32 (the default without --encoder-onnx), openvino-fp32, openvino-bf16, "
+            "cuda-fp16 (together with cuda-fp32), cuda-bf16, cuda-fp32, tensorrt-fp16, standard-fp32; repeat.",
             show_default=False,
         ),
     ] = [],  # noqa: B006
@@ -114,11 +114,13 @@ def export(
             show_default=False,
         ),
     ] = None,
-    bundle: Annotated[Path | None, typer.Option(help="For --certify.", show_default=False)] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="For --certify: the bundle that gets the certificate.", show_default=False)
+    ] = None,
     documents: Annotated[int, typer.Option(min=2, help="For --certify: documents to draw.")] = 2_000,
     text_column: Annotated[str, typer.Option(help="For --certify: column with the documents.")] = "text",
 ) -> None:
-    """Fuse an encoder and all regression heads into one graph and certify it against PyTorch."""
+    """Turn an encoder and its heads or classifiers into a bundle: a graph for each variant, checked against PyTorch."""
     _check_certify(ctx, certify is not None)
     filled = _template(template)
     pairs = [_named(value, "--head", "NAME=FILE") for value in head]

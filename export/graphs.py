@@ -67,7 +67,7 @@ def _check_variants(variants: Sequence[str]) -> None:
     """Raise an EngineError for a variant that cannot be made or certified here."""
     if "cuda-fp16" in variants and "cuda-fp32" not in variants:
         raise BundleError(
-            "variant cuda-fp16 needs cuda-fp32 beside it, for what leaves the range of fp16; add --variant cuda-fp32"
+            "variant cuda-fp16 needs cuda-fp32 beside it, for documents that overflow fp16; add --variant cuda-fp32"
         )
     for name in variants:
         if VARIANTS[name].provider == "openvino" and (reason := unavailable_reason(VARIANTS[name].precision)):

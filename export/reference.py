@@ -161,7 +161,9 @@ def _load_new(directory: Path, config: Mapping[str, Any], dtype: torch.dtype, ki
     model = _load_state(directory, kind, native, state, dtype)
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling not in ("default", "ntk"):
-        raise CheckpointError(f"{directory}: the oracle knows the RoPE types 'default' and 'ntk', found {scaling!r}")
+        raise CheckpointError(
+            f"{directory}: the PyTorch reference supports the RoPE types 'default' and 'ntk', found {scaling!r}"
+        )
     if scaling == "ntk":
         dim, factor = config["hidden_size"] // config["num_attention_heads"], rope["factor"]
         frequencies = 1.0 / ((theta * factor) ** (torch.arange(0, dim, 2).float() / dim))
@@ -243,7 +245,7 @@ def _check(directory: Path, report: Mapping[str, Any], is_encoder: bool) -> None
     if random or report["mismatched_keys"]:
         raise CheckpointError(
             f"{directory}: transformers finds no weights for {random or report['mismatched_keys']}; "
-            "the oracle would be random there"
+            "the PyTorch reference would be random there"
         )
 
 

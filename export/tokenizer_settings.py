@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as OracleTokenizer
 from jql_engine.errors import CheckpointError, TokenizerError
 from jql_engine.rust import rust_errors
 from jql_engine.tokenizer_libraries import parse_oracle, read_oracle
+from jql_engine.truncation import normalize
 from jql_export.settings import read_settings
 
 CONFIG = "tokenizer_config.json"
@@ -84,7 +85,7 @@ def _check_switches(source: Path, config: Mapping[str, Any], oracle: OracleToken
     kind = config.get("tokenizer_class")
     for key, (before, after, does, does_not) in SWITCHES.items():
         said = config.get(key, True if kind in BERT and key == "do_lower_case" else None)
-        is_on = after in _normalize(oracle, before)
+        is_on = after in normalize(oracle, before)
         if said in (True, False) and said != is_on and kind not in TAKE_THE_FILE:
             raise CheckpointError(
                 f"{source}: {CONFIG} has {key} = {said}, but tokenizer.json "
@@ -130,8 +131,3 @@ def _contents(value: object) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for one in value.values() if isinstance(value, dict) else value:
             yield from _contents(one)
-
-
-def _normalize(oracle: OracleTokenizer, text: str) -> str:
-    normalizer: Any = oracle.normalizer  # may be None, other than its stub says
-    return str(normalizer.normalize_str(text)) if normalizer else text

@@ -96,7 +96,7 @@ class TokenBatch:
         return TokenBatch(np.arange(n_docs), np.frombuffer(ids, np.int32, int(ends[-1])), ends, truncated), index
 
     def slice(self, document: int) -> TokenBatch:
-        """The document in row `index` alone."""
+        """Document number `document` alone."""
         start, stop = self.offsets[document], self.offsets[document + 1]
         here = slice(document, document + 1)
         return TokenBatch(self.rows[here], self.ids[start:stop], np.array([0, stop - start]), self.truncated[here])

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from jql_engine.bundle import Aggregate, Bundle, Take
 from jql_engine.data import DocumentBatch, ScoreBatch, Scores, TokenBatch
 from jql_engine.errors import DeviceError, InputError
-from jql_engine.sessions.base import Session, SessionOptions, execute
+from jql_engine.sessions.base import EngineOptions, Session, SessionOptions, execute
 from jql_engine.sessions.open import open_session
 from jql_engine.sessions.select import choose
-from jql_engine.sessions.tensorrt.cache import EngineOptions
 from jql_engine.template import TEXT
 from jql_engine.tokenizer import Tokenizer, with_proven_tokenizer
 from jql_engine.windows import Windows

@@ -6,7 +6,7 @@ class EngineError(Exception):
 
 
 class BundleError(EngineError):
-    """A bundle is missing, damaged, incomplete or of a newer format."""
+    """A bundle is missing, damaged, incomplete or of another format."""
 
 
 class CacheError(EngineError):

@@ -95,7 +95,7 @@ def shortener(oracle: OracleTokenizer) -> Shortener | None:
     """What to know of `oracle`, or None where the module's argument does not hold for it."""
     fields = json.loads(oracle.to_str())
     added = {token["content"] for token in fields["added_tokens"]}
-    added |= {_normalize(oracle, content) for content in added}
+    added |= {normalize(oracle, content) for content in added}
     if not _understood(fields) or any(c.isspace() or c == "▁" for c in "".join(added)):
         return None
     pieces = added | oracle.get_vocab().keys()
@@ -148,7 +148,8 @@ def _only_white_space(step: dict[str, Any]) -> bool:
     return replaces or step["type"] == "Strip"
 
 
-def _normalize(oracle: OracleTokenizer, text: str) -> str:
+def normalize(oracle: OracleTokenizer, text: str) -> str:
+    """`text` as the tokenizer's normalizer leaves it, if it has one."""
     normalizer: Any = oracle.normalizer  # may be None, other than its stub says
     return str(normalizer.normalize_str(text)) if normalizer else text
 
@@ -159,13 +160,13 @@ def _ends_words(oracle: OracleTokenizer, blank: str) -> bool:
 
 
 def _words(oracle: OracleTokenizer, text: str) -> list[str]:
-    return [word for word, _ in oracle.pre_tokenizer.pre_tokenize_str(_normalize(oracle, text))]
+    return [word for word, _ in oracle.pre_tokenizer.pre_tokenize_str(normalize(oracle, text))]
 
 
 def _unchanged(oracle: OracleTokenizer, characters: Iterable[str]) -> list[str]:
     """Those that the normalizer leaves as they are, in one call, since there are 47,000; none if it touches "|"."""
     characters = [c for c in characters if c != "|"]
-    normalized = _normalize(oracle, "|".join(characters)).split("|")
+    normalized = normalize(oracle, "|".join(characters)).split("|")
     same_number = len(normalized) == len(characters)
     return [c for c, n in zip(characters, normalized, strict=True) if c == n] if same_number else []
 

@@ -7,14 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jql_export.families.base import (
-    EncoderWeights,
-    LayerWeights,
-    expect,
-    number,
-    spec_of,
-    weights_of,
-)
+from jql_export.families.base import EncoderWeights, LayerWeights, expect, number, spec_of, weights_of
 from jql_export.tensors import TensorFile
 
 # What transformers takes where config.json says nothing, as some do.

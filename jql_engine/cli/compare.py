@@ -27,9 +27,14 @@ def run(
     group_column: options.GroupColumn = None,
     min_group: options.MinGroup = 1_000,
     json_file: Annotated[
-        str | None, typer.Option("--json", help="File of all figures.", rich_help_panel=OUTPUT)
+        str | None, typer.Option("--json", help="File of all figures, or its URL.", rich_help_panel=OUTPUT)
     ] = None,
-    html: Annotated[str | None, typer.Option(help="File of a page that shows them.", rich_help_panel=OUTPUT)] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(
+            help="File of a page that shows them, or its URL; needs the extra `report`.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     retry_minutes: options.RetryMinutes = 10.0,  # noqa: ARG001
     version: options.Version = False,  # noqa: ARG001
 ) -> None:

@@ -29,7 +29,11 @@ def cut(
     ] = None,
     corpus: Annotated[
         list[str],
-        typer.Option(help="The parquet that was scored, whose kept rows are copied; repeat.", rich_help_panel=INPUT),
+        typer.Option(
+            help="The parquet that was scored, whose kept rows are copied; repeat. Without it, rows of the scores "
+            "themselves, if jql-run --output append wrote them.",
+            rich_help_panel=INPUT,
+        ),
     ] = [],  # noqa: B006
     out: Annotated[
         str | None,

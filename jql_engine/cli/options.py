@@ -41,10 +41,7 @@ INPUT, OUTPUT, DEVICE = "Input", "Output", "Device"
 TENSORRT, MACHINES, JOB, RULE = "TensorRT", "Several machines", "Job", "Rule"
 
 Bundle = Annotated[Path, typer.Option(help="The bundle that jql-export wrote.", rich_help_panel=INPUT)]
-Out = Annotated[
-    str | None,
-    typer.Option(help="Folder or URL of the score files, one for each input file.", rich_help_panel=OUTPUT),
-]
+OUT = typer.Option(help="Folder or URL of the score files, one for each input file.", rich_help_panel=OUTPUT)
 Overwrite = Annotated[
     bool,
     typer.Option(
@@ -85,7 +82,7 @@ Rank = Annotated[
 WorldSize = Annotated[int | None, typer.Option(help="Number of machines on this job.", rich_help_panel=MACHINES)]
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, help="Worker processes on the CPU; a GPU has one each.", rich_help_panel=DEVICE),
+    typer.Option(min=1, help="Worker processes; by default one. On GPUs each has one.", rich_help_panel=DEVICE),
 ]
 GroupColumn = Annotated[
     str | None,

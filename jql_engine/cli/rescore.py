@@ -16,7 +16,7 @@ app = options.command()
 def rescore(
     bundle: options.Bundle,
     scores: Annotated[list[str], typer.Argument(help="Outputs of jql-run --embeddings: files, folders, globs, URLs.")],
-    out: options.Out = None,
+    out: Annotated[str, options.OUT],
     overwrite: options.Overwrite = False,
     assume_unchanged: options.AssumeUnchanged = False,
     retry_minutes: options.RetryMinutes = 10.0,  # noqa: ARG001
@@ -34,8 +34,6 @@ def rescore(
     from jql_engine.job.progress import RunLog
     from jql_engine.job.ranks import rank_of
 
-    if out is None:
-        raise typer.BadParameter("give the folder of the score files", param_hint="--out")
     options.check_rank(rank, world_size)
     job = Job(
         tuple(scores),

@@ -22,18 +22,24 @@ def run(
     ],
     text_column: Annotated[str, typer.Option(help="Column with the documents.", rich_help_panel=INPUT)] = "text",
     id_column: Annotated[
-        str | None, typer.Option(help="Column to copy; by default `id` where there is one.", rich_help_panel=INPUT)
+        str | None,
+        typer.Option(
+            help="Column with the documents' ids, to copy; by default `id` where there is one.", rich_help_panel=INPUT
+        ),
     ] = None,
     group_column: Annotated[
         str | None,
-        typer.Option(help="Column to copy as well, which decisions are made by (a language).", rich_help_panel=INPUT),
+        typer.Option(
+            help="Column with each document's group, a language for one, to copy: thresholds are taken by it.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Score the first documents only.", rich_help_panel=INPUT)
     ] = None,
     assume_unchanged: options.AssumeUnchanged = False,
     retry_minutes: options.RetryMinutes = 10.0,  # noqa: ARG001
-    out: options.Out = None,
+    out: Annotated[str | None, options.OUT] = None,
     output: Annotated[
         Literal["sidecar", "append"],
         typer.Option(
@@ -114,7 +120,10 @@ def run(
     rank: options.Rank = None,
     world_size: options.WorldSize = None,
     chunk_rows: Annotated[
-        int, typer.Option(min=1, help="Most rows that are committed together.", rich_help_panel=JOB)
+        int,
+        typer.Option(
+            min=1, help="Most rows of a chunk, which a job that was stopped begins anew.", rich_help_panel=JOB
+        ),
     ] = 20_000,
     metrics: options.Metrics = None,
     estimate: Annotated[
@@ -134,8 +143,7 @@ def run(
     from jql_engine.job.plan import Job
     from jql_engine.job.progress import RunLog
     from jql_engine.job.ranks import rank_of
-    from jql_engine.sessions.base import SessionOptions
-    from jql_engine.sessions.tensorrt.cache import EngineOptions
+    from jql_engine.sessions.base import EngineOptions, SessionOptions
 
     if out is None and not estimate:
         raise typer.BadParameter("give the folder of the score files", param_hint="--out")

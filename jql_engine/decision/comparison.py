@@ -131,7 +131,7 @@ def _slices(paired: Paired, sides: Mapping[Cut, NDArray[np.bool_]], min_group: i
     counts = np.bincount(cells, minlength=len(names) * n_bands).reshape(len(names), n_bands)
     flips = np.stack([np.bincount(cells[flipped], minlength=counts.size) for flipped in sides.values()])
     flips = flips.reshape(len(sides), *counts.shape)
-    by_group, by_band = (_Sorted.of(paired, keys) for keys in (cells, bands))
+    by_group, by_band = (np.argsort(keys, kind="stable") for keys in (cells, bands))
     limits = [(least + 1, most) for least, most in zip((0, *BANDS), (*BANDS, None), strict=True)]
     ends = np.cumsum(counts.ravel()).reshape(counts.shape)
 
@@ -148,16 +148,17 @@ def _slices(paired: Paired, sides: Mapping[Cut, NDArray[np.bool_]], min_group: i
     in_bands = counts.sum(axis=0)
     for band in _shown(in_bands):
         stop = int(in_bands[: band + 1].sum())
-        yield part(None, band, flips[:, :, band].sum(axis=1), by_band.rows(stop - int(in_bands[band]), stop))
+        rows = paired.where(by_band[stop - int(in_bands[band]) : stop])
+        yield part(None, band, flips[:, :, band].sum(axis=1), rows)
     if len(names) == 1:
         return
     for number in sorted(range(len(names)), key=lambda number: (names[number] is None, names[number] or "")):
         stop = int(ends[number, -1])
-        rows = by_group.rows(stop - int(counts[number].sum()), stop)
+        rows = paired.where(by_group[stop - int(counts[number].sum()) : stop])
         yield part(number, None, flips[:, number].sum(axis=1), rows)
         for band in _shown(counts[number]):
             stop = int(ends[number, band])
-            rows = by_group.rows(stop - int(counts[number, band]), stop)
+            rows = paired.where(by_group[stop - int(counts[number, band]) : stop])
             yield part(number, band, flips[:, number, band], rows)
 
 
@@ -165,21 +166,6 @@ def _shown(counts: NDArray[np.int64]) -> list[int]:
     """Bands that have documents, unless one has all of them."""
     bands = np.flatnonzero(counts).tolist()
     return bands if len(bands) > 1 else []
-
-
-@dataclass(frozen=True, slots=True)
-class _Sorted:
-    """Documents in the order of some keys."""
-
-    paired: Paired
-    order: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, paired: Paired, keys: NDArray[np.int64]) -> _Sorted:
-        return cls(paired, np.argsort(keys, kind="stable"))
-
-    def rows(self, start: int, stop: int) -> Paired:
-        return self.paired.where(self.order[start:stop])
 
 
 def _flips(cut: Cut, n_flips: int, n_docs: int) -> Flips:

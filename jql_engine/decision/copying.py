@@ -28,13 +28,12 @@ from jql_engine.decision.scores import ScoreFiles
 from jql_engine.errors import InputError, OutputError, UnreadableError
 from jql_engine.files.chunks import WHOLE_BYTES, WHOLE_ROWS, ChunkDone, ChunkEnd, Failure, Segment, Task
 from jql_engine.files.dictionaries import Column
-from jql_engine.files.formats import unreadable
+from jql_engine.files.formats import look
 from jql_engine.files.inputs import InputFile, SourceFile, find_files, identity
 from jql_engine.files.location import Location, locate
 from jql_engine.files.output import Target, is_finished
 from jql_engine.files.parquet import describe_whole
 from jql_engine.files.reading import Cursor
-from jql_engine.files.retries import retry
 from jql_engine.job.check import check_apart
 from jql_engine.job.claim import Claim
 from jql_engine.job.launch import run_work
@@ -143,8 +142,7 @@ def _describe_unfinished(
     if out is not None and is_finished(source.relative.below(out), _settings(joined, source)):
         return None
     try:
-        with unreadable(f"{source.location} cannot be read", f"{source.location} is not a complete parquet file"):
-            file = retry(source.location, lambda: _describe(source))
+        file = look(source, lambda: _describe(source))
     except UnreadableError as error:
         return error
     check_scored(file, scores, assume_unchanged)

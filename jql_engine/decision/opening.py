@@ -14,11 +14,10 @@ import pyarrow as pa
 from jql_engine.data import score_column
 from jql_engine.decision.scores import TOKENS, ScoreFiles
 from jql_engine.errors import InputError
-from jql_engine.files.formats import unreadable
+from jql_engine.files.formats import look
 from jql_engine.files.inputs import InputFile, SourceFile, check_group_type, find_files, with_shared_schemas
 from jql_engine.files.output import METADATA_KEY, OF_SCORES, OF_SOURCE, differences, shown
 from jql_engine.files.parquet import describe_whole
-from jql_engine.files.retries import retry
 from jql_engine.job.apart import in_threads
 from jql_engine.job.finished import check_finished
 from jql_engine.job.unfinished import Unfinished
@@ -106,8 +105,7 @@ class _Looked:
 
 
 def _look(source: SourceFile) -> _Looked:
-    with unreadable(f"{source.location} cannot be read", f"{source.location} is not a complete parquet file"):
-        return retry(source.location, partial(_describe, source))
+    return look(source, partial(_describe, source))
 
 
 def _describe(source: SourceFile) -> _Looked:

@@ -104,7 +104,7 @@ class ChunkDone:
     padding: int = 0
     memory_bytes: int = 0  # the most that the worker's process has held so far
     stages: dict[str, StageSeconds] = field(default_factory=dict)  # since the chunk before
-    overflowed: int = 0  # documents that left fp16 and were computed again in fp32
+    overflowed: int = 0  # documents that overflowed fp16 and were recomputed in fp32
 
 
 def split(files: Sequence[InputFile], chunk_rows: int, chunk_bytes: int) -> Iterator[Chunk]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -13,12 +14,19 @@ from jql_engine.files.json_lines import describe_lines, line_batches
 from jql_engine.files.parquet import READ_ROWS, describe_parquet, parquet_batches
 from jql_engine.files.retries import retry
 
+T = TypeVar("T")
+
 
 def open_file(source: SourceFile, columns: Columns) -> InputFile:
     """Look into an input file and check its columns; raises InputError."""
     describe = describe_parquet if source.format == "parquet" else describe_lines
+    return look(source, lambda: describe(source, columns))
+
+
+def look(source: SourceFile, describe: Callable[[], T]) -> T:
+    """What `describe` finds in an input file, tried again where the network failed; raises UnreadableError."""
     with unreadable(f"{source.location} cannot be read", f"{_found(source)} is not a complete {source.format} file"):
-        return retry(source.location, lambda: describe(source, columns))
+        return retry(source.location, describe)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Find input files, and split them into chunks."""
+"""Find input files, and what is in them."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -25,29 +25,22 @@ from jql_engine.template import TEXT
 
 FILES_AHEAD = 8
 FILLED_BYTES = 32 << 20  # of documents that a template was filled for, at a time
+FileOf: TypeAlias = Callable[[int], InputFile]
 Begin: TypeAlias = Callable[[], Iterable[Piece]]
 
 
-class Files(Protocol):
-    """Input files by number."""
-
-    def __getitem__(self, number: int, /) -> InputFile:
-        """File `number`."""
-        ...
-
-
-def read(files: Files, tasks: Iterable[Task]) -> Iterator[Piece | ChunkEnd]:
-    """Yield the pieces of each task's chunk, then its end.
+def read(file_of: FileOf, tasks: Iterable[Task]) -> Iterator[Piece | ChunkEnd]:
+    """Yield the pieces of each task's chunk, then its end; `file_of` gives an input file by its number.
 
     A segment that cannot be read is named at the end of its chunk, and nothing more is read of its file.
     """
     pool = ThreadPoolExecutor(FILES_AHEAD, thread_name_prefix="open")
-    in_order = _InOrder(files)
+    in_order = _InOrder(file_of)
     failed: dict[int, Failure] = {}
     try:
         for task in tasks:
             segments, failures = task.chunk.segments, []
-            for segment, begin in in_order.one(*segments) if len(segments) == 1 else _ahead(files, segments, pool):
+            for segment, begin in in_order.one(*segments) if len(segments) == 1 else _ahead(file_of, segments, pool):
                 try:
                     if segment.file in failed:
                         raise InputError(failed[segment.file].message)
@@ -63,15 +56,15 @@ def read(files: Files, tasks: Iterable[Task]) -> Iterator[Piece | ChunkEnd]:
 class _InOrder:
     """Segments of large files one by one: the next goes on where the last one ended."""
 
-    def __init__(self, files: Files) -> None:
-        self._files = files
+    def __init__(self, file_of: FileOf) -> None:
+        self._file_of = file_of
         self._cursor: Cursor | None = None
 
     def one(self, segment: Segment) -> Iterator[tuple[Segment, Begin]]:
         yield segment, partial(self._pieces, segment)
 
     def _pieces(self, segment: Segment) -> Iterator[Piece]:
-        file, cursor = self._files[segment.file], self._cursor
+        file, cursor = self._file_of(segment.file), self._cursor
         if cursor is None or cursor.file is not file or cursor.row > segment.start:
             cursor = Cursor(file, segment.start, file.columns.needed)
         self._cursor = None
@@ -80,12 +73,12 @@ class _InOrder:
         self._cursor = cursor
 
 
-def _ahead(files: Files, segments: Sequence[Segment], pool: ThreadPoolExecutor) -> Iterator[tuple[Segment, Begin]]:
+def _ahead(file_of: FileOf, segments: Sequence[Segment], pool: ThreadPoolExecutor) -> Iterator[tuple[Segment, Begin]]:
     """Segments of small files in their order, the next FILES_AHEAD being opened: elsewhere each waits for an answer."""
     waiting: deque[tuple[Segment, Begin]] = deque()
     first = 0
     for segment in segments:
-        waiting.append((segment, pool.submit(_begin, files[segment.file], segment, first).result))
+        waiting.append((segment, pool.submit(_begin, file_of(segment.file), segment, first).result))
         first += segment.stop - segment.start
         if len(waiting) > FILES_AHEAD:
             yield waiting.popleft()

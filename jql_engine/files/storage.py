@@ -15,14 +15,8 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from jql_engine.files.location import OBJECT_STORES, Location
-from jql_engine.files.retries import (
-    retry,
-)
-from jql_engine.files.versions import (
-    UNKNOWN,
-    check_version,
-    version_from,
-)
+from jql_engine.files.retries import retry
+from jql_engine.files.versions import UNKNOWN, check_version, version_from
 
 REMOVALS = 16  # files removed at once
 # fsspec reads ahead by this much; parquet column chunks of one text column are read front to back.

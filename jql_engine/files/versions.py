@@ -9,9 +9,7 @@ from pathlib import Path
 
 from jql_engine.errors import InputError
 from jql_engine.files.location import OBJECT_STORES, Location
-from jql_engine.files.retries import (
-    retry,
-)
+from jql_engine.files.retries import retry
 
 # What the file systems of fsspec call entity tags, hashes and times of modification.
 VERSION_KEYS = (

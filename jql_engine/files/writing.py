@@ -19,19 +19,9 @@ import pyarrow as pa
 from upath import UPath
 
 from jql_engine.files.location import OBJECT_STORES, Location, is_remote
-from jql_engine.files.retries import (
-    T,
-    retry,
-)
-from jql_engine.files.storage import (
-    REMOTE_BLOCK,
-    _remove,
-    open_read,
-    remove_file,
-)
-from jql_engine.files.versions import (
-    version_of,
-)
+from jql_engine.files.retries import T, retry
+from jql_engine.files.storage import REMOTE_BLOCK, _remove, open_read, remove_file
+from jql_engine.files.versions import version_of
 
 # What a store answers where a file that must not exist does; fsspec makes a FileExistsError of most of these.
 CONDITION_FAILED = {"PreconditionFailed", "412"}

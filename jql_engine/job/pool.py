@@ -2,7 +2,7 @@
 
 A worker keeps to one file while that has chunks left, then takes a file that nobody has, then helps with the file that
 has the most left. A worker that dies is replaced, and what it had in hand is done again, one chunk at a time, so that
-a second death names its chunk; that chunk is given up, its file stays unfinished.
+a second death names its chunk; that chunk has failed, its file stays unfinished.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jql_engine.job.apart import die_with_parent, start
 from jql_engine.printing import counted
 
 IN_FLIGHT = 4  # tasks a worker holds, so that each of its stages has one
-DEATHS = 2  # of workers on one chunk, after which it is given up
+DEATHS = 2  # of workers on one chunk, after which it has failed
 PROGRESS_SECONDS = 0.5
 POLL_SECONDS = 0.2  # between looks at `stop` while no worker says anything
 
@@ -165,7 +165,7 @@ class Pool:
         self._stillborn = 0  # deaths in a row of workers that were not ready
 
     def run(self, tasks: Sequence[Task]) -> Generator[ChunkDone]:
-        """Yield each task once it is done or given up; raises an EngineError that a worker could not go on after."""
+        """Yield each task once it is done or has failed; raises an EngineError that a worker could not go on after."""
         handout = Handout(tasks)
         self._numbers = count(max((task.number for task in tasks), default=0) + 1)
         workers = [_start(spec) for spec in self._specs[: len(tasks)]]

@@ -19,13 +19,12 @@ from jql_engine.data import EMBEDDING, score_column
 from jql_engine.errors import InputError, UnreadableError
 from jql_engine.files.chunks import WHOLE_BYTES, WHOLE_ROWS, ChunkDone, ChunkEnd, Failure, Segment, Task
 from jql_engine.files.dictionaries import encode, is_text
-from jql_engine.files.formats import unreadable
+from jql_engine.files.formats import look
 from jql_engine.files.inputs import Columns, InputFile, SourceFile
 from jql_engine.files.location import Location, locate
 from jql_engine.files.output import METADATA_KEY, Target, is_finished
 from jql_engine.files.parquet import describe_whole
 from jql_engine.files.reading import Cursor
-from jql_engine.files.retries import retry
 from jql_engine.job.claim import Claim
 from jql_engine.job.finished import check_finished
 from jql_engine.job.pipeline import Stage, in_laps
@@ -53,8 +52,7 @@ def _describe_unfinished(
 ) -> InputFile | UnreadableError | None:
     """What is in a file of vectors; None where the scores in `out` are finished."""
     try:
-        with unreadable(f"{source.location} cannot be read", f"{source.location} is not a complete parquet file"):
-            file = retry(source.location, lambda: _describe(bundle, source))
+        file = look(source, lambda: _describe(bundle, source))
     except UnreadableError as error:
         return error
     is_done = out is not None and is_finished(source.relative.below(out), _settings(file, bundle))

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from itertools import takewhile
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,6 @@ from jql_engine.data import ScoreBatch, Scores
 from jql_engine.errors import InputError
 from jql_engine.files.chunks import Chunk, ChunkDone, ChunkEnd, Failure, Piece, Segment, StageSeconds, Task
 from jql_engine.files.dictionaries import Column
-from jql_engine.files.inputs import InputFile
 from jql_engine.files.output import Target
 from jql_engine.files.reading import read
 from jql_engine.job.claim import Claim
@@ -31,7 +31,6 @@ from jql_engine.sessions.select import Choice
 from jql_engine.tokenizer import Tokenizer
 from jql_engine.windows import Windows
 
-T = TypeVar("T")
 WRITERS = 16  # small files written at once: creating one waits for the disk, or for the network
 
 
@@ -94,7 +93,8 @@ class Worker:
             yield item.done(stages)
 
     def _read(self, tasks: Iterator[Task]) -> Iterator[Piece | ChunkEnd]:
-        return read(_Files(self.targets), self._until_stopped(tasks))
+        until_stopped = takewhile(lambda _: not self.stop.is_set(), tasks)
+        return read(lambda number: self.targets[number].file, until_stopped)
 
     def _tokenize(self, items: Iterator[Piece | ChunkEnd]) -> Iterator[DistinctDocuments | _Chunk]:
         """The distinct documents of each chunk, in slices, then what else is kept of it."""
@@ -156,22 +156,6 @@ class Worker:
                 failures = [failure for failure in pool.map(commit, chunk.segments()) if failure is not None]
                 chunk.end = replace(chunk.end, failures=(*chunk.end.failures, *failures))
                 yield chunk
-
-    def _until_stopped(self, items: Iterator[T]) -> Iterator[T]:
-        for item in items:
-            if self.stop.is_set():
-                return
-            yield item
-
-
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """The input files of targets."""
-
-    targets: Mapping[int, Target]
-
-    def __getitem__(self, number: int, /) -> InputFile:
-        return self.targets[number].file
 
 
 class _ChunkInHand:

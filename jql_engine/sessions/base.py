@@ -7,19 +7,37 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from jql_engine.batching import plan_batches
 from jql_engine.bundle import MANIFEST, Bundle
+from jql_engine.cache import cache_folder
 from jql_engine.data import Batch, BatchOutput, Budget, Layout, TokenBatch
 from jql_engine.errors import BundleError, DeviceError
-from jql_engine.sessions.tensorrt.cache import EngineOptions
 
 # Text of one chunk, the unit of commit: what a GPU scores in some seconds, two cores in about a minute.
 CHUNK_BYTES = {"cpu": 512 << 10, "cuda": 32 << 20}
 ON_GPU = ("cuda", "tensorrt")  # providers of GPUs
+# Tokens of a batch of TensorRT's: larger ones keep the GPU busier and need more memory; to be measured on each GPU.
+BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a user may choose about TensorRT's engines."""
+
+    folder: Path | None = None  # where those built here lie, instead of the user's cache folder
+    build: bool = True  # False: one that fits must be there
+    library: str | None = None  # tensorrt or tensorrt-rtx, None: the first installed
+    batch_tokens: int = BATCH_TOKENS
+
+    @property
+    def cache(self) -> Path:
+        """Folder of what is built and compiled here."""
+        return self.folder or cache_folder("engines")
 
 
 @dataclass(frozen=True, slots=True)

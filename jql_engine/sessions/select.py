@@ -132,7 +132,7 @@ def _fastest(bundle: Bundle, kind: str, limit: Limit) -> tuple[str, dict[str, st
     others = {name: f"written for {v.provider}, {v.precision}" for name, v in variants.items() if name not in reasons}
     why = "; ".join(f"{name}: {reason}" for name, reason in (reasons | others).items())
     raise BundleError(
-        f"no variant of {bundle.path} can be taken on {kind} ({why}): mend that, or export again with another --variant"
+        f"no variant of {bundle.path} can be taken on {kind} ({why}): fix that, or export again with another --variant"
     )
 
 
@@ -199,14 +199,14 @@ def _has_gpu_for(graphs: Mapping[str, Variant]) -> bool:
         if (gpu := gpu_without_driver()) is None:
             return False
         raise DeviceError(
-            f"{error}, while the kernel sees an NVIDIA GPU ({gpu}): mend the driver, or give this container or job its "
+            f"{error}, while the kernel sees an NVIDIA GPU ({gpu}): fix the driver, or give this container or job its "
             f"GPU, {OR_CPU}"
         ) from error
     reasons = {name: unavailable_reason(graph) for name, graph in graphs.items()}
     if all(reasons.values()):
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise DeviceError(
-            f"device auto: the NVIDIA driver shows {gpus}, and no graph of the bundle can run there ({why}): mend "
+            f"device auto: the NVIDIA driver shows {gpus}, and no graph of the bundle can run there ({why}): fix "
             f"that, {OR_CPU}"
         )
     return True

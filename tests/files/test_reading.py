@@ -37,7 +37,7 @@ def tasks_of(chunks: Iterable[Chunk]) -> list[Task]:
 def read_all(files: Sequence[InputFile], chunks: Iterable[Chunk]) -> list[tuple[list[Piece], ChunkEnd]]:
     """Pieces and end of each chunk."""
     found, pieces = [], []
-    for item in read(files, tasks_of(chunks)):
+    for item in read(files.__getitem__, tasks_of(chunks)):
         if isinstance(item, Piece):
             pieces.append(item)
         else:

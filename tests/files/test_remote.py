@@ -343,7 +343,7 @@ def test_an_object_exchanged_after_it_was_listed_is_noticed_as_it_is_opened(s3, 
         forget()
         inputs = pickle.loads(stored)
     n_before = len(s3.requests)
-    found = list(read(inputs, work.tasks))
+    found = list(read(inputs.__getitem__, work.tasks))
     [failure] = found[-1].failures
     assert failure.message == "s3://bucket/in/a.parquet was changed during the run; start the same command again"
     asked = [request.method for request in s3.requests[n_before:] if request.path == "/bucket/in/a.parquet"]

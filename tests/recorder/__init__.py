@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider, as it is published, without a GPU: on CUDA libraries that compute nothing.
+"""ONNX Runtime's CUDA provider, as it is published, without a GPU: on stub CUDA libraries, which compute nothing.
 
 What a provider decides on the host it decides here as on a GPU: which nodes it takes, which kernels it launches in
 which types, what it copies, what it allocates and how it fails. What they compute is not to be had: device memory keeps

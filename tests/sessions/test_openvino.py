@@ -19,10 +19,9 @@ from jql_engine.engine import Engine
 from jql_engine.errors import BundleError, DeviceError, ParityError
 from jql_engine.sessions import certify as parity
 from jql_engine.sessions import openvino as session_file
-from jql_engine.sessions.base import SessionOptions, run_in_order
+from jql_engine.sessions.base import EngineOptions, SessionOptions, run_in_order
 from jql_engine.sessions.open import open_variant
 from jql_engine.sessions.select import TOLERANCE, choose
-from jql_engine.sessions.tensorrt.cache import EngineOptions
 from jql_export import probes
 from jql_export.readouts.head_file import read_head
 from jql_export.reference import Reference

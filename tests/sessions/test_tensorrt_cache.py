@@ -16,11 +16,11 @@ import pytest
 from jql_engine.bundle import MANIFEST, Bundle, EngineKey, describe_file
 from jql_engine.data import Budget
 from jql_engine.errors import BundleError, CacheError, DeviceError
+from jql_engine.sessions.base import EngineOptions
 from jql_engine.sessions.gpu import Gpu
 from jql_engine.sessions.tensorrt import cache as engine_files
 from jql_engine.sessions.tensorrt.build import Built, Library, load_library
 from jql_engine.sessions.tensorrt.cache import (
-    EngineOptions,
     build_ahead,
     engine_for,
     from_bundle,

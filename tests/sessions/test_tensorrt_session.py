@@ -10,10 +10,9 @@ from jql_engine.batching import plan_batches
 from jql_engine.data import Batch, BatchOutput, Budget, TokenBatch
 from jql_engine.errors import CacheError, DeviceError, InputError
 from jql_engine.sessions import certify as parity
-from jql_engine.sessions.base import run_in_order
+from jql_engine.sessions.base import EngineOptions, run_in_order
 from jql_engine.sessions.gpu import Buffer, Gpu
 from jql_engine.sessions.tensorrt.build import load_library
-from jql_engine.sessions.tensorrt.cache import EngineOptions
 from jql_engine.sessions.tensorrt.profiles import Profile
 from jql_engine.sessions.tensorrt.session import TensorRTSession, _Kernels, _view, full_batch, run_in_parts
 from jql_engine.tokenizer import Tokenizer

@@ -176,7 +176,7 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Everything."""
+    """All figures of one report, as the page shows them."""
 
     weight: Weight
     min_group: int

@@ -1,4 +1,4 @@
-"""How the inputs and outputs of a graph lie in a buffer; what they are is described in jql_engine.bundle."""
+"""How the inputs and outputs of a graph lie in a buffer; what they are is described in docs/bundle-format.md."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Field:
 
     @property
     def n_bytes(self) -> int:
-        """Size of all fields in bytes."""
+        """Size of the array in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 

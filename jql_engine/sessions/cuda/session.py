@@ -87,7 +87,7 @@ def fp32_twin(bundle: Bundle, variant: str) -> str | None:
         if (other.provider, other.layout, other.precision) == ("cuda", "packed", "fp32"):
             return name
     raise BundleError(
-        f"{bundle.path} has no packed fp32 graph for documents whose values leave the range of {variant}; it has "
+        f"{bundle.path} has no packed fp32 graph for documents that overflow {variant}; it has "
         f"{', '.join(variants)}: export again with --variant {variant} --variant cuda-fp32"
     )
 

@@ -23,31 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from jql_engine.bundle import Bundle, EngineKey
-from jql_engine.cache import cache_folder, locked, read_private, write_private
+from jql_engine.cache import locked, read_private, write_private
 from jql_engine.data import Budget
 from jql_engine.errors import BundleError, DeviceError
+from jql_engine.sessions.base import BATCH_TOKENS, EngineOptions
 from jql_engine.sessions.gpu import Gpu
 from jql_engine.sessions.tensorrt.build import RTX, TENSORRT, Built, Library, build, load_library
 from jql_engine.sessions.tensorrt.profiles import budget_for, profiles_of
 
-# Larger batches keep the GPU busier and need more memory; to be measured on each GPU.
-BATCH_TOKENS = 16384
 REPORT_SECONDS = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What a user may choose about engines."""
-
-    folder: Path | None = None  # where those built here lie, instead of the user's cache folder
-    build: bool = True  # False: one that fits must be there
-    library: str | None = None  # tensorrt or tensorrt-rtx, None: the first installed
-    batch_tokens: int = BATCH_TOKENS
-
-    @property
-    def cache(self) -> Path:
-        """Folder of what is built and compiled here."""
-        return self.folder or cache_folder("engines")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,11 @@ from jql_engine.bundle import Bundle
 from jql_engine.cache import read_private, write_private
 from jql_engine.data import Batch, BatchOutput, Budget
 from jql_engine.errors import CacheError, DeviceError
-from jql_engine.sessions.base import Fallback
+from jql_engine.sessions.base import EngineOptions, Fallback
 from jql_engine.sessions.fallback import Overflow
 from jql_engine.sessions.gpu import Buffer, Gpu
 from jql_engine.sessions.tensorrt.build import RTX, Library, deserialize
-from jql_engine.sessions.tensorrt.cache import EngineFile, EngineOptions, engine_for
+from jql_engine.sessions.tensorrt.cache import EngineFile, engine_for
 from jql_engine.sessions.tensorrt.profiles import INPUTS, OUTPUTS, Interface, Profile
 
 
