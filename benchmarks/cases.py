@@ -94,7 +94,7 @@ def run_job(job: Job, bundle: Bundle, session: Session, tokenizer: Tokenizer, ch
     chunk_bytes = CHUNK_BYTES[chunk] if isinstance(chunk, str) else chunk
     work = prepare(job, bundle, next(iter(bundle.manifest.variants)), chunk_bytes)
     meter = Meter(work.n_docs)
-    worker = Worker(bundle, session, tokenizer, dict(enumerate(work.targets)), work.claim)
+    worker = Worker(bundle, session, tokenizer, dict(enumerate(work.outputs)), work.claim)
     outcome = run(work, worker.run(work.tasks), meter, RunLog(None))
     work.release()
     assert not outcome.unfinished

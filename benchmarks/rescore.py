@@ -161,9 +161,9 @@ def _write_vectors(bundle: Bundle, folder: Path, n_docs: int) -> None:
             zeros = np.zeros((n, len(bundle.heads)), np.float32)
             scores = Scores(bundle.heads, zeros, np.ones(n, np.int32), np.zeros(n, bool), np.ones(n, bool), vectors)
             ids = pa.chunked_array([pa.array(range(segment.start, segment.stop))])
-            work.targets[segment.file].commit(segment, scores.to_table(), ids)
-    for target in work.targets:
-        target.assemble()
+            work.outputs[segment.file].commit(segment, scores.to_table(), ids)
+    for output in work.outputs:
+        output.assemble()
     work.release()
 
 

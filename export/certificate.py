@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from jql_engine.bundle import Bundle, sha256_of
-from jql_engine.certificate import CERTIFICATE, CUT, FORMAT, FlipShare
+from jql_engine.certificate import CERTIFICATE, CUT, FORMAT, REFERENCE_BF16, FlipShare
 from jql_engine.data import DocumentBatch, ScoreBatch, TokenBatch
 from jql_engine.decision.comparison import Comparison, Paired, compare, flips_at
 from jql_engine.decision.report.comparison import certificate_page
@@ -45,7 +45,6 @@ from jql_export.reference import Reference
 PAGE = "certificate.html"
 DOCUMENTS = 2_000
 SEED = 0
-REFERENCE_BF16 = "reference in bf16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def certify_bundle(
     lengths = sample.tokens.lengths
     report(f"{len(lengths):,} of {sample.n_read:,} documents, {lengths.sum():,} tokens; PyTorch in fp32")
     expected = _by_reference(bundle, checkpoint, readouts, sample.tokens, torch.float32)
-    report("PyTorch in bf16, as the original pipeline computes")
+    report(f"{REFERENCE_BF16}, as the original pipeline computes")
     in_bf16 = _by_reference(bundle, checkpoint, readouts, sample.tokens, torch.bfloat16)
     found = {REFERENCE_BF16: _compared(bundle, sample.tokens, expected, in_bf16)}
     for kind in ("cuda", "cpu"):

@@ -15,6 +15,7 @@ from jql_engine.fields import decode
 
 CERTIFICATE = "certificate.json"
 FORMAT = 1
+REFERENCE_BF16 = "PyTorch in bf16"  # what the original pipeline computes
 CUT = 0.6  # the quantile, of every head, at which documents are kept or not
 HOW = (
     "make one with jql-export --certify CORPUS --bundle BUNDLE --encoder E --head NAME=FILE ..., the encoder and heads "

@@ -31,7 +31,7 @@ from jql_engine.files.dictionaries import Column
 from jql_engine.files.formats import look
 from jql_engine.files.inputs import InputFile, SourceFile, find_files, identity
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import Target, is_finished
+from jql_engine.files.output import OutputFile, is_finished
 from jql_engine.files.parquet import describe_whole
 from jql_engine.files.reading import Cursor
 from jql_engine.job.check import check_apart
@@ -104,7 +104,7 @@ def keep_rows(
         replace(job, chunk_rows=WHOLE_ROWS),
         claim,
         look,
-        partial(_target, out, joined),
+        partial(_output, out, joined),
         WHOLE_BYTES,
         description=thresholds,
     )
@@ -120,8 +120,8 @@ def _check_apart(out: Location, joined: Joined, scores: Sequence[str]) -> None:
         check_apart(out, given)
     places = {identity(file.source.location) for file in joined.files.files}
     for file in joined.files.files:
-        if identity(target := file.source.relative.below(out)) in places:
-            raise OutputError(f"the kept rows would take the place of the scores {target}; choose another --out")
+        if identity(output := file.source.relative.below(out)) in places:
+            raise OutputError(f"the kept rows would take the place of the scores {output}; choose another --out")
 
 
 def _check_all_given(job: Job, joined: Joined) -> None:
@@ -165,8 +165,8 @@ def _settings(joined: Joined, source: SourceFile) -> dict[str, Any]:
     }
 
 
-def _target(out: Location, joined: Joined, file: InputFile) -> Target:
-    return Target(out, file, file.schema, "derived", {}, own=_settings(joined, file.source))
+def _output(out: Location, joined: Joined, file: InputFile) -> OutputFile:
+    return OutputFile(out, file, file.schema, "derived", {}, own=_settings(joined, file.source))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,13 +179,13 @@ class Copying:
 
     def open(
         self,
-        targets: Mapping[int, Target],
+        outputs: Mapping[int, OutputFile],
         stop: threading.Event,
         executed: Callable[[int, int, int], None],
         say: Callable[[str], None],  # noqa: ARG002
     ) -> Callable[[Iterable[Task]], Generator[ChunkDone]]:
         """See jql_engine.job.pool.Spec."""
-        return Copier(self.joined, targets, self.claim, stop, executed).run
+        return Copier(self.joined, outputs, self.claim, stop, executed).run
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ class Copier:
     """Tasks in, committed chunks out: read | write, each in its thread."""
 
     joined: Joined
-    targets: Mapping[int, Target]  # by the number of the file; may change while tasks come
+    outputs: Mapping[int, OutputFile]  # by the number of the file; may change while tasks come
     claim: Claim
     stop: threading.Event
     executed: Callable[[int, int, int], None]
@@ -221,22 +221,22 @@ class Copier:
 
     def _kept(self, segment: Segment) -> pa.Table:
         """The kept rows of a segment; texts as distinct values, until they are written."""
-        target, files = self.targets[segment.file], self.joined.files
-        columns = [Column() for _ in target.scores]
-        for column, field in zip(columns, target.scores, strict=True):
+        output, files = self.outputs[segment.file], self.joined.files
+        columns = [Column() for _ in output.scores]
+        for column, field in zip(columns, output.scores, strict=True):
             column.add(pa.chunked_array([], field.type))
-        cursor = Cursor(target.file, segment.start, None)
-        number = self.joined.number_of(target.file.source)
+        cursor = Cursor(output.file, segment.start, None)
+        number = self.joined.number_of(output.file.source)
         for rows in files.read_rows(number, segment.start, segment.stop):
             kept = pa.array(self.joined.cut.kept(rows))
             at = 0
             for batch in cursor.take(len(rows)):
-                _check_ids(batch, rows.columns.slice(at, batch.num_rows), files.extra_columns, target, rows.start + at)
+                _check_ids(batch, rows.columns.slice(at, batch.num_rows), files.extra_columns, output, rows.start + at)
                 mine = kept.slice(at, batch.num_rows)
                 for column, part in zip(columns, batch.columns, strict=True):
                     column.add(pa.chunked_array([_filtered(part, mine)]))
                 at += batch.num_rows
-        return pa.table([column.rows() for column in columns], names=target.scores.names)
+        return pa.table([column.rows() for column in columns], names=output.scores.names)
 
     def _write(self, items: Iterator[tuple[Segment, pa.Table] | ChunkEnd]) -> Iterator[ChunkEnd]:
         failures: list[Failure] = []
@@ -248,7 +248,7 @@ class Copier:
             segment, table = item
             self.claim.check()
             try:
-                self.targets[segment.file].commit(segment, table)
+                self.outputs[segment.file].commit(segment, table)
             except InputError as error:
                 failures.append(Failure(segment, str(error)))
 
@@ -263,12 +263,14 @@ def _filtered(column: pa.Array, kept: pa.BooleanArray) -> pa.Array:
         return pa.concat_arrays([column.slice(0, 0), *runs])
 
 
-def _check_ids(batch: pa.RecordBatch, scores: pa.RecordBatch, ids: Sequence[str], target: Target, first: int) -> None:
+def _check_ids(
+    batch: pa.RecordBatch, scores: pa.RecordBatch, ids: Sequence[str], output: OutputFile, first: int
+) -> None:
     """Raise InputError where a row's scores are of another document."""
     for name in ids:
         if batch.schema.names.count(name) == 1 and (found := first_difference(batch.column(name), scores.column(name))):
             row, own, scored = found
             raise InputError(
-                f"{target.file.source.location}: row {first + row} has {name} {own!r}, its scores are of {scored!r}; "
+                f"{output.file.source.location}: row {first + row} has {name} {own!r}, its scores are of {scored!r}; "
                 "they are of another file"
             )

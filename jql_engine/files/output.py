@@ -57,7 +57,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class OutputFile:
     """Where the scores of one input file go, and what is written into its metadata."""
 
     out: Location
@@ -256,22 +256,22 @@ def shown(key: str, value: object) -> str:
     return f"{key} {value[:12]}" if isinstance(value, str) and SHA256.fullmatch(value) else f"{key} {value!r}"
 
 
-def is_finished(target: Location, settings: Settings) -> bool:
-    """True if `target` is the complete output of this very job; raises OutputError if it is another's."""
-    with explained(target, "looked for"):
-        if not exists(target):
+def is_finished(output: Location, settings: Settings) -> bool:
+    """True if `output` is the complete output of this very job; raises OutputError if it is another's."""
+    with explained(output, "looked for"):
+        if not exists(output):
             return False
-    check_settings(target, settings)
+    check_settings(output, settings)
     return True
 
 
-def check_settings(target: Location, settings: Settings) -> None:
-    """Raise OutputError where the finished file or part `target` was not written with these `settings`."""
-    metadata = _metadata_of(target)
+def check_settings(output: Location, settings: Settings) -> None:
+    """Raise OutputError where the finished file or part `output` was not written with these `settings`."""
+    metadata = _metadata_of(output)
     try:
         found = dict(json.loads(metadata[METADATA_KEY]))
     except (KeyError, TypeError, ValueError) as error:
-        raise OutputError(f"{target} exists and was not written by jql-run; move it, or give --overwrite") from error
+        raise OutputError(f"{output} exists and was not written by jql-run; move it, or give --overwrite") from error
     if not (different := differences(settings, found)):
         return
     key = different[0]
@@ -280,17 +280,17 @@ def check_settings(target: Location, settings: Settings) -> None:
         size = f"{then} bytes then, {now} now" if then != now else "of the same size, but written anew"
         what = f"its source ({size})" if OF_SOURCE & set(different) else "the score file that it is made of"
         raise OutputError(
-            f"{target} exists and was computed before {what} changed; bring that back, choose another --out, or start "
+            f"{output} exists and was computed before {what} changed; bring that back, choose another --out, or start "
             "over with --overwrite"
         )
     then, now = found.get("limit"), settings.get("limit")
     if different == ["limit"] and None not in (then, now):
         raise OutputError(
-            f"{target} exists and holds the first {then} of its documents, and --limit takes {now} of them now: with "
+            f"{output} exists and holds the first {then} of its documents, and --limit takes {now} of them now: with "
             "other inputs the first documents are others; choose another --out, or start over with --overwrite"
         )
     raise OutputError(
-        f"{target} exists and was computed with other settings: {shown(key, found.get(key))} then, "
+        f"{output} exists and was computed with other settings: {shown(key, found.get(key))} then, "
         f"{shown(key, settings.get(key))} now; give it again as it was then, choose another --out, or "
         "start over with --overwrite"
     )
@@ -306,15 +306,15 @@ def stored_settings(file: Location) -> dict[str, Any]:
     return dict(json.loads(_metadata_of(file).get(METADATA_KEY, b"{}")))
 
 
-def _metadata_of(target: Location) -> dict[bytes, bytes]:
+def _metadata_of(output: Location) -> dict[bytes, bytes]:
     """Of a parquet file; empty where it is none."""
-    with explained(target, "read"):
+    with explained(output, "read"):
         try:
-            return dict(read_schema(target).metadata or {})
+            return dict(read_schema(output).metadata or {})
         except pa.ArrowException:
             return {}
         except OSError:
-            if is_remote(target):
+            if is_remote(output):
                 raise
             return {}
 
@@ -342,18 +342,18 @@ def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 @contextmanager
-def explained(target: Location, done: str = "written") -> Iterator[None]:
+def explained(output: Location, done: str = "written") -> Iterator[None]:
     """What the file system says, as an OutputError."""
     try:
         yield
     except EngineError:
         raise
     except OSError as error:
-        place = f" in {tempfile.gettempdir()}" if is_remote(target) else ""
+        place = f" in {tempfile.gettempdir()}" if is_remote(output) else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = f"free some space{place}" if full else "check the folder"
-        raise OutputError(f"{target} cannot be {done}: {error.strerror or error}; {advice} and start again") from error
+        raise OutputError(f"{output} cannot be {done}: {error.strerror or error}; {advice} and start again") from error
     except Exception as error:  # every file system has errors of its own
-        if not is_remote(target):
+        if not is_remote(output):
             raise
-        raise OutputError(f"{target} cannot be {done}: {type(error).__name__}: {error}; start again") from error
+        raise OutputError(f"{output} cannot be {done}: {type(error).__name__}: {error}; start again") from error

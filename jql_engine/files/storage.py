@@ -96,7 +96,7 @@ def exists(location: Location) -> bool:
 def remove_file(location: Location) -> None:
     """Remove a file that may be gone already."""
     with suppress(FileNotFoundError):
-        retry(location, lambda: _remove(location))
+        retry(location, lambda: remove_existing(location))
 
 
 def remove_files(files: Sequence[Location]) -> None:
@@ -105,7 +105,8 @@ def remove_files(files: Sequence[Location]) -> None:
         list(pool.map(remove_file, files))
 
 
-def _remove(location: Location) -> None:
+def remove_existing(location: Location) -> None:
+    """Remove a file that is there; raises FileNotFoundError where it is not."""
     if isinstance(location, Path):
         location.unlink()
         return

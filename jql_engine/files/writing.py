@@ -20,7 +20,7 @@ from upath import UPath
 
 from jql_engine.files.location import OBJECT_STORES, Location, is_remote
 from jql_engine.files.retries import T, retry
-from jql_engine.files.storage import REMOTE_BLOCK, _remove, open_read, remove_file
+from jql_engine.files.storage import REMOTE_BLOCK, open_read, remove_existing, remove_file
 from jql_engine.files.versions import version_of
 
 # What a store answers where a file that must not exist does; fsspec makes a FileExistsError of most of these.
@@ -124,9 +124,9 @@ def _upload_aside(target: UPath, aside: UPath, put: Callable[..., object], repla
     _made(aside, lambda: put(aside.path))
     if target.exists():  # not every file system moves onto a file, and HDFS does not even say so
         if not replace:
-            _remove(aside)
+            remove_existing(aside)
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-        _remove(target)
+        remove_existing(target)
     _made(target, lambda: target.fs.mv(aside.path, target.path))
 
 

@@ -12,7 +12,7 @@ from jql_engine.errors import InputError, PartsError, UnreadableError
 from jql_engine.files.chunks import ChunkDone, Task
 from jql_engine.files.inputs import SourceFile
 from jql_engine.files.location import Location
-from jql_engine.files.output import Target, explained
+from jql_engine.files.output import OutputFile, explained
 from jql_engine.files.parts import Leftovers, find_leftovers
 from jql_engine.files.storage import exists
 from jql_engine.job.apart import Child, CrashError
@@ -38,30 +38,30 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
 
     Raises OutputError where nothing can be written, or another job has taken the output folder.
     """
-    ledger = _Ledger(work.targets, work.tasks, meter)
+    ledger = _Ledger(work.outputs, work.tasks, meter)
     with _Assembly(work.claim) as assembly:
         for number in ledger.all_there():
-            assembly.begin(number, work.targets[number])
+            assembly.begin(number, work.outputs[number])
         for done in chunks_done:
             meter.record(done)
             _log(log, done, ledger, meter)
             for number in ledger.record(done):
-                assembly.begin(number, work.targets[number])
+                assembly.begin(number, work.outputs[number])
             for number, error in assembly.failures(wait=False):
                 ledger.fail(number, error)
         for number, error in assembly.failures(wait=True):
             ledger.fail(number, error)
-    if work.targets:
+    if work.outputs:
         work.claim.check()
         # Again: the workers of a killed run live on for a moment, in which this run had begun already.
         leftovers = find_leftovers(work.claim.out)
         with explained(work.claim.out, "looked at"):
             stale = list(_useless_parts(ledger.done(), leftovers))
-        tidy(work.claim.out, [target.file.source for target in work.targets], stale, leftovers)
+        tidy(work.claim.out, [output.file.source for output in work.outputs], stale, leftovers)
     unfinished = [*work.unreadable, *ledger.failed.values(), *(work.listing.gone if work.listing else ())]
     # A run that was stopped has files that are neither done nor failed. Those that cannot be read are in the next
     # listing as well; they do not keep the others from being made.
-    is_through = len(ledger.done()) + len(ledger.failed) == len(work.targets)
+    is_through = len(ledger.done()) + len(ledger.failed) == len(work.outputs)
     if is_through and not ledger.again:
         work.run_file.end(unfinished)
     if work.listing is not None and is_through:
@@ -73,16 +73,16 @@ def run(work: Work, chunks_done: Iterable[ChunkDone], meter: Meter, log: RunLog)
     return Outcome(len(ledger.done()), unfinished, is_through and not ledger.again)
 
 
-def _useless_parts(done: Sequence[Target], leftovers: Leftovers) -> Iterator[Location]:
+def _useless_parts(done: Sequence[OutputFile], leftovers: Leftovers) -> Iterator[Location]:
     """Parts of finished files, also those that a job which lost the folder wrote last.
 
     Whoever takes the folder over removes a finished file before it writes parts of it: while that is there, parts that
     were found before are nobody's.
     """
-    for target in done:
-        parts = leftovers.parts.get(target.file.source.relative.text, ())
-        if parts and exists(target.final):
-            yield from (target.parts / part.name for part in parts)
+    for output in done:
+        parts = leftovers.parts.get(output.file.source.relative.text, ())
+        if parts and exists(output.final):
+            yield from (output.parts / part.name for part in parts)
 
 
 def _log(log: RunLog, done: ChunkDone, ledger: _Ledger, meter: Meter) -> None:
@@ -95,8 +95,8 @@ def _log(log: RunLog, done: ChunkDone, ledger: _Ledger, meter: Meter) -> None:
 class _Ledger:
     """What is left of each file."""
 
-    def __init__(self, targets: Sequence[Target], tasks: Sequence[Task], meter: Meter) -> None:
-        self._targets, self._meter = targets, meter
+    def __init__(self, outputs: Sequence[OutputFile], tasks: Sequence[Task], meter: Meter) -> None:
+        self._outputs, self._meter = outputs, meter
         self._left = Counter(segment.file for task in tasks for segment in task.chunk.segments)
         self.failed: dict[int, Unfinished] = {}
         self.again: set[int] = set()  # of those, what the same command must make
@@ -106,7 +106,7 @@ class _Ledger:
 
     def all_there(self) -> list[int]:
         """Files whose parts are all done by a run that ended before it could join them."""
-        return [number for number in range(len(self._targets)) if number not in self._left]
+        return [number for number in range(len(self._outputs)) if number not in self._left]
 
     def record(self, done: ChunkDone) -> Iterator[int]:
         """Strike out what is done; yield the files whose parts are all there now."""
@@ -115,7 +115,7 @@ class _Ledger:
             self.fail(failure.segment.file, InputError(failure.message))
         for segment in done.task.chunk.segments:
             self._left[segment.file] -= segment not in failed
-            if not self._left[segment.file] and not self._targets[segment.file].is_whole(segment):
+            if not self._left[segment.file] and not self._outputs[segment.file].is_whole(segment):
                 yield segment.file
 
     def fail(self, number: int, error: InputError | PartsError) -> None:
@@ -125,13 +125,13 @@ class _Ledger:
         if isinstance(error, PartsError):
             self.again.add(number)
 
-    def done(self) -> list[Target]:
+    def done(self) -> list[OutputFile]:
         """Files that this run has finished, once it is through."""
         undone = {number for number, count in self._left.items() if count} | self.failed.keys()
-        return [target for number, target in enumerate(self._targets) if number not in undone]
+        return [output for number, output in enumerate(self._outputs) if number not in undone]
 
     def _source(self, number: int) -> SourceFile:
-        return self._targets[number].file.source
+        return self._outputs[number].file.source
 
 
 class _Assembly:
@@ -146,8 +146,8 @@ class _Assembly:
         self._pool = ThreadPoolExecutor(ASSEMBLERS, thread_name_prefix="assemble")
         self._running: list[tuple[int, Future[None]]] = []
 
-    def begin(self, number: int, target: Target) -> None:
-        self._running.append((number, self._pool.submit(self._assemble, target)))
+    def begin(self, number: int, output: OutputFile) -> None:
+        self._running.append((number, self._pool.submit(self._assemble, output)))
 
     def failures(self, wait: bool) -> Iterator[tuple[int, InputError | PartsError]]:
         """Files that could not be finished, of those that are through, or, with `wait`, of all; raises OutputError."""
@@ -159,12 +159,12 @@ class _Assembly:
             except (InputError, PartsError) as error:
                 yield number, error
 
-    def _assemble(self, target: Target) -> None:
+    def _assemble(self, output: OutputFile) -> None:
         child = self._free.get()
         try:
-            child.call(target.assemble, self._claim.check)
+            child.call(output.assemble, self._claim.check)
         except CrashError as error:
-            raise UnreadableError(f"{target.file.source.location} or its scores cannot be read: {error}") from error
+            raise UnreadableError(f"{output.file.source.location} or its scores cannot be read: {error}") from error
         finally:
             self._free.put(child)
 

@@ -116,7 +116,7 @@ def run_work(
     """Do what is left of `job` with a worker for each of `specs`, and return the summary; `on` names what is done."""
     meter = Meter(work.n_docs, max(1, min(len(specs), len(work.tasks))), started=began)
     meter.say(_beginning(job, on, work))
-    if n_untraceable := sum(not target.file.source.is_traceable for target in work.targets):
+    if n_untraceable := sum(not output.file.source.is_traceable for output in work.outputs):
         meter.say(
             f"jql: of {counted(n_untraceable, 'file')} the server tells neither an entity tag nor a time: a change of "
             "one that keeps its size will not be noticed"
@@ -127,7 +127,7 @@ def run_work(
     def executed(done: Executed) -> None:
         meter.executed(done.documents, done.tokens, done.padding)
 
-    pool = Pool(specs, work.targets, stop, executed, lambda line: meter.say(f"jql: {line}"))
+    pool = Pool(specs, work.outputs, stop, executed, lambda line: meter.say(f"jql: {line}"))
     ended: list[Unfinished] = []
     try:
         with closing(pool.run(work.tasks)) as chunks:
@@ -146,7 +146,7 @@ def _say(line: str) -> None:
 
 def _beginning(job: Job, on: str, work: Work) -> str:
     left = work.n_docs
-    begun = sum(target.file.n_rows for target in work.targets) - left
+    begun = sum(output.file.n_rows for output in work.outputs) - left
     kept = f"; {counted(begun, 'document')} of those files done already" if begun and job.limit is None else ""
     finished = f"; {counted(work.n_finished, 'file')} finished already" if work.n_finished else ""
     rank = f"; rank {job.rank.rank} of {job.rank.world_size} ({job.rank.said_by})" if job.rank.world_size > 1 else ""
@@ -156,7 +156,7 @@ def _beginning(job: Job, on: str, work: Work) -> str:
             f"; {counted(work.listing.n_new, 'file')} appeared since the ranks began: start all ranks again for what "
             "is new once they are through"
         )
-    return f"{counted(left, 'document')} in {counted(len(work.targets), 'file')}{kept}{finished}; {on}{rank}{new}"
+    return f"{counted(left, 'document')} in {counted(len(work.outputs), 'file')}{kept}{finished}; {on}{rank}{new}"
 
 
 def _end(job: Job, outcome: Outcome, meter: Meter, done: str) -> str:

@@ -15,7 +15,7 @@ from jql_engine.errors import EngineError, OutputError, UnreadableError
 from jql_engine.files.chunks import Chunk, Task, split
 from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files, with_shared_schemas
 from jql_engine.files.location import Location
-from jql_engine.files.output import Kind, Target, check_settings, explained, is_finished, is_written_by_us
+from jql_engine.files.output import Kind, OutputFile, check_settings, explained, is_finished, is_written_by_us
 from jql_engine.files.parts import JOB, PARTS, Leftovers, Part, aside_for, find_leftovers, key_of, parts_folder
 from jql_engine.files.storage import list_files, remove_empty_folders, remove_file, remove_files
 from jql_engine.files.versions import version_of
@@ -67,7 +67,7 @@ class Work:
     """What is left to do of a job."""
 
     claim: Claim
-    targets: list[Target]
+    outputs: list[OutputFile]
     tasks: list[Task]
     n_finished: int  # files
     unreadable: list[Unfinished]
@@ -80,7 +80,7 @@ class Work:
         It need not go on with what it has `ended` without; the parts of such a file stay, for a start that may read it.
         """
         names = {one.name for one in ended}
-        mine = (target.file.source.relative for target in self.targets)
+        mine = (output.file.source.relative for output in self.outputs)
         self.claim.release(name for name in mine if name.text not in names)
 
     @property
@@ -125,7 +125,7 @@ def plan(
     job: Job,
     claim: Claim,
     look: Look,
-    target_of: Callable[[InputFile], Target],
+    output_of: Callable[[InputFile], OutputFile],
     chunk_bytes: int,
     unfinished: Sequence[Unfinished] = (),
     description: Location | None = None,
@@ -148,38 +148,40 @@ def plan(
         before: Versions = {}
         if is_shared:
             if job.rank.world_size > 1 and not is_frozen(claim.out, key_of(claim.settings)):
-                _check_first(job, listed.files, look, target_of)
+                _check_first(job, listed.files, look, output_of)
             before = _take(claim, job, listed.files)
         sources, shared = _share(job, claim, listed.files, look) if is_shared else (listed.files, None)
         with Child() as child:
             seen = look_into(job, child, sources, look)
-            targets = [target_of(file) for file in seen.files]
+            outputs = [output_of(file) for file in seen.files]
             finished = seen.finished
             if job.limit is not None and not job.overwrite:
-                finished = [target.file.source for target in targets if is_finished(target.final, target.settings)]
-                targets = [target for target in targets if target.file.source not in set(finished)]
+                finished = [output.file.source for output in outputs if is_finished(output.final, output.settings)]
+                outputs = [output for output in outputs if output.file.source not in set(finished)]
             if not is_shared:  # only now: where an input cannot be used, nothing is written
-                before = _take(claim, job, [*(target.file.source for target in targets), *finished, *seen.damaged])
+                before = _take(claim, job, [*(output.file.source for output in outputs), *finished, *seen.damaged])
             names = {source.relative.text for source in listed.files}
             lacking = [replace(one, name=None) if one.name in names else one for one in unfinished]
             unreadable = [*lacking, *refused, *seen.unreadable]
-            with begun(run_file, targets, unreadable, names, job.overwrite):
-                if description is not None and targets:
+            with begun(run_file, outputs, unreadable, names, job.overwrite):
+                if description is not None and outputs:
                     with explained(description, "removed"):
                         remove_file(description)
-                _remove_earlier(claim.out, [*(target.file.source for target in targets), *seen.damaged], before)
-                tasks = _tasks_left(job, claim, targets, finished, chunk_bytes, child)
+                _remove_earlier(claim.out, [*(output.file.source for output in outputs), *seen.damaged], before)
+                tasks = _tasks_left(job, claim, outputs, finished, chunk_bytes, child)
     except BaseException:
         claim.release(source.relative for source in listed.files)
         raise
-    return Work(claim, targets, tasks, len(finished), unreadable, run_file, shared)
+    return Work(claim, outputs, tasks, len(finished), unreadable, run_file, shared)
 
 
-def _check_first(job: Job, sources: Sequence[SourceFile], look: Look, target_of: Callable[[InputFile], Target]) -> None:
+def _check_first(
+    job: Job, sources: Sequence[SourceFile], look: Look, output_of: Callable[[InputFile], OutputFile]
+) -> None:
     """Raise what is wrong with the command before the first rank makes a listing that others would be bound to."""
     with Child() as child:
         for file in look_into(job, child, sources if job.limit else share(sources, job.rank), look).files:
-            target_of(file)
+            output_of(file)
 
 
 def _take(claim: Claim, job: Job, sources: Sequence[SourceFile]) -> Versions:
@@ -225,13 +227,13 @@ def _share(
 def _tasks_left(
     job: Job,
     claim: Claim,
-    targets: Sequence[Target],
+    outputs: Sequence[OutputFile],
     finished: Sequence[SourceFile],
     chunk_bytes: int,
     child: Child,
 ) -> list[Task]:
-    """Chunks that are not done. With --overwrite none is: what is there of `targets` is removed."""
-    mine = [target.file.source for target in targets]
+    """Chunks that are not done. With --overwrite none is: what is there of `outputs` is removed."""
+    mine = [output.file.source for output in outputs]
     with explained(claim.out / PARTS, "listed"):
         leftovers = find_leftovers(claim.out)
     if not (job.overwrite or job.assume_unchanged):
@@ -244,7 +246,7 @@ def _tasks_left(
         for part in leftovers.parts.get(source.relative.text, ())
     ]
     tidy(claim.out, [*mine, *finished], stale, leftovers)
-    return list(_tasks(job, targets, chunk_bytes, {} if job.overwrite else leftovers.parts, child))
+    return list(_tasks(job, outputs, chunk_bytes, {} if job.overwrite else leftovers.parts, child))
 
 
 def _remove_earlier(out: Location, sources: Sequence[SourceFile], before: Versions) -> None:
@@ -330,31 +332,31 @@ def tidy(out: Location, sources: Sequence[SourceFile], stale: Sequence[Location]
 
 
 def _tasks(
-    job: Job, targets: Sequence[Target], chunk_bytes: int, parts: Mapping[str, set[Part]], child: Child
+    job: Job, outputs: Sequence[OutputFile], chunk_bytes: int, parts: Mapping[str, set[Part]], child: Child
 ) -> Iterator[Task]:
     """Chunks that are not done; raises OutputError for parts of another job."""
     done: dict[int, set[tuple[int, int]]] = {}
-    for number, target in enumerate(targets):
-        if found := sorted(parts.get(target.file.source.relative.text, ())):
-            usable = child.each(partial(_is_usable, target), found, partial(_remove_part, target))
+    for number, output in enumerate(outputs):
+        if found := sorted(parts.get(output.file.source.relative.text, ())):
+            usable = child.each(partial(_is_usable, output), found, partial(_remove_part, output))
             done[number] = {part.rows for part, fine in zip(found, usable, strict=True) if fine}
-    chunks = split([target.file for target in targets], job.chunk_rows, chunk_bytes)
+    chunks = split([output.file for output in outputs], job.chunk_rows, chunk_bytes)
     for number, chunk in enumerate(chunks):
         left = tuple(s for s in chunk.segments if (s.start, s.stop) not in done.get(s.file, ()))
         if left:
             yield Task(number, Chunk(left))
 
 
-def _remove_part(target: Target, part: Part, _: CrashError) -> bool:
-    remove_file(target.parts / part.name)
+def _remove_part(output: OutputFile, part: Part, _: CrashError) -> bool:
+    remove_file(output.parts / part.name)
     return False
 
 
-def _is_usable(target: Target, part: Part) -> bool:
+def _is_usable(output: OutputFile, part: Part) -> bool:
     """Whether a part can be read; removes one that cannot. Raises OutputError where it is another job's."""
-    place = target.parts / part.name
+    place = output.parts / part.name
     if not is_written_by_us(place):
         remove_file(place)
         return False
-    check_settings(place, target.settings)
+    check_settings(place, output.settings)
     return True

@@ -24,7 +24,7 @@ from typing import Protocol, TypeAlias
 
 from jql_engine.errors import EngineError
 from jql_engine.files.chunks import Chunk, ChunkDone, Failure, Task
-from jql_engine.files.output import Target
+from jql_engine.files.output import OutputFile
 from jql_engine.files.retries import RetryPolicy, current_retries, set_retries
 from jql_engine.job.apart import die_with_parent, start
 from jql_engine.printing import counted
@@ -45,14 +45,14 @@ class Spec(Protocol):
 
     def open(
         self,
-        targets: Mapping[int, Target],
+        outputs: Mapping[int, OutputFile],
         stop: threading.Event,
         executed: Callable[[int, int, int], None],
         say: Callable[[str], None],
     ) -> Callable[[Iterable[Task]], Generator[ChunkDone]]:
         """Get ready; returns what turns tasks into committed chunks.
 
-        `targets` are those of the tasks in hand; once `stop` is set no other chunk is begun; `executed` is told of
+        `outputs` are those of the tasks in hand; once `stop` is set no other chunk is begun; `executed` is told of
         documents, tokens and padding as they are computed, `say` of what takes minutes, a sentence each.
         """
         ...
@@ -81,10 +81,10 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A task, and the targets of its files; a worker has no others, however many files the job has."""
+    """A task, and the outputs of its files; a worker has no others, however many files the job has."""
 
     task: Task
-    targets: dict[int, Target]
+    outputs: dict[int, OutputFile]
 
 
 Message: TypeAlias = Ready | Said | Executed | ChunkDone | EngineError
@@ -153,13 +153,13 @@ class Pool:
     def __init__(
         self,
         specs: Sequence[Spec],
-        targets: Sequence[Target],
+        outputs: Sequence[OutputFile],
         stop: threading.Event,
         executed: Callable[[Executed], None] = lambda _: None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
         """One process for each of `specs`; `report` is told of deaths, one sentence each."""
-        self._specs, self._targets, self._stop, self._executed, self._report = specs, targets, stop, executed, report
+        self._specs, self._outputs, self._stop, self._executed, self._report = specs, outputs, stop, executed, report
         self._deaths: Counter[int] = Counter()
         self._numbers = count()  # of chunks to come
         self._stillborn = 0  # deaths in a row of workers that were not ready
@@ -258,13 +258,13 @@ class Pool:
 
     def _describe(self, task: Task) -> str:
         first, *others = task.chunk.segments
-        location = self._targets[first.file].file.source.location
+        location = self._outputs[first.file].file.source.location
         more = f" and {counted(len(others), 'more file')}" if others else ""
         return f"{location} rows {first.start} to {first.stop}{more}"
 
     def _give(self, worker: _Process, task: Task) -> None:
         worker.in_hand[task.number], worker.file = task, _file(task)
-        _send(worker, Order(task, {s.file: self._targets[s.file] for s in task.chunk.segments}))
+        _send(worker, Order(task, {s.file: self._outputs[s.file] for s in task.chunk.segments}))
 
 
 def _file(task: Task) -> int:
@@ -293,9 +293,9 @@ def work(connection: Connection, spec: Spec, retries: RetryPolicy) -> None:
     set_retries(retries)
     die_with_parent()
     tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-    targets = _Held()
+    outputs = _Held()
     stop, sending = threading.Event(), threading.Lock()
-    threading.Thread(target=_listen, args=(connection, tasks, targets, stop), daemon=True).start()
+    threading.Thread(target=_listen, args=(connection, tasks, outputs, stop), daemon=True).start()
 
     def send(message: Message) -> None:
         with sending:
@@ -303,11 +303,11 @@ def work(connection: Connection, spec: Spec, retries: RetryPolicy) -> None:
 
     try:
         progress = _Progress(send)
-        run = spec.open(targets, stop, progress.executed, lambda line: send(Said(line)))
+        run = spec.open(outputs, stop, progress.executed, lambda line: send(Said(line)))
         send(Ready())
         for done in run(iter(tasks.get, None)):
             progress.flush()
-            targets.release(done.task)
+            outputs.release(done.task)
             send(done)
     except EngineError as error:
         send(error)
@@ -320,7 +320,7 @@ def work(connection: Connection, spec: Spec, retries: RetryPolicy) -> None:
 
 
 def _listen(
-    connection: Connection, tasks: queue.SimpleQueue[Task | None], targets: _Held, stop: threading.Event
+    connection: Connection, tasks: queue.SimpleQueue[Task | None], outputs: _Held, stop: threading.Event
 ) -> None:
     while True:
         try:
@@ -331,12 +331,12 @@ def _listen(
             stop.set()
             tasks.put(None)
         else:
-            targets.hold(message)
+            outputs.hold(message)
             tasks.put(message.task)
 
 
-class _Held(dict[int, Target]):
-    """The targets of the tasks that a worker has in hand."""
+class _Held(dict[int, OutputFile]):
+    """The outputs of the tasks that a worker has in hand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -345,9 +345,9 @@ class _Held(dict[int, Target]):
 
     def hold(self, order: Order) -> None:
         with self._lock:
-            for number, target in order.targets.items():
-                self.setdefault(number, target)  # the same object: its file is read on where the last chunk ended
-            self._users.update(list(order.targets))
+            for number, output in order.outputs.items():
+                self.setdefault(number, output)  # the same object: its file is read on where the last chunk ended
+            self._users.update(list(order.outputs))
 
     def release(self, task: Task) -> None:
         with self._lock:

@@ -22,7 +22,7 @@ from jql_engine.files.dictionaries import encode, is_text
 from jql_engine.files.formats import look
 from jql_engine.files.inputs import Columns, InputFile, SourceFile
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import METADATA_KEY, Target, is_finished
+from jql_engine.files.output import METADATA_KEY, OutputFile, is_finished
 from jql_engine.files.parquet import describe_whole
 from jql_engine.files.reading import Cursor
 from jql_engine.job.claim import Claim
@@ -41,10 +41,10 @@ def prepare_rescoring(job: Job, bundle: Bundle) -> Work:
     Readouts.of(bundle)  # what is wrong with them is said before the folder is taken
     out = locate(job.out)
     claim = Claim(out, {"rescored": True, "bundle": bundle.hash, "heads": list(bundle.heads)})
-    target_of = partial(_target, out, bundle)
+    output_of = partial(_output, out, bundle)
     look = partial(_describe_unfinished, bundle, None if job.overwrite else out)
     unfinished = [one for given in job.inputs for one in check_finished(given)]  # has no vectors, and no scores then
-    return plan(replace(job, chunk_rows=WHOLE_ROWS), claim, look, target_of, WHOLE_BYTES, unfinished)
+    return plan(replace(job, chunk_rows=WHOLE_ROWS), claim, look, output_of, WHOLE_BYTES, unfinished)
 
 
 def _describe_unfinished(
@@ -100,7 +100,7 @@ def _settings(file: InputFile, bundle: Bundle) -> dict[str, Any]:
     return {**before, "bundle": bundle.hash, "heads": list(bundle.heads), "rescored_from": file.source.version}
 
 
-def _target(out: Location, bundle: Bundle, file: InputFile) -> Target:
+def _output(out: Location, bundle: Bundle, file: InputFile) -> OutputFile:
     """The stored columns with the new heads' in the place of the old ones', and without the vectors."""
     old = {score_column(head) for head in _stored_settings(file.schema)["heads"]}
     kept = [field for field in file.schema if field.name not in old and field.name != EMBEDDING]
@@ -111,7 +111,7 @@ def _target(out: Location, bundle: Bundle, file: InputFile) -> Target:
             f"{file.source.location}: a column {min(clash)!r} has the name of a score column; choose other head names"
         )
     columns = pa.schema([*kept[:at], *new, *kept[at:]])
-    return Target(out, file, columns, "derived", {}, own=_settings(file, bundle))
+    return OutputFile(out, file, columns, "derived", {}, own=_settings(file, bundle))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +124,14 @@ class Rescoring:
 
     def open(
         self,
-        targets: Mapping[int, Target],
+        outputs: Mapping[int, OutputFile],
         stop: threading.Event,
         executed: Callable[[int, int, int], None],
         say: Callable[[str], None],  # noqa: ARG002
     ) -> Callable[[Iterable[Task]], Generator[ChunkDone]]:
         """Load the heads; see jql_engine.job.pool.Spec."""
         self.bundle.check_still_there()
-        return Rescorer(Readouts.of(self.bundle), targets, self.claim, stop, executed).run
+        return Rescorer(Readouts.of(self.bundle), outputs, self.claim, stop, executed).run
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class Rescorer:
     """Tasks in, committed chunks out: read | execute | write, each in its thread."""
 
     readouts: Readouts
-    targets: Mapping[int, Target]  # by the number of the file; may change while tasks come
+    outputs: Mapping[int, OutputFile]  # by the number of the file; may change while tasks come
     claim: Claim
     stop: threading.Event
     executed: Callable[[int, int, int], None]
@@ -159,10 +159,10 @@ class Rescorer:
                 return
             failures = []
             for segment in task.chunk.segments:
-                target = self.targets[segment.file]
-                columns = [name for name in target.file.schema.names if name in (EMBEDDING, *target.scores.names)]
+                output = self.outputs[segment.file]
+                columns = [name for name in output.file.schema.names if name in (EMBEDDING, *output.scores.names)]
                 try:
-                    cursor = Cursor(target.file, segment.start, columns)
+                    cursor = Cursor(output.file, segment.start, columns)
                     for batch in cursor.take(segment.stop - segment.start):
                         yield segment, batch
                 except InputError as error:
@@ -177,7 +177,7 @@ class Rescorer:
                 yield item
                 continue
             segment, batch = item
-            yield segment, self._rescored(self.targets[segment.file].scores, batch)
+            yield segment, self._rescored(self.outputs[segment.file].scores, batch)
             self.executed(batch.num_rows, 0, 0)
 
     def _rescored(self, columns: pa.Schema, batch: pa.RecordBatch) -> pa.Table:
@@ -201,11 +201,11 @@ class Rescorer:
             for segment in item.task.chunk.segments:
                 if segment in failures:
                     continue
-                target = self.targets[segment.file]
-                found = tables.get(segment) or [target.scores.empty_table()]
+                output = self.outputs[segment.file]
+                found = tables.get(segment) or [output.scores.empty_table()]
                 self.claim.check()
                 try:
-                    target.commit(segment, pa.concat_tables(found))
+                    output.commit(segment, pa.concat_tables(found))
                     n_docs += segment.stop - segment.start
                     n_null += sum(table["n_tokens"].null_count for table in found)
                 except InputError as error:

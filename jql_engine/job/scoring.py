@@ -14,7 +14,7 @@ from jql_engine.errors import BundleError, InputError, UnreadableError
 from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import Target, is_finished, settings_of
+from jql_engine.files.output import OutputFile, is_finished, settings_of
 from jql_engine.files.parts import Settings
 from jql_engine.job.apart import Child
 from jql_engine.job.check import check_names
@@ -39,12 +39,12 @@ def prepare(job: Job, bundle: Bundle, variant: str, chunk_bytes: int) -> Work:
     settings, scores = _settings(job, bundle, variant, chunk_bytes), _score_schema(job, bundle)
     out = locate(job.out)
 
-    def target_of(file: InputFile) -> Target:
+    def output_of(file: InputFile) -> OutputFile:
         check_names(file, scores, job.output)
-        return Target(out, file, scores, job.output, settings)
+        return OutputFile(out, file, scores, job.output, settings)
 
     look = partial(_describe_unfinished, job.columns(bundle), None if job.overwrite or job.limit else settings, out)
-    return plan(job, Claim(out, {**settings, "limit": job.limit}), look, target_of, chunk_bytes)
+    return plan(job, Claim(out, {**settings, "limit": job.limit}), look, output_of, chunk_bytes)
 
 
 def _check_bundle(job: Job, bundle: Bundle) -> None:

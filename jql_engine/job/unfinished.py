@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from jql_engine.errors import OutputError
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import OF_SCORES, OF_SOURCE, Target, differences, explained, stored_settings
+from jql_engine.files.output import OF_SCORES, OF_SOURCE, OutputFile, differences, explained, stored_settings
 from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, find_leftovers, key_of, parts_folder
 from jql_engine.files.storage import list_files, read_file, remove_empty_folders, remove_file
 from jql_engine.files.writing import write
@@ -150,7 +150,7 @@ class RunFile:
 @contextmanager
 def begun(
     run_file: RunFile,
-    targets: Sequence[Target],
+    outputs: Sequence[OutputFile],
     unreadable: Sequence[Unfinished],
     there: set[str],
     overwrite: bool,
@@ -161,12 +161,12 @@ def begun(
     """
     earlier, ended = run_file.read(), run_file.read_ended()
     gone = {one.name for one in earlier.unfinished if one.name is not None} - there if earlier else set()
-    run_file.begin([target.file.source.relative.text for target in targets], unreadable)
+    run_file.begin([output.file.source.relative.text for output in outputs], unreadable)
     try:
         if overwrite:
             run_file.remove_others()
         else:
-            _remove_parts(run_file.out, ended, gone, targets)
+            _remove_parts(run_file.out, ended, gone, outputs)
         yield
     except BaseException:
         if not overwrite:
@@ -174,11 +174,11 @@ def begun(
         raise
 
 
-def _remove_parts(out: Location, ended: set[str], gone: set[str], targets: Sequence[Target]) -> None:
+def _remove_parts(out: Location, ended: set[str], gone: set[str], outputs: Sequence[OutputFile]) -> None:
     """Remove the parts of files that an earlier start has `ended` without, and that are `gone` now, or mended."""
     if not ended:
         return
-    mended = {target.file.source.relative.text: target for target in targets}
+    mended = {output.file.source.relative.text: output for output in outputs}
     with explained(out / PARTS, "tidied up"):
         for name, parts in find_leftovers(out).parts.items():
             for place in (parts_folder(out, RelativeName(name)) / part.name for part in parts if name in ended):
@@ -186,7 +186,7 @@ def _remove_parts(out: Location, ended: set[str], gone: set[str], targets: Seque
                     remove_file(place)
 
 
-def _is_of_another_source(target: Target, place: Location) -> bool:
-    """Whether a part was computed with the settings of `target`, of what its source was before."""
-    different = set(differences(stored_settings(place), target.settings))
+def _is_of_another_source(output: OutputFile, place: Location) -> bool:
+    """Whether a part was computed with the settings of `output`, of what its source was before."""
+    different = set(differences(stored_settings(place), output.settings))
     return bool(different) and different <= OF_SOURCE | OF_SCORES

@@ -20,7 +20,7 @@ from jql_engine.data import ScoreBatch, Scores
 from jql_engine.errors import InputError
 from jql_engine.files.chunks import Chunk, ChunkDone, ChunkEnd, Failure, Piece, Segment, StageSeconds, Task
 from jql_engine.files.dictionaries import Column
-from jql_engine.files.output import Target
+from jql_engine.files.output import OutputFile
 from jql_engine.files.reading import read
 from jql_engine.job.claim import Claim
 from jql_engine.job.distinct import ChunkDocuments, DistinctDocuments
@@ -47,7 +47,7 @@ class Scoring:
 
     def open(
         self,
-        targets: Mapping[int, Target],
+        outputs: Mapping[int, OutputFile],
         stop: threading.Event,
         executed: Callable[[int, int, int], None],
         say: Callable[[str], None],
@@ -56,7 +56,7 @@ class Scoring:
         self.bundle.check_still_there()
         session = open_session(self.bundle, self.choice, self.device, self.options, say)
         tokenizer = Tokenizer.of(self.bundle)
-        return Worker(self.bundle, session, tokenizer, targets, self.claim, self.embeddings, stop, executed).run
+        return Worker(self.bundle, session, tokenizer, outputs, self.claim, self.embeddings, stop, executed).run
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Worker:
     bundle: Bundle
     session: Session
     tokenizer: Tokenizer
-    targets: Mapping[int, Target]  # by the number of the file; may change while tasks come
+    outputs: Mapping[int, OutputFile]  # by the number of the file; may change while tasks come
     claim: Claim
     embeddings: np.dtype[Any] | None = None  # the type in which embeddings are kept
     stop: threading.Event = field(default_factory=threading.Event)  # set: finish the chunk in hand and no other
@@ -94,7 +94,7 @@ class Worker:
 
     def _read(self, tasks: Iterator[Task]) -> Iterator[Piece | ChunkEnd]:
         until_stopped = takewhile(lambda _: not self.stop.is_set(), tasks)
-        return read(lambda number: self.targets[number].file, until_stopped)
+        return read(lambda number: self.outputs[number].file, until_stopped)
 
     def _tokenize(self, items: Iterator[Piece | ChunkEnd]) -> Iterator[DistinctDocuments | _Chunk]:
         """The distinct documents of each chunk, in slices, then what else is kept of it."""
@@ -148,7 +148,7 @@ class Worker:
                     rows = table.slice(first, segment.stop - segment.start)
                     self.claim.check()
                     try:
-                        self.targets[segment.file].commit(segment, rows, chunk.copied.get(segment, ()))
+                        self.outputs[segment.file].commit(segment, rows, chunk.copied.get(segment, ()))
                         return None
                     except InputError as error:
                         return Failure(segment, str(error))

@@ -25,7 +25,7 @@ from jql_engine.decision.threshold import decide
 from jql_engine.errors import EngineError, InputError, OutputError
 from jql_engine.files.chunks import Segment
 from jql_engine.files.inputs import Columns, InputFile, find_files
-from jql_engine.files.output import METADATA_KEY, Target
+from jql_engine.files.output import METADATA_KEY, OutputFile
 from jql_engine.files.versions import version_of
 from jql_engine.job.plan import Job
 from jql_engine.job.progress import RunLog
@@ -314,10 +314,10 @@ def test_a_text_that_repeats_is_held_once_until_it_is_written(tmp_path):
     joined = Joined.of(decide(files, Request("all", quantile=0.1)), files)
     [source_file] = find_files([str(tmp_path / "corpus")]).files
     file = InputFile(source_file, Columns(), pq.read_schema(source), (1_000,) * 3, (1,) * 3)
-    target = Target(tmp_path / "out", file, file.schema, "derived", {})
-    kept = Copier(joined, {0: target}, None, Event(), lambda *_: None)._kept(Segment(0, 0, n_rows))
+    output = OutputFile(tmp_path / "out", file, file.schema, "derived", {})
+    kept = Copier(joined, {0: output}, None, Event(), lambda *_: None)._kept(Segment(0, 0, n_rows))
     assert len(kept) == 2_701 and kept.nbytes < 1 << 20
-    target.commit(Segment(0, 0, n_rows), kept)
+    output.commit(Segment(0, 0, n_rows), kept)
     assert pq.read_table(tmp_path / "out" / "a.parquet").equals(pq.read_table(source).slice(299))
 
 

@@ -126,16 +126,16 @@ def commit_all(work, heads, most: int = 99) -> None:
         for segment in task.chunk.segments:
             commit(work, segment, heads)
     if most >= len(work.tasks):
-        for target in work.targets:
-            if target.parts.exists():
-                target.assemble()
+        for output in work.outputs:
+            if output.parts.exists():
+                output.assemble()
         work.release()
 
 
 def commit(work, segment: Segment, heads) -> None:
     n = segment.stop - segment.start
     zeros, yes = np.zeros((n, len(heads)), np.float32), np.ones(n, np.bool_)
-    work.targets[segment.file].commit(segment, Scores(heads, zeros, np.ones(n, np.int32), ~yes, yes).to_table())
+    work.outputs[segment.file].commit(segment, Scores(heads, zeros, np.ones(n, np.int32), ~yes, yes).to_table())
 
 
 @pytest.mark.parametrize("given", ["{}", "{}/*.parquet", "{}/sub"])

@@ -19,7 +19,7 @@ from jql_engine.files.chunks import Segment
 from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import Columns, InputFile, SourceFile
 from jql_engine.files.location import locate
-from jql_engine.files.output import METADATA_KEY, Target, check_settings, is_finished
+from jql_engine.files.output import METADATA_KEY, OutputFile, check_settings, is_finished
 from jql_engine.files.parts import Part, find_leftovers
 from jql_engine.files.versions import version_of
 from jql_engine.files.writing import remove_version
@@ -44,8 +44,8 @@ def source(
     return described(path, relative, id_column)
 
 
-def target_of(out: Path, file: InputFile, kind: str = "sidecar") -> Target:
-    return Target(out, file, score_schema(HEADS), kind, SETTINGS)
+def output_of(out: Path, file: InputFile, kind: str = "sidecar") -> OutputFile:
+    return OutputFile(out, file, score_schema(HEADS), kind, SETTINGS)
 
 
 def scores(start: int, stop: int) -> pa.Table:
@@ -60,7 +60,7 @@ def visible(folder: Path) -> list[str]:
 
 
 def write_all(out: Path, file: InputFile, ids: pa.ChunkedArray | None = None) -> pa.Table:
-    target_of(out, file).commit(Segment(0, 0, file.n_rows), scores(0, file.n_rows), () if ids is None else [ids])
+    output_of(out, file).commit(Segment(0, 0, file.n_rows), scores(0, file.n_rows), () if ids is None else [ids])
     return pq.read_table(file.source.relative.below(out))
 
 
@@ -68,9 +68,9 @@ def rows(out: Path) -> dict[str, set[tuple[int, int]]]:
     return {name: {part.rows for part in parts} for name, parts in find_leftovers(out).parts.items()}
 
 
-def commit_parts(target: Target, *borders: int) -> None:
+def commit_parts(output: OutputFile, *borders: int) -> None:
     for start, stop in pairwise(borders):
-        target.commit(Segment(0, start, stop), scores(start, stop))
+        output.commit(Segment(0, start, stop), scores(start, stop))
 
 
 def test_a_file_in_one_chunk_is_finished_at_once(tmp_path):
@@ -79,33 +79,33 @@ def test_a_file_in_one_chunk_is_finished_at_once(tmp_path):
 
 
 def test_parts_lie_apart_until_the_file_is_whole(tmp_path):
-    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 30, "sub/a.parquet"))
-    commit_parts(target, 0, 10, 20)
+    output = output_of(tmp_path / "out", source(tmp_path / "a.parquet", 30, "sub/a.parquet"))
+    commit_parts(output, 0, 10, 20)
     assert visible(tmp_path / "out") == [
         ".parts", ".parts/sub", ".parts/sub/a.parquet",
-        *(f".parts/sub/a.parquet/{Part(target.key, start, start + 10).name}" for start in (0, 10)),
+        *(f".parts/sub/a.parquet/{Part(output.key, start, start + 10).name}" for start in (0, 10)),
     ]  # fmt: skip
     assert rows(tmp_path / "out") == {"sub/a.parquet": {(0, 10), (10, 20)}}
     with pytest.raises(OutputError, match="lacks rows 20 to 30"):
-        target.assemble()
-    commit_parts(target, 20, 30)
-    target.assemble()
+        output.assemble()
+    commit_parts(output, 20, 30)
+    output.assemble()
     assert visible(tmp_path / "out") == ["sub", "sub/a.parquet"]
     assert pq.read_table(tmp_path / "out/sub/a.parquet").equals(scores(0, 30))
-    check_settings(tmp_path / "out/sub/a.parquet", target.settings)
+    check_settings(tmp_path / "out/sub/a.parquet", output.settings)
 
 
 def test_a_gap_between_parts_is_an_error_and_nothing_is_lost(tmp_path):
-    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 30))
-    commit_parts(target, 0, 10)
-    commit_parts(target, 20, 30)
+    output = output_of(tmp_path / "out", source(tmp_path / "a.parquet", 30))
+    commit_parts(output, 0, 10)
+    commit_parts(output, 20, 30)
     with pytest.raises(OutputError, match="lacks rows 10 to 20; start the same command again"):
-        target.assemble()
+        output.assemble()
     assert len(rows(tmp_path / "out")["a.parquet"]) == 2 and not (tmp_path / "out/a.parquet").exists()
 
 
 def test_the_unfinished_files_of_a_killed_run_are_found_by_their_input(tmp_path):
-    one, other = (target_of(tmp_path / "out", source(tmp_path / f"{name}.parquet", 30)) for name in "ab")
+    one, other = (output_of(tmp_path / "out", source(tmp_path / f"{name}.parquet", 30)) for name in "ab")
     commit_parts(one, 0, 15)
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -123,7 +123,7 @@ def test_the_unfinished_files_of_a_killed_run_are_found_by_their_input(tmp_path)
 
 
 def test_parts_of_other_files_stay(tmp_path):
-    one, other = (target_of(tmp_path / "out", source(tmp_path / f"{name}.parquet", 30)) for name in "ab")
+    one, other = (output_of(tmp_path / "out", source(tmp_path / f"{name}.parquet", 30)) for name in "ab")
     commit_parts(other, 0, 10)
     commit_parts(one, 0, 10, 30)
     one.assemble()
@@ -149,16 +149,16 @@ def test_append_keeps_every_column_and_the_metadata(tmp_path, row_group_size):
     fields = [field.with_metadata({"note": field.name}) for field in given.schema]
     given = given.cast(pa.schema(fields, metadata={"pandas": "{}", "dataset": "of 2024"}))
     pq.write_table(given, path, row_group_size=row_group_size)
-    target = target_of(tmp_path / "out", described(path), "append")
-    commit_parts(target, 0, 3, 4)
-    target.assemble()
+    output = output_of(tmp_path / "out", described(path), "append")
+    commit_parts(output, 0, 3, 4)
+    output.assemble()
     source_table, found = pq.read_table(path), pq.read_table(tmp_path / "out/a.parquet")
     assert found.select(given.column_names).equals(source_table)
     for field in source_table.schema:
         assert found.schema.field(field.name).equals(field, check_metadata=True)
     assert found.select(score_schema(HEADS).names).equals(scores(0, 4))
     assert found.schema.metadata[b"dataset"] == b"of 2024" and found.schema.metadata[b"pandas"] == b"{}"
-    assert json.loads(found.schema.metadata[METADATA_KEY]) == target.settings
+    assert json.loads(found.schema.metadata[METADATA_KEY]) == output.settings
     assert visible(tmp_path / "out") == ["a.parquet"]
 
 
@@ -174,9 +174,9 @@ def test_append_holds_a_dictionary_once(tmp_path, monkeypatch):
         "grade": grades,
     })  # fmt: skip
     pq.write_table(table, tmp_path / "a.parquet")
-    target = target_of(tmp_path / "out", described(tmp_path / "a.parquet"), "append")
-    commit_parts(target, 0, n_rows)
-    target.assemble()
+    output = output_of(tmp_path / "out", described(tmp_path / "a.parquet"), "append")
+    commit_parts(output, 0, n_rows)
+    output.assemble()
     found = pq.read_table(tmp_path / "out/a.parquet")
     for name in table.column_names:
         assert found[name].type == table[name].type and found[name].to_pylist() == table[name].to_pylist()
@@ -192,9 +192,9 @@ def test_append_of_categories_with_narrow_indices_in_each_row_group(tmp_path):
     with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema([("text", pa.string()), ("domain", kind)])) as out:
         for half in (values[:100], values[100:]):
             out.write_table(pa.table({"text": half, "domain": pa.array(half).dictionary_encode().cast(kind)}))
-    target = target_of(tmp_path / "out", described(tmp_path / "a.parquet"), "append")
-    commit_parts(target, 0, 200)
-    target.assemble()
+    output = output_of(tmp_path / "out", described(tmp_path / "a.parquet"), "append")
+    commit_parts(output, 0, 200)
+    output.assemble()
     found = pq.read_table(tmp_path / "out/a.parquet")
     assert found["domain"].type == kind and found["domain"].to_pylist() == values
 
@@ -202,9 +202,9 @@ def test_append_of_categories_with_narrow_indices_in_each_row_group(tmp_path):
 def test_append_of_a_file_in_one_chunk_and_of_none(tmp_path):
     for n_rows in (0, 3):
         file = source(tmp_path / f"{n_rows}.parquet", n_rows, id=range(n_rows))
-        target = target_of(tmp_path / "out", file, "append")
-        commit_parts(target, 0, n_rows)
-        target.assemble()
+        output = output_of(tmp_path / "out", file, "append")
+        commit_parts(output, 0, n_rows)
+        output.assemble()
         found = pq.read_table(tmp_path / f"out/{n_rows}.parquet")
         assert found.column_names == ["text", "id", *score_schema(HEADS).names] and found.num_rows == n_rows
 
@@ -212,13 +212,13 @@ def test_append_of_a_file_in_one_chunk_and_of_none(tmp_path):
 def test_a_source_that_can_not_be_read_again_leaves_the_parts(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [f"text {i}" * 50 for i in range(40)]}), path, row_group_size=20)
-    target = target_of(tmp_path / "out", described(path), "append")
-    commit_parts(target, 0, 20, 40)
+    output = output_of(tmp_path / "out", described(path), "append")
+    commit_parts(output, 0, 20, 40)
     modified = path.stat().st_mtime_ns
     damage(path, row_group=1)
     os.utime(path, ns=(modified, modified))
     with pytest.raises(InputError, match=r"a\.parquet cannot be read to its end"):
-        target.assemble()
+        output.assemble()
     assert rows(tmp_path / "out") == {"a.parquet": {(0, 20), (20, 40)}}
     assert not (tmp_path / "out/a.parquet").exists()
 
@@ -226,73 +226,73 @@ def test_a_source_that_can_not_be_read_again_leaves_the_parts(tmp_path):
 @pytest.mark.parametrize("kind", ["sidecar", "append"])
 def test_a_source_that_was_changed_meanwhile_is_an_error_and_nothing_appears(tmp_path, kind):
     path = tmp_path / "a.parquet"
-    target = target_of(tmp_path / "out", source(path, 30), kind)
-    commit_parts(target, 0, 20, 30)
+    output = output_of(tmp_path / "out", source(path, 30), kind)
+    commit_parts(output, 0, 20, 30)
     os.utime(path, (1, 1))
     with pytest.raises(InputError, match=r"a\.parquet was changed during the run"):
-        target.assemble()
+        output.assemble()
     assert not (tmp_path / "out/a.parquet").exists() and not list((tmp_path / "out").rglob("*.writing"))
 
 
 def test_a_file_that_another_run_has_finished_is_finished(tmp_path):
-    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 30))
-    commit_parts(target, 0, 20, 30)
-    target.assemble()
+    output = output_of(tmp_path / "out", source(tmp_path / "a.parquet", 30))
+    commit_parts(output, 0, 20, 30)
+    output.assemble()
     before = (tmp_path / "out/a.parquet").stat()
-    target.assemble()
+    output.assemble()
     assert (tmp_path / "out/a.parquet").stat() == before
 
 
-def other_job(target: Target) -> Target:
-    return replace(target, shared={**SETTINGS, "variant": "openvino-bf16"})
+def other_job(output: OutputFile) -> OutputFile:
+    return replace(output, shared={**SETTINGS, "variant": "openvino-bf16"})
 
 
 def test_a_finished_file_of_another_job_is_never_replaced(tmp_path):
-    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 4))
-    write_all(tmp_path / "out", target.file)
+    output = output_of(tmp_path / "out", source(tmp_path / "a.parquet", 4))
+    write_all(tmp_path / "out", output.file)
     before = (tmp_path / "out/a.parquet").read_bytes()
     for start in (0, 2):  # as the whole file, and as a part of it
         with pytest.raises(OutputError, match="was computed with other settings: --variant cpu-fp32 then"):
-            other_job(target).commit(Segment(0, start, 4), scores(start, 4))
+            other_job(output).commit(Segment(0, start, 4), scores(start, 4))
     assert visible(tmp_path / "out") == [".parts", "a.parquet"]
     assert (tmp_path / "out/a.parquet").read_bytes() == before
 
 
 def test_assembly_leaves_the_parts_of_another_job(tmp_path):
-    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 4))
-    commit_parts(other_job(target), 0, 2)
-    commit_parts(target, 0, 2, 4)
-    target.assemble()
+    output = output_of(tmp_path / "out", source(tmp_path / "a.parquet", 4))
+    commit_parts(other_job(output), 0, 2)
+    commit_parts(output, 0, 2, 4)
+    output.assemble()
     assert rows(tmp_path / "out") == {"a.parquet": {(0, 2)}}
     assert visible(tmp_path / "out")[-1] == "a.parquet"
 
 
 def test_a_file_in_one_chunk_whose_source_was_changed_does_not_appear(tmp_path):
-    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet"))
+    output = output_of(tmp_path / "out", source(tmp_path / "a.parquet"))
     source(tmp_path / "a.parquet", 5)
     with pytest.raises(InputError, match=r"a\.parquet was changed during the run"):
-        target.commit(Segment(0, 0, 4), scores(0, 4))
+        output.commit(Segment(0, 0, 4), scores(0, 4))
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(InputError, match=r"a\.parquet cannot be looked at again"):
-        target.commit(Segment(0, 0, 4), scores(0, 4))
+        output.commit(Segment(0, 0, 4), scores(0, 4))
     assert not (tmp_path / "out").exists()
 
 
 def test_row_groups_of_the_finished_file_hold_many_parts(tmp_path):
-    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 300))
-    commit_parts(target, *range(0, 301, 3))
-    target.assemble()
+    output = output_of(tmp_path / "out", source(tmp_path / "a.parquet", 300))
+    commit_parts(output, *range(0, 301, 3))
+    output.assemble()
     assert pq.read_metadata(tmp_path / "out/a.parquet").num_row_groups == 1
 
 
 def test_vectors_are_kept_beside_the_scores(tmp_path):
     schema = score_schema(HEADS, embedding_type(3, np.dtype(np.float16)))
-    target = Target(tmp_path / "out", source(tmp_path / "a.parquet", 2), schema, "sidecar", SETTINGS)
+    output = OutputFile(tmp_path / "out", source(tmp_path / "a.parquet", 2), schema, "sidecar", SETTINGS)
     vectors = pa.array([[1, 2, 3], None], pa.list_(pa.float16(), 3))
     table = scores(0, 2).append_column("embedding", vectors)
     for segment in (Segment(0, 0, 1), Segment(0, 1, 2)):
-        target.commit(segment, table.slice(segment.start, 1))
-    target.assemble()
+        output.commit(segment, table.slice(segment.start, 1))
+    output.assemble()
     assert pq.read_table(tmp_path / "out/a.parquet")["embedding"].combine_chunks().equals(vectors)
 
 
@@ -330,8 +330,8 @@ def test_an_id_that_may_not_be_null_stays_so(tmp_path):
     path = tmp_path / "a.parquet"
     schema = pa.schema([pa.field("text", pa.string()), pa.field("id", pa.int64(), nullable=False)])
     pq.write_table(pa.table([["x"], [7]], schema=schema), path)
-    target = target_of(tmp_path / "out", described(path))
-    target.commit(Segment(0, 0, 1), scores(0, 1), [pa.chunked_array([[7]])])
+    output = output_of(tmp_path / "out", described(path))
+    output.commit(Segment(0, 0, 1), scores(0, 1), [pa.chunked_array([[7]])])
     found = pq.read_table(tmp_path / "out/a.parquet")
     assert found["id"].to_pylist() == [7] and not found.schema.field("id").nullable
 
@@ -433,10 +433,10 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path, out):
 
 
 def test_a_file_is_finished_once_it_was_written_with_the_same_settings(tmp_path):
-    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet"))
-    assert not is_finished(target.final, target.settings)
-    write_all(tmp_path / "out", target.file)
-    assert is_finished(target.final, target.settings)
+    output = output_of(tmp_path / "out", source(tmp_path / "a.parquet"))
+    assert not is_finished(output.final, output.settings)
+    write_all(tmp_path / "out", output.file)
+    assert is_finished(output.final, output.settings)
 
 
 @pytest.mark.parametrize(
@@ -449,11 +449,11 @@ def test_a_file_is_finished_once_it_was_written_with_the_same_settings(tmp_path)
     ],
 )
 def test_other_settings_are_named(tmp_path, change, message):
-    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet"))
-    write_all(tmp_path / "out", target.file)
-    place = re.escape(str(target.final))
+    output = output_of(tmp_path / "out", source(tmp_path / "a.parquet"))
+    write_all(tmp_path / "out", output.file)
+    place = re.escape(str(output.final))
     with pytest.raises(OutputError, match=f"{place} exists and .* other settings: {message}; .*--overwrite"):
-        is_finished(target.final, {**target.settings, **change})
+        is_finished(output.final, {**output.settings, **change})
 
 
 @pytest.mark.parametrize(
@@ -464,39 +464,39 @@ def test_other_settings_are_named(tmp_path, change, message):
     ],
 )
 def test_a_changed_source_is_named(tmp_path, change, message):
-    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet"))
-    write_all(tmp_path / "out", target.file)
+    output = output_of(tmp_path / "out", source(tmp_path / "a.parquet"))
+    write_all(tmp_path / "out", output.file)
     with pytest.raises(
         OutputError, match=rf"a\.parquet exists .* before its source \({message}\) changed; .*--overwrite"
     ):
-        is_finished(target.final, {**target.settings, **change})
+        is_finished(output.final, {**output.settings, **change})
 
 
 @pytest.mark.parametrize("kind", ["foreign parquet", "text", "folder"])
 def test_what_somebody_else_wrote_is_not_taken_for_an_output(tmp_path, kind):
-    target = tmp_path / "a.parquet"
+    output = tmp_path / "a.parquet"
     if kind == "foreign parquet":
-        source(target)
+        source(output)
     elif kind == "text":
-        target.write_text("not a table")
+        output.write_text("not a table")
     else:
-        target.mkdir()
+        output.mkdir()
     with pytest.raises(OutputError, match=r"a\.parquet exists and was not written by jql-run"):
-        is_finished(target, SETTINGS)
+        is_finished(output, SETTINGS)
 
 
 def test_a_damaged_part_is_removed_and_its_rows_are_computed_again(tmp_path):
-    target = target_of(tmp_path / "out", source(tmp_path / "a.parquet", 4))
-    commit_parts(target, 0, 2, 4)
-    part = target.parts / Part(target.key, 2, 4).name
+    output = output_of(tmp_path / "out", source(tmp_path / "a.parquet", 4))
+    commit_parts(output, 0, 2, 4)
+    part = output.parts / Part(output.key, 2, 4).name
     content = bytearray(part.read_bytes())
     content[4:60] = b"\xff" * 56
     part.write_bytes(content)
     with pytest.raises(PartsError, match=r"was damaged .* and is removed; start the same command again"):
-        target.assemble()
+        output.assemble()
     assert not part.exists()
-    commit_parts(target, 2, 4)
-    target.assemble()
+    commit_parts(output, 2, 4)
+    output.assemble()
     assert pq.read_table(tmp_path / "out/a.parquet").equals(scores(0, 4))
 
 

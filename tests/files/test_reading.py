@@ -252,7 +252,7 @@ def test_the_end_of_all_columns_is_an_error_where_the_footer_says_more(tmp_path)
     now = replace(
         file.source, size=version_of(tmp_path / "a.parquet")[0], version=version_of(tmp_path / "a.parquet")[1]
     )
-    with pytest.raises(InputError, match="ends 1 rows before its footer says"):
+    with pytest.raises(InputError, match="ends 1 rows too early"):
         list(Cursor(replace(file, source=now), 0, ["text"]).take(4))
 
 

@@ -256,19 +256,19 @@ def test_source_columns_and_scores_together_in_a_bucket(s3, bundle, corpus, loca
         assert_same(found.select(scores.column_names).replace_schema_metadata(scores.schema.metadata), scores)
 
 
-def put(target: UPath, data: bytes) -> None:
-    writing.write(target, pa.py_buffer(data), target.parent / ".writing", replace=False)
+def put(output: UPath, data: bytes) -> None:
+    writing.write(output, pa.py_buffer(data), output.parent / ".writing", replace=False)
 
 
-def put_stream(target: UPath, data: bytes) -> None:
-    with writing.writing(target, target.parent / ".writing", replace=False) as stream:
+def put_stream(output: UPath, data: bytes) -> None:
+    with writing.writing(output, output.parent / ".writing", replace=False) as stream:
         stream.write(data)
 
 
-def put_in_parts(target: UPath, data: bytes) -> None:
+def put_in_parts(output: UPath, data: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: 5 << 20)
-        put_stream(target, data * (1 + (10 << 20) // len(data)))
+        put_stream(output, data * (1 + (10 << 20) // len(data)))
 
 
 UPLOADS = pytest.mark.parametrize("upload_new", [put, put_stream, put_in_parts])
@@ -276,19 +276,19 @@ UPLOADS = pytest.mark.parametrize("upload_new", [put, put_stream, put_in_parts])
 
 @UPLOADS
 def test_an_object_that_must_not_be_there_is_created_and_never_replaced(s3, upload_new):
-    target = UPath("s3://bucket/out/a.bin")
-    upload_new(target, b"first")
-    before = target.read_bytes()
+    output = UPath("s3://bucket/out/a.bin")
+    upload_new(output, b"first")
+    before = output.read_bytes()
     with pytest.raises(FileExistsError, match=r"a\.bin"):
-        upload_new(target, b"second")
-    assert target.read_bytes() == before and before.startswith(b"first")
+        upload_new(output, b"second")
+    assert output.read_bytes() == before and before.startswith(b"first")
     assert not boto3.client("s3").list_multipart_uploads(Bucket="bucket").get("Uploads")
 
 
 @UPLOADS
 @pytest.mark.parametrize("fault", ["lose", "conflict", "busy", "drop"])
 def test_an_object_whose_creation_was_not_answered_is_ours(s3, upload_new, fault):
-    target, seen = UPath("s3://bucket/out/a.bin"), []
+    output, seen = UPath("s3://bucket/out/a.bin"), []
 
     def once(request: Request) -> Fault | None:
         if request.headers.get("If-None-Match") is None:
@@ -297,10 +297,10 @@ def test_an_object_whose_creation_was_not_answered_is_ours(s3, upload_new, fault
         return fault if len(seen) == 1 else None
 
     s3.fault = once
-    upload_new(target, b"first")
-    assert target.read_bytes().startswith(b"first") and len(s3.faults) == 1
+    upload_new(output, b"first")
+    assert output.read_bytes().startswith(b"first") and len(s3.faults) == 1
     with pytest.raises(FileExistsError):
-        upload_new(target, b"second")
+        upload_new(output, b"second")
 
 
 def test_of_many_that_create_one_object_one_succeeds(s3):
@@ -337,7 +337,7 @@ def test_an_object_exchanged_after_it_was_listed_is_noticed_as_it_is_opened(s3, 
     work = prepare(Job(("s3://bucket/in",), tmp_path / "out"), bundle, "cpu-fp32", 1 << 20)
     content = write(file, 100, 2).read_bytes()
     boto3.client("s3").put_object(Bucket="bucket", Key="in/a.parquet", Body=content)
-    inputs = [target.file for target in work.targets]
+    inputs = [output.file for output in work.outputs]
     if not listed_here:  # a worker process knows nothing of the listing
         stored = pickle.dumps(inputs)
         forget()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from jql_engine.errors import EngineError, OutputError
 from jql_engine.files.chunks import Chunk, ChunkDone, Segment, Task
-from jql_engine.files.output import Target
+from jql_engine.files.output import OutputFile
 from jql_engine.files.parts import find_leftovers
 from jql_engine.job import pool
 from jql_engine.job.plan import Job, Work
@@ -67,32 +67,32 @@ def test_nothing_more_is_handed_out_of_a_file_that_failed():
 
 
 @dataclass(frozen=True, slots=True)
-class DeadlyTarget(Target):
+class DeadlyTarget(OutputFile):
     """Kills its worker where it commits row 300; as a chunk that runs out of memory does."""
 
     def commit(self, segment: Segment, scores: pa.Table, copied: Sequence[pa.ChunkedArray] = ()) -> None:
         if segment.start == 3 * ROWS:
             os.kill(os.getpid(), signal.SIGKILL)
-        Target.commit(self, segment, scores, copied)
+        OutputFile.commit(self, segment, scores, copied)
 
 
 @dataclass(frozen=True, slots=True)
-class FullTarget(Target):
+class FullTarget(OutputFile):
     def commit(self, segment: Segment, scores: pa.Table, copied: Sequence[pa.ChunkedArray] = ()) -> None:
         raise OutputError(f"{self.final} cannot be written")
 
 
-def prepared(bundle, tmp_path: Path, kind: type[Target]) -> Work:
+def prepared(bundle, tmp_path: Path, kind: type[OutputFile]) -> Work:
     tmp_path.mkdir(exist_ok=True)
     pq.write_table(pa.table({"text": [f"Water {i}" for i in range(10 * ROWS)]}), tmp_path / "a.parquet")
     job = Job((str(tmp_path / "a.parquet"),), tmp_path / "out", chunk_rows=ROWS)
     work = prepare(job, bundle, "cpu-fp32", 1 << 20)
-    targets = [kind(t.out, t.file, t.scores, t.kind, t.shared) for t in work.targets]
-    return replace(work, targets=targets)
+    outputs = [kind(t.out, t.file, t.scores, t.kind, t.shared) for t in work.outputs]
+    return replace(work, outputs=outputs)
 
 
 def run(bundle, work: Work, said: list[str], n_workers: int = 2) -> Iterator[ChunkDone]:
-    return Pool([scoring(bundle, work)] * n_workers, work.targets, threading.Event(), report=said.append).run(
+    return Pool([scoring(bundle, work)] * n_workers, work.outputs, threading.Event(), report=said.append).run(
         work.tasks
     )
 
@@ -125,16 +125,16 @@ def test_what_no_worker_can_go_on_after_ends_the_job(bundle, tmp_path):
 
 
 def test_workers_that_die_before_they_begin_end_the_job(bundle, tmp_path):
-    work = prepared(bundle, tmp_path, Target)
+    work = prepared(bundle, tmp_path, OutputFile)
     spec = scoring(replace(bundle, path=tmp_path / "no-bundle"), work)
     with pytest.raises(EngineError, match="no-bundle does not exist"):
-        list(Pool([spec], work.targets, threading.Event()).run(work.tasks))
+        list(Pool([spec], work.outputs, threading.Event()).run(work.tasks))
 
 
 def test_progress_adds_up_to_what_is_done(bundle, tmp_path):
-    work, seen = prepared(bundle, tmp_path, Target), []
+    work, seen = prepared(bundle, tmp_path, OutputFile), []
     done = list(
-        Pool([scoring(bundle, work)] * 2, work.targets, threading.Event(), executed=seen.append).run(work.tasks)
+        Pool([scoring(bundle, work)] * 2, work.outputs, threading.Event(), executed=seen.append).run(work.tasks)
     )
     assert all(isinstance(message, Executed) for message in seen)
     assert sum(m.documents for m in seen) == sum(d.documents for d in done) == 10 * ROWS
@@ -142,12 +142,12 @@ def test_progress_adds_up_to_what_is_done(bundle, tmp_path):
 
 
 def test_a_job_without_tasks_starts_no_worker(bundle, tmp_path):
-    work = prepared(bundle, tmp_path, Target)
+    work = prepared(bundle, tmp_path, OutputFile)
     assert list(run(bundle, replace(work, tasks=[]), [])) == []
 
 
 @dataclass(frozen=True, slots=True)
-class DeadliestTarget(Target):
+class DeadliestTarget(OutputFile):
     """Kills its worker wherever a chunk of it is committed."""
 
     def commit(self, segment: Segment, scores: pa.Table, copied: Sequence[pa.ChunkedArray] = ()) -> None:
@@ -155,9 +155,11 @@ class DeadliestTarget(Target):
 
 
 def test_a_file_that_kills_on_every_chunk_does_not_end_the_job(bundle, tmp_path):
-    deadly, sound = (prepared(bundle, tmp_path / name, kind) for name, kind in (("a", DeadliestTarget), ("b", Target)))
+    deadly, sound = (
+        prepared(bundle, tmp_path / name, kind) for name, kind in (("a", DeadliestTarget), ("b", OutputFile))
+    )
     tasks = [Task(t.number + 10, Chunk(tuple(replace(s, file=1) for s in t.chunk.segments))) for t in sound.tasks]
-    work = replace(deadly, targets=[*deadly.targets, *sound.targets], tasks=[*deadly.tasks, *tasks])
+    work = replace(deadly, outputs=[*deadly.outputs, *sound.outputs], tasks=[*deadly.tasks, *tasks])
     done = list(run(bundle, work, []))
     assert Counter(d.task.number for d in done) == Counter(range(20))
     assert [d.task.number for d in done if not d.failures] == sorted(t.number for t in tasks)
@@ -184,11 +186,11 @@ def test_a_worker_that_dies_while_it_starts_is_replaced_however_many_files_there
 
 
 def test_a_worker_holds_the_targets_of_what_it_has_in_hand_only(bundle, tmp_path):
-    work, held = prepared(bundle, tmp_path, Target), pool._Held()
+    work, held = prepared(bundle, tmp_path, OutputFile), pool._Held()
     first, second = work.tasks[:2]
     for t in (first, second):
-        held.hold(Order(t, {0: work.targets[0]}))
+        held.hold(Order(t, {0: work.outputs[0]}))
     held.release(first)
-    assert held[0] is work.targets[0]
+    assert held[0] is work.outputs[0]
     held.release(second)
     assert not held

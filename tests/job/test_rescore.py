@@ -252,7 +252,7 @@ def test_a_run_that_is_stopped_goes_on(other, vectors, tmp_path, monkeypatch):
     monkeypatch.setattr(rescore, "WHOLE_ROWS", 3)
     stop = threading.Event()
     work = rescore.prepare_rescoring(Job((str(vectors),), tmp_path / "out"), other)
-    worker = rescore.Rescoring(other, work.claim).open(dict(enumerate(work.targets)), stop, lambda *_: None, print)
+    worker = rescore.Rescoring(other, work.claim).open(dict(enumerate(work.outputs)), stop, lambda *_: None, print)
     for n_done, _ in enumerate(worker(work.tasks), start=1):  # killed after some chunks
         if n_done == 5:
             break
@@ -286,8 +286,8 @@ def test_vectors_that_are_replaced_while_they_are_read_are_not_scored(engine, ot
     path = vectors / "b.parquet"
     table = pq.read_table(path)
     pq.write_table(table.slice(0, 10), path)  # as another encoder's would be
-    targets = dict(enumerate(work.targets))
-    worker = rescore.Rescoring(other, work.claim).open(targets, threading.Event(), lambda *_: None, print)
+    outputs = dict(enumerate(work.outputs))
+    worker = rescore.Rescoring(other, work.claim).open(outputs, threading.Event(), lambda *_: None, print)
     failures = [failure.message for done in worker(work.tasks) for failure in done.failures]
     assert len(failures) == 1 and "b.parquet was changed during the run" in failures[0]
     assert not (tmp_path / "out/b.parquet").exists()

@@ -103,10 +103,10 @@ def parts_of(out: Path) -> list[str]:
 def interrupted(engine: Engine, out: Path, source: Path, n_parts: int, **options: object) -> None:
     """The state after a kill: `n_parts` parts of a file are there."""
     score(engine, out, source, **options)
-    target = out / source.name
-    table = pq.read_table(target)
+    output = out / source.name
+    table = pq.read_table(output)
     rows = options.get("chunk_rows", CHUNK_ROWS)
-    target.unlink()
+    output.unlink()
     for i in range(n_parts):
         key = key_of(json.loads(table.schema.metadata[METADATA_KEY]))
         part = out / ".parts" / source.name / Part(key, i * rows, (i + 1) * rows).name
@@ -149,15 +149,15 @@ def test_a_run_that_died_before_tidying_up_leaves_nothing_behind(engine, tmp_pat
 def test_a_part_that_comes_after_its_file_was_finished_goes(engine, tmp_path):
     path, out = sparse(tmp_path / "a.parquet", 1000), tmp_path / "out"
     work = prepare(Job((str(path),), out, chunk_rows=100), engine.bundle, "cpu-fp32", CHUNK_BYTES["cpu"])
-    [target] = work.targets
+    [output] = work.outputs
 
     def chunks():
-        worker = Worker(engine.bundle, engine.session, Tokenizer.of(engine.bundle), {0: target}, work.claim)
+        worker = Worker(engine.bundle, engine.session, Tokenizer.of(engine.bundle), {0: output}, work.claim)
         yield from worker.run(work.tasks)
         ends = time.monotonic() + 30
-        while target.parts.exists() and time.monotonic() < ends:
+        while output.parts.exists() and time.monotonic() < ends:
             time.sleep(0.001)
-        shutil.copytree(tmp_path / "parts", target.parts)  # a worker that outlives the run that was killed
+        shutil.copytree(tmp_path / "parts", output.parts)  # a worker that outlives the run that was killed
 
     interrupted(engine, tmp_path / "other", path, 2, chunk_rows=100)
     shutil.copytree(tmp_path / "other/.parts/a.parquet", tmp_path / "parts")

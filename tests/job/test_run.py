@@ -69,9 +69,9 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: ((folder / name).stat().st_ino, (folder / name).stat().st_mtime_ns) for name in visible(folder)}
 
 
-def assert_scored(engine: Engine, source: Path, target: Path, id_column: str | None = "id") -> None:
-    """`target` holds the scores of `source` row by row, and nothing else."""
-    given, found = pq.read_table(source), pq.read_table(target)
+def assert_scored(engine: Engine, source: Path, output: Path, id_column: str | None = "id") -> None:
+    """`output` holds the scores of `source` row by row, and nothing else."""
+    given, found = pq.read_table(source), pq.read_table(output)
     id_column = id_column if id_column in given.column_names else None
     assert found.column_names == [*([id_column] if id_column else []), *SCORE_COLUMNS]
     assert {name: found.schema.field(name).type for name in SCORE_COLUMNS} == SCORE_COLUMNS
@@ -245,7 +245,7 @@ def test_work_is_planned_without_computing(engine, tmp_path):
         return prepare(replace(job, **changes), engine.bundle, "cpu-fp32", CHUNK_BYTES["cpu"])
 
     work = prepared()
-    assert ([t.file.source.relative for t in work.targets], work.n_finished) == ([RelativeName("a.parquet")], 0)
+    assert ([t.file.source.relative for t in work.outputs], work.n_finished) == ([RelativeName("a.parquet")], 0)
     run_file, record = visible(tmp_path / "out")
     assert work.n_docs == len(TEXTS) and run_file.endswith(".0-of-1.run") and record == ".parts/job.json"
     work.release()

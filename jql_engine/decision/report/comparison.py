@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jql_engine.certificate import CUT
+from jql_engine.certificate import CUT, REFERENCE_BF16
 from jql_engine.decision.comparison import Comparison
+from jql_engine.decision.report.figures import MOST_LISTED, MOST_PLOTTED
 from jql_engine.decision.report.page import (
     Column,
     Content,
@@ -29,9 +30,6 @@ from jql_engine.decision.report.page import (
 from jql_engine.decision.report.plots import Plots
 from jql_engine.printing import redact
 
-MOST_LISTED = 200  # groups in tables, the largest
-MOST_PLOTTED = 24  # and in a plot
-REFERENCE = "PyTorch in bf16"
 ABOUT_FLIPS = (
     "A document changes sides at a quantile if it is kept at it by one set of scores and not by the other, each by its "
     "own thresholds. In brackets the interval in which the share of documents like these lies with 95 % confidence."
@@ -64,7 +62,7 @@ def comparison_page(found: Comparison, first: str, second: str) -> str:
 def certificate_page(certificate: Described) -> str:
     """The page of a bundle's certificate, by the content of certificate.json."""
     plots = Plots()
-    compared = {REFERENCE: certificate["reference_bf16"], **certificate["variants"]}
+    compared = {REFERENCE_BF16: certificate["reference_bf16"], **certificate["variants"]}
     corpus, machine = certificate["corpus"], certificate["machine"]
     made_with = ", ".join(f"{name} {version}" for name, version in certificate["made_with"].items())
     lead = [

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jql_engine.certificate import REFERENCE_BF16
 from jql_engine.decision.report.figures import Figures, Speed
 from jql_engine.decision.report.page import (
     NO_VALUE,
@@ -98,7 +99,7 @@ def _certificate(certificate: Mapping[str, Any] | None, settings: Mapping[str, A
         windows["aggregate"],
     )
     used = settings.get("variant") if is_same else None
-    compared = {"PyTorch in bf16": certificate["reference_bf16"], **certificate["variants"]}
+    compared = {REFERENCE_BF16: certificate["reference_bf16"], **certificate["variants"]}
     blocks: list[list[list[Content]]] = []
     for name, found in compared.items():
         title = f"{name} (computed these scores)" if name == used else name

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
+from jql_engine.certificate import REFERENCE_BF16
 from jql_engine.decision.comparison import CUTS, compare
 from jql_engine.decision.report import comparison
-from jql_engine.decision.report.comparison import REFERENCE, certificate_page, comparison_page
+from jql_engine.decision.report.comparison import certificate_page, comparison_page
 from tests.decision.report.certificates import HEADS, certificate
 from tests.decision.report.reading import Page
 from tests.decision.test_comparison import paired
@@ -77,8 +78,8 @@ def test_figures_of_a_certificate_are_those_of_its_json():
         slices = found["comparison"]["slices"]
         expected = [v for one in slices for v in differences_of(one)] + [v for one in slices for v in flips_of(one)]
         assert page.numbers[f"variant-{number}"] == expected
-    assert [text for text in page.texts if text in (REFERENCE, "cpu-fp32", "openvino-bf16")][:3] == [
-        REFERENCE, "cpu-fp32", "openvino-bf16",
+    assert [text for text in page.texts if text in (REFERENCE_BF16, "cpu-fp32", "openvino-bf16")][:3] == [
+        REFERENCE_BF16, "cpu-fp32", "openvino-bf16",
     ]  # fmt: skip
 
 
