@@ -111,7 +111,8 @@ JQL_API jql_status jql_tokenize(jql_engine *engine, const char *text, size_t len
                                 size_t *n_ids, int32_t *truncated, char *err, size_t err_size);
 
 /*
- * Scores documents that are ids already. Document i is ids[offsets[i]] up to ids[offsets[i + 1]]: offsets has
+ * Scores documents that are ids already, special tokens included (tokenizer.prefix and tokenizer.suffix of
+ * bundle.json): without them the scores are others. Document i is ids[offsets[i]] up to ids[offsets[i + 1]]: offsets has
  * n_docs + 1 entries and starts at 0. `scores` is [n_docs][head_count], by rows.
  */
 JQL_API jql_status jql_score_tokens(jql_engine *engine, const int32_t *ids, const int64_t *offsets, size_t n_docs,

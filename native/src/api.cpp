@@ -63,7 +63,7 @@ jql_status jql_open(const char* bundle_dir, const jql_options* options, jql_engi
                     size_t err_size) {
   if (engine) *engine = nullptr;
   return guarded(err, err_size, [&] {
-    require(bundle_dir, "bundle_dir");
+    require(bundle_dir && *bundle_dir, "bundle_dir");
     require(engine, "engine");
     *engine = reinterpret_cast<jql_engine*>(new Engine(bundle_dir, complete(options)));
   });

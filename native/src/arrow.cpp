@@ -65,6 +65,7 @@ struct Stream {
   Released<ArrowArrayStream> input;
   int64_t column = -1;  // of a record batch; -1: the array itself
   Kind kind = Kind::utf8;
+  size_t n_done = 0;  // rows of earlier arrays
   std::string error;
 
   explicit Stream(Engine& engine) : engine(engine) {}
@@ -104,10 +105,16 @@ void Stream::read_schema(const char* name) {
       throw invalid_argument("the Arrow stream has no columns: column must be NULL");
     const ArrowSchema* parent = field;
     field = nullptr;
+    std::string names;
     for (int64_t i = 0; i < parent->n_children; ++i) {
-      if (parent->children[i]->name && std::strcmp(parent->children[i]->name, name) == 0) column = i;
+      const std::string other = parent->children[i]->name ? parent->children[i]->name : "";
+      names += (names.empty() ? "" : ", ") + other;
+      if (other != name) continue;
+      if (column >= 0) throw invalid_argument("the Arrow stream has two columns " + other + "; rename one");
+      column = i;
     }
-    if (column < 0) throw invalid_argument("the Arrow stream has no column " + std::string(name));
+    if (column < 0)
+      throw invalid_argument("the Arrow stream has no column " + std::string(name) + "; it has: " + names);
     field = parent->children[column];
   }
   const std::string format = field->format;
@@ -158,8 +165,9 @@ void Stream::next(ArrowArray* out) {
   std::vector<int32_t> n_tokens(n);
   std::vector<uint8_t> truncated(n);
   float none = 0;  // a bundle without heads has no scores, and yet they are what is asked for
-  engine.compute_texts(texts,
-                       {scores.empty() ? &none : scores.data(), nullptr, n_tokens.data(), truncated.data(), nullptr});
+  engine.compute_texts(
+      texts, {scores.empty() ? &none : scores.data(), nullptr, n_tokens.data(), truncated.data(), nullptr}, n_done);
+  n_done += n;
 
   std::vector<Column> found = columns();
   auto bytes_of = [](const auto& values) {

@@ -46,10 +46,11 @@ int64_t n_ids_of(JsonValue root) {
 }
 
 // All of them, before the first is computed: it may be hours until the last one's turn.
-void check_utf8(const Texts& texts) {
+void check_utf8(const Texts& texts, size_t first) {
   for (size_t row = 0; row < texts.size(); ++row) {
     if (size_t at = find_invalid_utf8(texts[row]); at != std::string_view::npos) {
-      throw Error(JQL_INVALID_TEXT, "text " + std::to_string(row) + " is not UTF-8 at byte " + std::to_string(at));
+      throw Error(JQL_INVALID_TEXT,
+                  "text " + std::to_string(first + row) + " is not UTF-8 at byte " + std::to_string(at));
     }
   }
 }
@@ -190,16 +191,17 @@ void Engine::score_tokens(const Documents& documents, float* scores) {
   compute(*session_, *slots_, documents, batch_tokens, {scores, nullptr, heads().size(), hidden_size(), nullptr});
 }
 
-void Engine::compute_texts(const Texts& texts, const TextResults& results) {
+void Engine::compute_texts(const Texts& texts, const TextResults& results, size_t first) {
   check_texts(results.scores != nullptr);
-  if (!results.status) check_utf8(texts);
+  if (!results.status) check_utf8(texts, first);
   Chunk chunk;
-  Lease scratch(*this);
+  std::optional<Lease> scratch;  // while tokenizing alone: a call may wait long for its turn to compute
   for (size_t row = 0; row < texts.size(); ++row) {
     std::string_view text = texts[row];
     const bool is_utf8 = !results.status || find_invalid_utf8(text) == std::string_view::npos;
     const bool is_valid = text.data() && is_utf8;
-    const bool truncated = is_valid && append(text, *scratch, chunk.ids);
+    if (is_valid && !scratch) scratch.emplace(*this);
+    const bool truncated = is_valid && append(text, **scratch, chunk.ids);
     if (results.status) results.status[row] = is_utf8 ? JQL_OK : JQL_INVALID_TEXT;
     if (results.truncated) results.truncated[row] = truncated;
     if (results.n_tokens)
@@ -212,6 +214,7 @@ void Engine::compute_texts(const Texts& texts, const TextResults& results) {
       if (results.embeddings) std::fill_n(results.embeddings + row * hidden_size(), hidden_size(), NAN);
     }
     if (chunk.ids.size() >= chunk_tokens || row + 1 == texts.size()) {
+      scratch.reset();
       compute(*session_, *slots_, {chunk.ids.data(), chunk.offsets.data(), chunk.rows.size()}, batch_tokens,
               {results.scores, results.embeddings, heads().size(), hidden_size(), chunk.rows.data()});
       chunk = Chunk();

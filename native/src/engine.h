@@ -43,7 +43,7 @@ class Engine {
 
   // Throws Error.
   void score_tokens(const Documents& documents, float* scores);
-  void compute_texts(const Texts& texts, const TextResults& results);
+  void compute_texts(const Texts& texts, const TextResults& results, size_t first = 0);
 
  private:
   class Lease;  // of a Scratch, for one call

@@ -1,6 +1,8 @@
 // The border to C: no exception passes it.
 #pragma once
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -25,12 +27,23 @@ inline void put_sentence(const char* sentence, char* err, size_t err_size) {
   err[length] = '\0';
 }
 
+// A thread that is cancelled would unwind through catch (...) and end the process.
+class NoCancel {
+ public:
+  NoCancel() { pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before_); }
+  ~NoCancel() { pthread_setcancelstate(before_, nullptr); }
+
+ private:
+  int before_;
+};
+
 template <typename Action>
 jql_status guarded(char* err, size_t err_size, Action action) noexcept {
   auto failed = [&](jql_status status, const char* sentence) {
     put_sentence(sentence, err, err_size);
     return status;
   };
+  NoCancel no_cancel;
   try {
     action();
     return failed(JQL_OK, "");

@@ -52,7 +52,7 @@ Json::Json(std::string_view text, std::string file) : text_(text), file_(std::mo
 }
 
 void Json::fail(const std::string& what) const {
-  throw invalid_bundle(file_ + " is damaged at byte " + std::to_string(at_) + ": " + what);
+  throw invalid_bundle(file_ + " is damaged at byte " + std::to_string(at_) + ": " + what + "; copy it again");
 }
 
 void Json::skip_space() {
@@ -222,11 +222,15 @@ std::string JsonValue::name() const {
   return name ? json_->decoded(json_->nodes_[name]) : std::string();
 }
 
-void JsonValue::expect(Kind kind) const {
-  if (this->kind() == kind) return;
+std::string JsonValue::described() const {
   const Json::Node& node = json_->nodes_[node_];
   std::string what = node.name ? "\"" + name() + "\"" : "the value at byte " + std::to_string(node.begin);
-  throw invalid_bundle(json_->file_ + ": " + what + " is " + kind_names[static_cast<int>(node.kind)] + ", expected " +
+  return json_->file_ + ": " + what;
+}
+
+void JsonValue::expect(Kind kind) const {
+  if (this->kind() == kind) return;
+  throw invalid_bundle(described() + " is " + kind_names[static_cast<int>(this->kind())] + ", expected " +
                        kind_names[static_cast<int>(kind)]);
 }
 
@@ -246,8 +250,8 @@ int64_t JsonValue::integer(int64_t least, int64_t most) const {
   bool whole = text.find_first_of(".eE") == std::string_view::npos && text.size() <= 18;
   int64_t value = whole ? std::stoll(std::string(text)) : 0;
   if (!whole || value < least || value > most) {
-    throw invalid_bundle(json_->file_ + ": \"" + name() + "\" is " + std::string(text.substr(0, 40)) +
-                         ", expected a whole number from " + std::to_string(least) + " to " + std::to_string(most));
+    throw invalid_bundle(described() + " is " + std::string(text.substr(0, 40)) + ", expected a whole number from " +
+                         std::to_string(least) + " to " + std::to_string(most));
   }
   return value;
 }
@@ -304,6 +308,11 @@ JsonValue JsonValue::at(std::string_view name) const {
   if (auto found = find(name)) return *found;
   throw invalid_bundle(json_->file_ + ": " + (this->name().empty() ? "" : "\"" + this->name() + "\": ") + "\"" +
                        std::string(name) + "\" is missing");
+}
+
+std::vector<JsonValue> JsonValue::members() const {
+  expect(Kind::object);
+  return items();
 }
 
 std::vector<JsonValue> JsonValue::items() const {

@@ -37,12 +37,15 @@ class JsonValue {
 
   // Elements of an array; values of an object, whose names name() gives.
   std::vector<JsonValue> items() const;
+  // Values of an object alone.
+  std::vector<JsonValue> members() const;
   std::string name() const;
 
  private:
   friend class Json;
   JsonValue(const Json* json, uint32_t node) : json_(json), node_(node) {}
   void expect(Kind kind) const;
+  std::string described() const;  // where it is, for messages
 
   const Json* json_;
   uint32_t node_;

@@ -4,6 +4,7 @@
 #include <glob.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 
 #include "error.h"
@@ -22,7 +23,11 @@ std::vector<std::string> package_folders() {
   return folders;
 }
 
-std::vector<std::string> files_like(const std::string& pattern) {
+// What `pattern` matches in `folder`, whose own name is no pattern.
+std::vector<std::string> files_like(const std::string& folder, const std::string& in_folder) {
+  std::string pattern;
+  for (char c : folder) pattern += (std::strchr("*?[\\", c) ? "\\" : "") + std::string(1, c);
+  pattern += in_folder;
   glob_t found;
   std::vector<std::string> files;
   if (glob(pattern.c_str(), 0, nullptr, &found) == 0) files.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
@@ -49,14 +54,14 @@ void Library::search(const Search& wanted, const char* path) {
   }
   std::string folders;
   for (const std::string& folder : package_folders()) {
-    for (const std::string& file : files_like(folder + "/lib/python3*/*-packages/" + wanted.in_packages)) {
+    for (const std::string& file : files_like(folder, "/lib/python3*/*-packages/" + wanted.in_packages)) {
       if (open_usable(file, wanted, tried)) return;
     }
     folders += (folders.empty() ? "" : ", ") + folder;
   }
   throw Error(JQL_NO_RUNTIME, title_ + " was not found by the loader, nor as " + wanted.in_packages +
-                                  " among the Python packages of $VIRTUAL_ENV, $CONDA_PREFIX, " + folders + " (" + tried +
-                                  "); install it, or name it in options." + wanted.option);
+                                  " among the Python packages of $VIRTUAL_ENV, $CONDA_PREFIX, " + folders + " (" +
+                                  tried + "); install it, or name it in options." + wanted.option);
 }
 
 bool Library::open_usable(const std::string& path, const Search& wanted, std::string& tried) {

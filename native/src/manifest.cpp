@@ -65,7 +65,11 @@ void read_features(JsonValue root, const std::string& folder, Manifest& manifest
 void read_readouts(JsonValue readouts, Manifest& manifest) {
   static const std::set<std::string> known = {"relu", "tanh", "gelu", "silu", "sigmoid", "softmax"};
   for (JsonValue readout : readouts.items()) {
-    for (JsonValue layer : readout.at("layers").items()) {
+    std::vector<JsonValue> layers = readout.at("layers").items();
+    if (layers.empty()) {
+      throw invalid_bundle("bundle.json: readout " + readout.at("name").string() + " has no layers; export it again");
+    }
+    for (JsonValue layer : layers) {
       auto activation = layer.find_value("activation");
       if (activation && !known.count(activation->string())) {
         manifest.unknown_readout = "readout " + readout.at("name").string() + " has the activation " +
@@ -90,7 +94,10 @@ void read_tokenizer(JsonValue tokenizer, Manifest& manifest) {
   auto around = static_cast<int64_t>(manifest.prefix.size() + manifest.suffix.size());
   if (around == 0)
     throw invalid_bundle("bundle.json: tokenizer has no prefix and no suffix: an empty text has no token");
-  if (manifest.max_tokens <= around) throw invalid_bundle("bundle.json: max_tokens leaves no room for text");
+  if (manifest.max_tokens <= around) {
+    throw invalid_bundle("bundle.json: max_tokens is " + std::to_string(manifest.max_tokens) +
+                         ", which leaves no room for text between " + std::to_string(around) + " special tokens");
+  }
 }
 
 Variant read_variant(JsonValue fields) {
@@ -99,7 +106,7 @@ Variant read_variant(JsonValue fields) {
                   fields.at("precision").string(),
                   fields.at("provider").string(),
                   {}};
-  for (JsonValue limit : fields.at("tolerance").items()) variant.tolerance[limit.name()] = limit.number();
+  for (JsonValue limit : fields.at("tolerance").members()) variant.tolerance[limit.name()] = limit.number();
   return variant;
 }
 
@@ -115,6 +122,20 @@ void check_names(const Manifest& manifest) {
   }
 }
 
+// Operating systems leave hidden files anywhere: one counts where a graph holds its name, as unlisted.py says.
+bool a_graph_names(const Manifest& manifest, const std::string& root, const std::string& file) {
+  auto lower = [](std::string text) {
+    std::transform(text.begin(), text.end(), text.begin(),
+                   [](unsigned char c) { return c >= 'A' && c <= 'Z' ? c + 32 : c; });
+    return text;
+  };
+  for (const auto& [_, variant] : manifest.variants) {
+    if (size_of_file(root + "/" + variant.graph) < 0) continue;
+    if (lower(read_file(root + "/" + variant.graph)).find(lower(file)) != std::string::npos) return true;
+  }
+  return false;
+}
+
 // A file beside a graph that is not listed: the runtime may load weights from it. In the bundle's own folder, where
 // other files lie as well, weights are named after their graph.
 void check_beside(const std::string& root, const Manifest& manifest, const std::string& graph) {
@@ -123,7 +144,8 @@ void check_beside(const std::string& root, const Manifest& manifest, const std::
   std::string stem = fs::path(graph).stem().string() + ".";
   auto check = [&](const fs::path& path) {
     std::string file = path.filename().string(), name = path.lexically_relative(root).generic_string();
-    if (!manifest.files.count(name) && file[0] != '.' && fs::is_regular_file(path)) {
+    if (!manifest.files.count(name) && (file[0] != '.' || a_graph_names(manifest, root, file)) &&
+        fs::is_regular_file(path)) {
       throw invalid_bundle(root + ": \"" + name + "\" lies beside a graph and is not listed in bundle.json; remove it");
     }
   };
@@ -132,20 +154,18 @@ void check_beside(const std::string& root, const Manifest& manifest, const std::
     return;
   }
   for (const auto& entry : fs::directory_iterator(folder)) {
-    if (entry.path().filename().string().compare(0, stem.size(), stem) == 0) check(entry.path());
+    std::string file = entry.path().filename().string();
+    if (file[0] == '.' || file.compare(0, stem.size(), stem) == 0) check(entry.path());
   }
 }
 
 }  // namespace
 
 Manifest Manifest::read(const std::string& folder) {
-  std::string text;
-  try {
-    text = read_file(folder + "/bundle.json");
-  } catch (const Error& error) {
-    throw invalid_bundle(folder + " is no bundle: " + error.what() + "; make a bundle with jql-export");
+  if (size_of_file(folder + "/bundle.json") < 0) {
+    throw invalid_bundle(folder + " is no bundle: it holds no bundle.json; make a bundle with jql-export");
   }
-  return parse(text, folder);
+  return parse(read_file(folder + "/bundle.json"), folder);
 }
 
 Manifest Manifest::parse(const std::string& text, const std::string& folder) {
@@ -158,8 +178,8 @@ Manifest Manifest::parse(const std::string& text, const std::string& folder) {
   manifest.max_tokens = root.at("max_tokens").integer(1, most);
   read_tokenizer(root.at("tokenizer"), manifest);
   read_readouts(root.at("readouts"), manifest);
-  for (JsonValue variant : root.at("variants").items()) manifest.variants[variant.name()] = read_variant(variant);
-  for (JsonValue file : root.at("files").items()) {
+  for (JsonValue variant : root.at("variants").members()) manifest.variants[variant.name()] = read_variant(variant);
+  for (JsonValue file : root.at("files").members()) {
     manifest.files[file.name()] = {file.at("bytes").integer(0, INT64_MAX), file.at("sha256").string()};
   }
   check_names(manifest);

@@ -106,6 +106,7 @@ Owned<OrtSession> OnnxRuntimeSession::create(const SessionRequest& request) cons
   auto owner = own(options, api_.ReleaseSessionOptions);
   check(api_.SetIntraOpNumThreads(options, request.threads / n_parallel));
   check(api_.DisableMemPattern(options));  // every length is another shape, and no pattern is met again
+  check(api_.SetSessionLogSeverityLevel(options, ORT_LOGGING_LEVEL_FATAL));  // the environment may be the host's
   OrtSession* session = nullptr;
   check(api_.CreateSession(env_.get(), request.graph.c_str(), options, &session));
   return own(session, api_.ReleaseSession);

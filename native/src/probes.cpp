@@ -1,5 +1,6 @@
 #include "probes.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -40,25 +41,27 @@ std::vector<T> tensor(JsonValue header, std::string_view data, const char* name,
 }
 
 Probes read_probes(const std::string& folder) {
-  MappedFile file(folder + "/probes.safetensors");
+  const std::string path = folder + "/probes.safetensors";
+  MappedFile file(path);
   std::string_view bytes = file.text();
   uint64_t n_header = 0;
   if (bytes.size() >= 8) std::memcpy(&n_header, bytes.data(), 8);
-  if (bytes.size() < 8 || n_header > bytes.size() - 8) throw invalid_bundle("probes.safetensors ends early");
-  Json json(bytes.substr(8, n_header), "probes.safetensors");
+  if (bytes.size() < 8 || n_header > bytes.size() - 8) throw invalid_bundle(path + " ends early; copy it again");
+  Json json(bytes.substr(8, n_header), path);
   std::string_view data = bytes.substr(8 + n_header);
   JsonValue header = json.root();
   return {tensor<int32_t>(header, data, "ids", "I32"), tensor<int64_t>(header, data, "offsets", "I64"),
           tensor<float>(header, data, "embedding", "F32"), tensor<float>(header, data, "scores", "F32")};
 }
 
-void check_shape(const Probes& probes, size_t n_heads, size_t width) {
+void check_shape(const Probes& probes, const std::string& folder, size_t n_heads, size_t width) {
   bool fine = !probes.offsets.empty() && probes.offsets.front() == 0 &&
               probes.offsets.back() == static_cast<int64_t>(probes.ids.size());
   for (size_t i = 0; fine && i < probes.size(); ++i) fine = probes.offsets[i] < probes.offsets[i + 1];
   fine = fine && probes.embeddings.size() == probes.size() * width && probes.scores.size() == probes.size() * n_heads;
   if (!fine)
-    throw invalid_bundle("probes.safetensors is of another shape than bundle.json says; export the bundle again");
+    throw invalid_bundle(folder +
+                         ": probes.safetensors is of another shape than bundle.json says; export the bundle again");
 }
 
 // The documents of up to `short_tokens` tokens, so that opening a bundle takes no longer than it must.
@@ -94,13 +97,37 @@ std::string number(double value) {
   return text;
 }
 
+// As _check_manifest in certify.py: the probes are documents of every kind, so the manifest must fit them.
+void check_manifest(const Probes& probes, const Manifest& manifest, const std::string& folder) {
+  const auto n_prefix = static_cast<int64_t>(manifest.prefix.size()),
+             n_suffix = static_cast<int64_t>(manifest.suffix.size());
+  int64_t longest = 0;
+  for (size_t i = 0; i < probes.size(); ++i) {
+    const int64_t begin = probes.offsets[i], end = probes.offsets[i + 1];
+    longest = std::max(longest, end - begin);
+    if (end - begin < n_prefix + n_suffix ||
+        !std::equal(manifest.prefix.begin(), manifest.prefix.end(), probes.ids.begin() + begin) ||
+        !std::equal(manifest.suffix.begin(), manifest.suffix.end(), probes.ids.begin() + (end - n_suffix))) {
+      throw invalid_bundle(folder +
+                           ": documents in probes.safetensors have other ids at their ends than tokenizer.prefix "
+                           "and suffix in bundle.json; export the bundle again");
+    }
+  }
+  if (longest < manifest.max_tokens) {
+    throw invalid_bundle(folder + ": max_tokens is " + std::to_string(manifest.max_tokens) +
+                         " in bundle.json, the longest document in probes.safetensors has " + std::to_string(longest) +
+                         " tokens, and the graphs were certified up to there; export the bundle again");
+  }
+}
+
 }  // namespace
 
 void certify(const std::string& folder, const Manifest& manifest, const std::string& variant, Session& session,
              Slots& slots) {
   size_t n_heads = manifest.outputs.size(), width = static_cast<size_t>(manifest.hidden_size);
   Probes all = read_probes(folder);
-  check_shape(all, n_heads, width);
+  check_shape(all, folder, n_heads, width);
+  check_manifest(all, manifest, folder);
   Probes probes = short_ones(all, n_heads, width);
   Documents documents{probes.ids.data(), probes.offsets.data(), probes.size()};
   std::vector<float> scores(probes.scores.size()), alone(scores.size()), embeddings(probes.embeddings.size());

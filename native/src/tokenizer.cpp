@@ -108,7 +108,8 @@ void Tokenizer::read_normalizer(JsonValue step) {
 
 void Tokenizer::read_replacement(JsonValue step) {
   auto regex = step.at("pattern").find("Regex");
-  std::string pattern = (regex ? *regex : step.at("pattern").at("String")).string(), content = step.at("content").string();
+  std::string pattern = (regex ? *regex : step.at("pattern").at("String")).string(),
+              content = step.at("content").string();
   if ((regex && pattern != " {2,}") || pattern.empty()) {
     throw unsupported("tokenizer.json replaces the pattern " + pattern + ", which libjql does not know");
   }
@@ -142,6 +143,8 @@ void Tokenizer::read_metaspace(JsonValue step) {
 bool Tokenizer::steps_work_on_parts() const {
   for (size_t i = 0; i < steps_.size(); ++i) {
     if (steps_[i].kind == Step::Kind::replace || (steps_[i].kind == Step::Kind::map && i > 0)) return false;
+    const std::string& content = steps_[i].content;  // must begin a word, as the spaces did
+    if (steps_[i].kind == Step::Kind::spaces && (content.empty() || marker_at(content, 0) == 0)) return false;
   }
   std::string space;
   if (charsmap_) charsmap_->apply(" ", space);
@@ -150,7 +153,7 @@ bool Tokenizer::steps_work_on_parts() const {
 
 void Tokenizer::read_added_tokens(JsonValue tokens) {
   std::vector<Trie::Entry> raw, normalized;
-  std::set<std::string> contents;
+  std::set<std::string> contents, normal_texts;
   for (JsonValue token : tokens.items()) {
     std::string content = token.at("content").string(), other;
     if (content.empty()) continue;
@@ -168,7 +171,11 @@ void Tokenizer::read_added_tokens(JsonValue tokens) {
     } else {
       std::string text;
       normalize(content, true, text, other);
-      if (!text.empty()) normalized.emplace_back(text, place);
+      if (text.empty() || !normal_texts.insert(text).second) {
+        throw unsupported("tokenizer.json has the added token " + content + ", which is normalized to " +
+                          (text.empty() ? "nothing" : "the text of another one"));
+      }
+      normalized.emplace_back(text, place);
     }
   }
   has_normalized_tokens_ = !normalized.empty();
@@ -191,9 +198,10 @@ void Tokenizer::cut_at(const Trie& tokens, std::string_view text, Gap gap, Token
     const Added& added = added_[place];
     size_t start = added.takes_left ? skip_white_space_back(text, at, std::min(done, at)) : at;
     if (start > done) gap(text.substr(done, start - done));
-    token(added.id);
     at += length;
-    done = added.takes_right ? skip_white_space(text, at) : at;
+    const size_t stop = added.takes_right ? skip_white_space(text, at) : at;
+    if (!added.takes_left || stop > done) token(added.id);  // else the one before has taken all of it
+    done = stop;
   }
   if (done < text.size()) gap(text.substr(done));
 }

@@ -70,7 +70,8 @@ def test_long_views_in_several_buffers(native):
     ("stream", "column", "sentence"),
     [
         (pa.table({"text": ["a"]}), None, "JQL_UNSUPPORTED: .*name a column"),
-        (pa.table({"text": ["a"]}), "body", "JQL_INVALID_ARGUMENT: the Arrow stream has no column body"),
+        (pa.table({"text": ["a"]}), "body", "JQL_INVALID_ARGUMENT: the Arrow stream has no column body; it has: text"),
+        (pa.table([["a"], ["b"]], ["text", "text"]), "text", "JQL_INVALID_ARGUMENT: .* two columns text; rename one"),
         (pa.table({"text": [1]}), "text", 'JQL_UNSUPPORTED: the Arrow stream gives the format "l"'),
         (pa.chunked_array([["a"]]), "text", "JQL_INVALID_ARGUMENT: .*column must be NULL"),
         (pa.chunked_array([pa.array(["a"]).dictionary_encode()]), None, "JQL_UNSUPPORTED: .*by dictionary"),
@@ -84,7 +85,7 @@ def test_streams_that_are_no_text(native, stream, column, sentence):
 def test_invalid_utf8_is_an_error_of_the_stream(native):
     reader = native.score_arrow(pa.chunked_array([pa.array(["fine"]), not_utf8()]), None)
     assert reader.read_next_batch().num_rows == 1
-    with pytest.raises(pa.ArrowInvalid, match="text 1 is not UTF-8"):
+    with pytest.raises(pa.ArrowInvalid, match="text 2 is not UTF-8"):
         reader.read_next_batch()
 
 

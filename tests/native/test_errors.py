@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pyarrow as pa
 import pytest
 
@@ -45,7 +46,10 @@ def refused(library, bundle, status, *parts, **options):
 
 
 def test_a_bundle_that_is_not_there(library, tmp_path):
-    refused(library, tmp_path / "none", "JQL_INVALID_BUNDLE", str(tmp_path / "none"), "No such file", "jql-export")
+    refused(
+        library, tmp_path / "none", "JQL_INVALID_BUNDLE", str(tmp_path / "none"), "holds no bundle.json", "jql-export"
+    )
+    refused(library, "", "JQL_INVALID_ARGUMENT", "bundle_dir")
     refused(library, tmp_path, "JQL_INVALID_BUNDLE", "is no bundle")
     (tmp_path / MANIFEST).mkdir()
     refused(library, tmp_path, "JQL_INVALID_BUNDLE", "is no bundle")
@@ -80,7 +84,13 @@ def test_a_damaged_file_is_not_noticed_where_nobody_looks(library, copy):
         ("format", 1, "JQL_INVALID_BUNDLE", "has bundle format 1; this libjql reads 2: export the bundle again"),
         ("requires", ["telepathy"], "JQL_UNSUPPORTED", 'needs "telepathy"'),
         ("max_tokens", ..., "JQL_INVALID_BUNDLE", '"max_tokens" is missing'),
-        ("max_tokens", 2, "JQL_INVALID_BUNDLE", "leaves no room for text"),
+        ("max_tokens", 2, "JQL_INVALID_BUNDLE", "max_tokens is 2, which leaves no room for text between 2"),
+        ("max_tokens", 8192, "JQL_INVALID_BUNDLE", "max_tokens is 8192 in bundle.json, the longest document in probes"),
+        ("tokenizer/prefix", [5], "JQL_INVALID_BUNDLE", "have other ids at their ends"),
+        ("tokenizer/suffix", [0], "JQL_INVALID_BUNDLE", "have other ids at their ends"),
+        ("tokenizer/prefix", [-1], "JQL_INVALID_BUNDLE", "is -1, expected a whole number from 0"),
+        ("readouts/0/layers", [], "JQL_INVALID_BUNDLE", "readout edu has no layers"),
+        ("variants", [], "JQL_INVALID_BUNDLE", '"variants" is an array, expected an object'),
         ("max_tokens", "many", "JQL_INVALID_BUNDLE", '"max_tokens" is a string, expected a number'),
         ("max_tokens", 2**40, "JQL_INVALID_BUNDLE", '"max_tokens" is 1099511627776, expected a whole number from 1'),
         ("variants/cpu-fp32/graph", "../graph.onnx", "JQL_INVALID_BUNDLE", "cannot be the name of a file"),
@@ -121,6 +131,31 @@ def test_a_template_or_windows_leave_ids(library, copy, feature):
 def test_a_manifest_that_is_none(library, copy, content):
     replace_file(copy, MANIFEST, content)
     refused(library, copy, "JQL_INVALID_BUNDLE", str(copy))
+
+
+def test_a_hidden_file_is_weights_where_a_graph_names_it(library, copy):
+    (copy / "graphs" / ".DS_Store").touch()
+    NativeEngine(copy, library).close()
+    graph = onnx.load(copy / "graphs/standard-fp32.onnx", load_external_data=False)
+    [data] = {entry.value for one in graph.graph.initializer for entry in one.external_data if entry.key == "location"}
+    for one in graph.graph.initializer:
+        for entry in one.external_data:
+            entry.value = ".weights" if entry.key == "location" else entry.value
+    os.link(copy / "graphs" / data, copy / "graphs" / ".weights")
+    replace_file(copy, "graphs/standard-fp32.onnx", graph.SerializeToString())
+    refused(library, copy, "JQL_INVALID_BUNDLE", '"graphs/.weights" lies beside a graph')
+
+
+def test_it_stays_loaded_for_an_environment_that_may_call_it(library, copy):
+    code = f"""
+import ctypes
+from tests.native.binding import NativeEngine, library_path, load
+loaded = load()
+NativeEngine({str(copy)!r}, loaded).close()
+ctypes.CDLL(None).dlclose(ctypes.c_void_p(loaded._handle))
+assert str(library_path().resolve()) in open("/proc/self/maps").read()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_a_file_that_is_not_listed_beside_a_graph(library, copy):

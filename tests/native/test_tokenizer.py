@@ -82,6 +82,28 @@ def test_long_texts_are_normalized_in_parts(layout):
     assert [whole(engine, text) for text in texts] == [ids[: engine.max_tokens - 1] for ids in expected]
 
 
+@pytest.mark.parametrize("content", ["", "a", " ", "\u2581"])
+def test_spaces_that_become_something_else_far_into_a_text(library, xlmr, tmp_path, content):
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": content}
+    bundle = copy_of(xlmr, tmp_path / "bundle")
+    replace_file(bundle, "tokenizer.json", change(bundle / "tokenizer.json", "normalizer", spaces))
+    replace_file(bundle, MANIFEST, change(bundle / MANIFEST, "max_tokens", 60_000))
+    oracle = read_oracle(bundle / "tokenizer.json")
+    with NativeEngine(bundle, library, certify=0) as engine:
+        for n in (100, 17_000):
+            text = "x" * n + "  Water boils"
+            assert engine.tokenize(text)[0] == [0, *oracle.encode(text, add_special_tokens=False).ids, 2]
+
+
+def test_white_space_that_one_added_token_has_taken_is_no_other(library, xlmr, tmp_path):
+    fields = json.loads((xlmr.path / "tokenizer.json").read_text())
+    line = ADDED | {"id": len(fields["model"]["vocab"]), "content": "\n", "normalized": False}
+    fields["added_tokens"].append(line | {"lstrip": True, "rstrip": True})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    for engine, oracle in opened_with(tmp_path / "tokenizer.json", library, xlmr, tmp_path):
+        assert differences(engine, oracle, ["a\n\nb", "a \n b", "\n", "\n \n\n", "a\nb"]) == []
+
+
 def whole(engine, text):
     """The ids of a truncated document but for its last, as no test bundle has room for more."""
     ids, truncated = engine.tokenize(text)
@@ -199,6 +221,9 @@ def replacements(*contents: str) -> dict:
     return {"type": "Sequence", "normalizers": steps}
 
 
+ADDED = {"id": 1, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+
+
 def change(file: Path, where: str, value: object) -> bytes:
     fields = json.loads(file.read_text())
     *path, last = where.split(".")
@@ -223,6 +248,7 @@ def change(file: Path, where: str, value: object) -> bytes:
         ("pre_tokenizer", {"type": "Whitespace"}, "has the pre_tokenizer Whitespace"),
         ("pre_tokenizer", None, "has no pre_tokenizer Metaspace"),
         ("added_tokens.1.single_word", True, "added token of single words"),
+        ("added_tokens", [ADDED | {"content": c} for c in ("fig", "ﬁg")], "is normalized to the text of another one"),
     ],
 )
 def test_another_kind_of_tokenizer_leaves_ids(library, xlmr, tmp_path, where, value, sentence):
@@ -234,6 +260,16 @@ def test_another_kind_of_tokenizer_leaves_ids(library, xlmr, tmp_path, where, va
         with pytest.raises(JqlError, match="JQL_UNSUPPORTED"):
             engine.score(["text"])
         assert np.isfinite(engine.score_tokens([0, 5, 2], [0, 3])).all()
+
+
+def test_an_added_token_of_which_the_normalizer_leaves_nothing_is_refused(library, xlmr, tmp_path):
+    bundle = copy_of(xlmr, tmp_path / "bundle")
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    replace_file(bundle, "tokenizer.json", change(bundle / "tokenizer.json", "normalizer", strip))
+    tokens = change(bundle / "tokenizer.json", "added_tokens", [ADDED | {"content": "  "}])
+    replace_file(bundle, "tokenizer.json", tokens)
+    with NativeEngine(bundle, library) as engine, pytest.raises(JqlError, match="which is normalized to nothing"):
+        engine.tokenize("text")
 
 
 def test_a_character_that_becomes_a_long_text_is_refused(library, xlmr, tmp_path):
