@@ -152,7 +152,8 @@ def _slices(paired: Paired, sides: Mapping[Cut, NDArray[np.bool_]], min_group: i
         yield part(None, band, flips[:, :, band].sum(axis=1), rows)
     if len(names) == 1:
         return
-    for number in sorted(range(len(names)), key=lambda number: (names[number] is None, names[number] or "")):
+    scored = np.flatnonzero(counts.any(axis=1)).tolist()  # in both sets, at least one document
+    for number in sorted(scored, key=lambda number: (names[number] is None, names[number] or "")):
         stop = int(ends[number, -1])
         rows = paired.where(by_group[stop - int(counts[number].sum()) : stop])
         yield part(number, None, flips[:, number].sum(axis=1), rows)

@@ -115,16 +115,19 @@ def announce(decision: Decision) -> None:
 def _announce_ties(decision: Decision) -> None:
     """Say where a threshold alone keeps clearly more than its quantile asks for."""
     weight = decision.request.weight
-    own = [(one, one.counts) for one in decision.groups if not one.is_pooled]
-    excess: list[tuple[float, float, str, str | None]] = []  # and what it is reached by, of which head and group
-    for group, counts in own or [(decision.groups[0], decision.counts)]:
+    grouped = decision.group_column is not None
+    apart = [(one, one.counts, f" in group {one.group!r}" if grouped else "") for one in decision.groups]
+    parts = [part for part in apart if not part[0].is_pooled]
+    if pooled := next((one for one in decision.groups if one.is_pooled), None):
+        parts.append((pooled, decision.counts, " for all groups together" if grouped else ""))
+    excess: list[tuple[float, float, str, str]] = []  # and what it is reached by, of which head and where
+    for group, counts, where in parts:
         total = counts.scored if weight == "documents" else counts.tokens or 0
         asked = (total - needed_weight(total, decision.quantile, weight) + 1) / total
-        excess += [(one.share - asked, one.share, one.head, group.group) for one in group.thresholds]
+        excess += [(one.share - asked, one.share, one.head, where) for one in group.thresholds]
     tied = [one for one in excess if one[0] > NOTICED]
     if tied:
-        _, share, head, name = max(tied, key=lambda one: one[:2])
-        where = "" if decision.group_column is None else f" in group {name!r}"
+        _, share, head, where = max(tied, key=lambda one: one[:2])
         whole = "equal scores are" if weight == "documents" else "equal scores, and all tokens of a document, are"
         say(
             f"jql-cut: {len(tied):,} of {len(excess):,} thresholds keep more than the {1 - decision.quantile:.1%} of "

@@ -42,7 +42,8 @@ def compact(array: pa.DictionaryArray) -> pa.DictionaryArray:
     check_indices(used, len(array.dictionary))
     if len(used) == len(array.dictionary) or array.type.ordered:
         return array
-    return pa.DictionaryArray.from_arrays(pc.index_in(array.indices, used), array.dictionary.take(used))
+    indices = pc.index_in(array.indices, used).cast(array.type.index_type)  # arrays of one column have one type
+    return pa.DictionaryArray.from_arrays(indices, array.dictionary.take(used))
 
 
 def check_indices(indices: pa.Array, n_values: int) -> None:
@@ -122,7 +123,7 @@ def cuts(sizes: NDArray[np.int64], n_bytes: int) -> Iterator[tuple[int, int]]:
 
 def _decoded(array: pa.Array, kind: pa.DataType) -> pa.Array:
     if not pa.types.is_dictionary(array.type):
-        return array.cast(kind)
+        return array if array.type == kind else array.cast(kind)  # pyarrow 26 breaks list<null> by a cast to itself
     if pa.types.is_dictionary(kind):
         values = array.dictionary.cast(kind.value_type)
         return pa.DictionaryArray.from_arrays(array.indices.cast(kind.index_type), values, ordered=kind.ordered)

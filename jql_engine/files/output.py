@@ -162,7 +162,11 @@ class OutputFile:
         ):
             for group in _groups(tables):
                 for rows in _unified(group):
-                    out.write_table(rows.cast(schema))
+                    columns = [
+                        column if column.type == field.type else column.cast(field.type)
+                        for column, field in zip(rows.columns, schema, strict=True)
+                    ]
+                    out.write_table(pa.table(columns, schema=schema))
             check_unchanged(self.file.source)
             check()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from pathlib import Path
@@ -89,8 +90,22 @@ def test_ties_at_a_quantile_are_said_aloud(jql_cut, tmp_path):
         "jql-cut: 2 of 4 thresholds keep more than the 40.0% of documents asked for, as equal scores are kept "
         f"together: that of a in group {name!r} keeps {share:.1%}"
     ]
+    tied = write_many(tmp_path / "tied", columns_of([np.minimum(np.arange(2_500, dtype=np.float32), 2_000)],
+                      np.full(2_500, 9), ["en"] * 2_000 + ["de"] * 500))  # fmt: skip
+    said = jql_cut(tied, *RULE, "--quantile", 0.9, "--thresholds", tmp_path / "t.json").stderr
+    assert "1 of 2 thresholds keep more than the 10.0%" in said and "a for all groups together keeps 20.0%" in said
     few = write_many(tmp_path / "few", columns_of([np.arange(9, dtype=np.float32)], np.full(9, 9)), 1)
     assert jql_cut(few, "--quantile", 0.6, "--thresholds", tmp_path / "t.json").stderr == ""
+
+
+def test_a_pipe_gets_the_thresholds_and_stays_a_pipe(jql_cut, scores, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    assert jql_cut(scores, "--quantile", 0.6, "--thresholds", tmp_path / "pipe").code == 0
+    reader.join()
+    assert json.loads(found[0])["quantile"] == 0.6 and (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize("name", ["scores/000.parquet", "t.jsonl.gz"])

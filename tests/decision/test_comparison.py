@@ -93,6 +93,13 @@ def test_documents_without_a_score_in_one_set_are_counted_and_left_out():
     assert (found.documents, found.compared, found.only_first, found.only_second) == (100, 93, 4, 2)
 
 
+def test_a_group_without_a_document_in_both_sets_has_no_slice():
+    pair = paired(n=100)
+    pair.first[0, pair.groups == 1] = np.nan
+    found = compare(pair)
+    assert [one.group for one in found.slices if one.has_group and one.tokens is None] == ["de", "sw", None]
+
+
 def test_what_is_written_is_json_with_every_figure():
     found = compare(paired(n=50))
     fields = json.loads(json.dumps(found.to_json(), allow_nan=False))

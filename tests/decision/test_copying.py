@@ -343,6 +343,8 @@ def test_a_file_without_rows_gives_one_without_rows(tmp_path):
         (pa.decimal128(20, 3), Decimal("1.500")),
         (pa.list_(pa.float32(), 2), [0.5, 1.5]),
         (pa.dictionary(pa.int8(), pa.string()), "a"),
+        (pa.list_(pa.null()), [None, None]),
+        (pa.struct([("q", pa.list_(pa.null()))]), {"q": [None]}),
     ],
     ids=str,
 )

@@ -41,6 +41,14 @@ def test_values_that_no_row_has_are_dropped():
     assert found.to_pylist() == ["d", None, "b", "d"] and sorted(found.dictionary.to_pylist()) == ["b", "d"]
 
 
+@pytest.mark.parametrize("kind", [pa.int8(), pa.uint32(), pa.int64()])
+def test_indices_keep_their_type(kind):
+    """As pandas writes categories: batches that lack a value are joined with batches that have all."""
+    array = pa.DictionaryArray.from_arrays(pa.array([1, 1], kind), pa.array(["a", "b"]))
+    found = compact(array)
+    assert found.type == array.type and len(found.dictionary) == 1
+
+
 @given(st.lists(st.lists(st.sampled_from(["a", "bb", None, ""]), max_size=5), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=50)
 def test_joined_parts_hold_each_value_once(parts):
