@@ -85,6 +85,44 @@ def test_the_example_in_c_by_pkg_config(installed, native, xlmr, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+CANCELLED = """
+#define _POSIX_C_SOURCE 200809L
+#include <jql.h>
+#include <pthread.h>
+#include <stdio.h>
+static int after;
+static void *use(void *given) {
+  char **arguments = given, err[512];
+  jql_options options = JQL_OPTIONS_INIT;
+  jql_engine *engine = NULL;
+  options.onnxruntime = arguments[2];
+  pthread_cancel(pthread_self());
+  if (jql_open(arguments[1], &options, &engine, err, sizeof err) != JQL_OK) puts(err);
+  after = 1;
+  jql_close(engine);
+  pthread_testcancel();
+  return NULL;
+}
+int main(int n, char **arguments) {
+  pthread_t thread;
+  void *result = NULL;
+  (void)n;
+  pthread_create(&thread, NULL, use, arguments);
+  pthread_join(thread, &result);
+  printf("%d %d", after, result == PTHREAD_CANCELED);
+  return 0;
+}
+"""
+
+
+def test_a_thread_that_is_cancelled_ends_after_the_call(installed, xlmr, tmp_path):
+    (tmp_path / "main.c").write_text(CANCELLED)
+    library = folder_of(installed, "libjql.so")
+    flags = [f"-I{ROOT}/native/include", f"-L{library}", "-ljql", "-pthread", f"-Wl,-rpath,{library}"]
+    run("cc", *STRICT, "-o", tmp_path / "user", tmp_path / "main.c", *flags)
+    assert run(tmp_path / "user", xlmr.path, ONNXRUNTIME) == "1 1"
+
+
 def test_a_project_by_cmake(installed, tmp_path):
     (tmp_path / "main.c").write_text(
         "#include <jql.h>\n#include <stdio.h>\nint main(void) { puts(jql_version()); return 0; }\n"
