@@ -96,7 +96,7 @@ def _thresholds(
     scores = exact_scores(partition, population.counted, series, np.maximum(weights, 1))
     found = np.where(weights > 0, scores, np.nan).astype(np.float32).reshape(len(totals), partition.n_heads, 3)
     below = partition.find(series[::3], weights[::3]).below.reshape(found.shape[:2])
-    return found, 1 - below / totals[:, None]
+    return found, (totals[:, None] - below) / totals[:, None]
 
 
 def _reached(unit: Weight, asked: int, kept: NDArray[np.int64]) -> Target:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -106,6 +108,16 @@ def test_a_pipe_gets_the_thresholds_and_stays_a_pipe(jql_cut, scores, tmp_path):
     assert jql_cut(scores, "--quantile", 0.6, "--thresholds", tmp_path / "pipe").code == 0
     reader.join()
     assert json.loads(found[0])["quantile"] == 0.6 and (tmp_path / "pipe").is_fifo()
+
+
+def test_standard_output_gets_the_thresholds_before_the_summary(scores, tmp_path):
+    code = "from jql_engine.cli.cut import main; main()"
+    command = [sys.executable, "-c", code, str(scores), "--quantile", "0.6"]
+    with (tmp_path / "said").open("wb") as said:
+        subprocess.run([*command, "--thresholds", "/dev/stdout"], stdout=said, check=True)
+    *thresholds, summary = (tmp_path / "said").read_text().splitlines()
+    assert json.loads("".join(thresholds))["quantile"] == 0.6 and json.loads(summary)["thresholds"] == "/dev/stdout"
+    assert Path("/dev/stdout").is_symlink()
 
 
 @pytest.mark.parametrize("name", ["scores/000.parquet", "t.jsonl.gz"])
