@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 
 from jql_engine import Engine
 from jql_engine.bundle import Bundle
-from jql_engine.files.output import METADATA_KEY
+from jql_engine.files.settings import METADATA_KEY
 from jql_export import probes
 from tests import servers
 from tests.conftest import export, write_encoder, write_head

@@ -31,9 +31,10 @@ from jql_engine.files.dictionaries import Column
 from jql_engine.files.formats import look
 from jql_engine.files.inputs import InputFile, SourceFile, find_files, identity
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import OutputFile, is_finished
+from jql_engine.files.output import OutputFile
 from jql_engine.files.parquet import describe_whole
 from jql_engine.files.reading import Cursor
+from jql_engine.files.settings import is_finished
 from jql_engine.job.check import check_apart
 from jql_engine.job.claim import Claim
 from jql_engine.job.launch import run_work

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jql_engine.errors import InputError
 from jql_engine.files.inputs import InputFile, identity
-from jql_engine.files.output import stored_settings
+from jql_engine.files.settings import stored_settings
 
 
 def check_scored(file: InputFile, scores: InputFile, assume_unchanged: bool) -> None:

@@ -16,8 +16,8 @@ from jql_engine.decision.scores import TOKENS, ScoreFiles
 from jql_engine.errors import InputError
 from jql_engine.files.formats import look
 from jql_engine.files.inputs import InputFile, SourceFile, check_group_type, find_files, with_shared_schemas
-from jql_engine.files.output import METADATA_KEY, OF_SCORES, OF_SOURCE, differences, shown
 from jql_engine.files.parquet import describe_whole
+from jql_engine.files.settings import METADATA_KEY, OF_SCORES, OF_SOURCE, differences, shown
 from jql_engine.job.apart import in_threads
 from jql_engine.job.finished import check_finished
 from jql_engine.job.unfinished import Unfinished

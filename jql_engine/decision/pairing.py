@@ -12,7 +12,7 @@ from jql_engine.decision.ids import first_difference
 from jql_engine.decision.opening import open_scores, remind_of_groups
 from jql_engine.decision.scores import Rows, ScoreFiles
 from jql_engine.errors import InputError
-from jql_engine.files.output import stored_settings
+from jql_engine.files.settings import stored_settings
 
 
 def read_pair(

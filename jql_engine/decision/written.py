@@ -12,8 +12,7 @@ from uuid import uuid4
 import pyarrow as pa
 
 from jql_engine.files.location import Location
-from jql_engine.files.output import explained
-from jql_engine.files.writing import write
+from jql_engine.files.writing import explained, write
 
 
 def write_text(target: Location, content: str) -> None:

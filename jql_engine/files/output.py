@@ -9,10 +9,7 @@ the job that its metadata names; where two runs of one job do work twice, the fi
 
 from __future__ import annotations
 
-import errno
 import json
-import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,38 +19,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jql_engine.data import EMBEDDING
-from jql_engine.errors import EngineError, OutputError, PartsError, UnreadableError
+from jql_engine.errors import PartsError, UnreadableError
 from jql_engine.files.chunks import Segment
 from jql_engine.files.dictionaries import decode, is_text
-from jql_engine.files.inputs import InputFile, SourceFile
+from jql_engine.files.inputs import InputFile
 from jql_engine.files.location import Location, is_remote
 from jql_engine.files.parts import PARTS, Part, Settings, aside_for, key_of, parts_folder
 from jql_engine.files.reading import Cursor, check_unchanged
 from jql_engine.files.retries import retry
+from jql_engine.files.settings import METADATA_KEY, check_settings, is_finished, settings_of
 from jql_engine.files.storage import (
-    exists,
     list_files,
     open_parquet,
-    read_schema,
     remove_empty_parents,
     remove_file,
     remove_files,
 )
-from jql_engine.files.writing import write, writing
+from jql_engine.files.writing import explained, write, writing
 
-METADATA_KEY = b"jql_engine"
 # A row group of the finished file closes past either of these.
 GROUP_ROWS = 100_000
 GROUP_BYTES = 64 << 20
 Kind: TypeAlias = Literal["sidecar", "append", "derived"]
-# Settings that are options of the commands; the others follow from the bundle, the source and what is installed.
-OPTIONS = (
-    "aggregate", "chunk_rows", "embeddings", "group_column", "id_column", "keep", "keep_tokens", "limit", "min_group",
-    "output", "quantile", "rule", "text_column", "variant", "weight", "windows",
-)  # fmt: skip
-OF_SOURCE = {"source_bytes", "source_version"}  # settings that change with a source
-OF_SCORES = {"rescored_from", "scores_version"}  # and with the scores that a job reads
-SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,88 +228,6 @@ def with_dictionary(schema: pa.Schema) -> bool | list[str]:
     return [name for name in schema.names if name != EMBEDDING] if EMBEDDING in schema.names else True
 
 
-def settings_of(shared: Settings, source: SourceFile, limit: int | None = None) -> dict[str, Any]:
-    """The settings of a job and of one of its files."""
-    return {**shared, "source_bytes": source.size, "source_version": source.version, "limit": limit}
-
-
-def differences(one: Settings, other: Settings) -> list[str]:
-    """Names of the settings in which two differ; a null is as good as none."""
-    return [key for key in {**one, **other} if one.get(key) != other.get(key)]
-
-
-def shown(key: str, value: object) -> str:
-    """A setting as a user knows it: an option where it is one, a hash as its first digits."""
-    if key in OPTIONS:
-        option = f"--{key.replace('_', '-')}"
-        return f"no {option}" if value is None else f"{option} {value}"
-    key = "thresholds" if key == "cut" else key
-    return f"{key} {value[:12]}" if isinstance(value, str) and SHA256.fullmatch(value) else f"{key} {value!r}"
-
-
-def is_finished(output: Location, settings: Settings) -> bool:
-    """True if `output` is the complete output of this very job; raises OutputError if it is another's."""
-    with explained(output, "looked for"):
-        if not exists(output):
-            return False
-    check_settings(output, settings)
-    return True
-
-
-def check_settings(output: Location, settings: Settings) -> None:
-    """Raise OutputError where the finished file or part `output` was not written with these `settings`."""
-    metadata = _metadata_of(output)
-    try:
-        found = dict(json.loads(metadata[METADATA_KEY]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise OutputError(f"{output} exists and was not written by jql-run; move it, or give --overwrite") from error
-    if not (different := differences(settings, found)):
-        return
-    key = different[0]
-    if set(different) <= OF_SOURCE | OF_SCORES:
-        then, now = found.get("source_bytes"), settings.get("source_bytes")
-        size = f"{then} bytes then, {now} now" if then != now else "of the same size, but written anew"
-        what = f"its source ({size})" if OF_SOURCE & set(different) else "the score file that it is made of"
-        raise OutputError(
-            f"{output} exists and was computed before {what} changed; bring that back, choose another --out, or start "
-            "over with --overwrite"
-        )
-    then, now = found.get("limit"), settings.get("limit")
-    if different == ["limit"] and None not in (then, now):
-        raise OutputError(
-            f"{output} exists and holds the first {then} of its documents, and --limit takes {now} of them now: with "
-            "other inputs the first documents are others; choose another --out, or start over with --overwrite"
-        )
-    raise OutputError(
-        f"{output} exists and was computed with other settings: {shown(key, found.get(key))} then, "
-        f"{shown(key, settings.get(key))} now; give it again as it was then, choose another --out, or "
-        "start over with --overwrite"
-    )
-
-
-def is_written_by_us(file: Location) -> bool:
-    """False for what is damaged, or another program's."""
-    return METADATA_KEY in _metadata_of(file)
-
-
-def stored_settings(file: Location) -> dict[str, Any]:
-    """The settings that a score file was written with; empty where it is another program's."""
-    return dict(json.loads(_metadata_of(file).get(METADATA_KEY, b"{}")))
-
-
-def _metadata_of(output: Location) -> dict[bytes, bytes]:
-    """Of a parquet file; empty where it is none."""
-    with explained(output, "read"):
-        try:
-            return dict(read_schema(output).metadata or {})
-        except pa.ArrowException:
-            return {}
-        except OSError:
-            if is_remote(output):
-                raise
-            return {}
-
-
 def _unified(group: pa.Table) -> Iterator[pa.Table]:
     """With one dictionary a column; where its indices are too narrow for that, pieces with their own, as they came."""
     try:
@@ -343,21 +248,3 @@ def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         rows, size = rows + table.num_rows, size + table.nbytes
     if together:
         yield pa.concat_tables(together)
-
-
-@contextmanager
-def explained(output: Location, done: str = "written") -> Iterator[None]:
-    """What the file system says, as an OutputError."""
-    try:
-        yield
-    except EngineError:
-        raise
-    except OSError as error:
-        place = f" in {tempfile.gettempdir()}" if is_remote(output) else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = f"free some space{place}" if full else "check the folder"
-        raise OutputError(f"{output} cannot be {done}: {error.strerror or error}; {advice} and start again") from error
-    except Exception as error:  # every file system has errors of its own
-        if not is_remote(output):
-            raise
-        raise OutputError(f"{output} cannot be {done}: {type(error).__name__}: {error}; start again") from error

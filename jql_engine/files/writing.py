@@ -18,6 +18,7 @@ from typing import BinaryIO
 import pyarrow as pa
 from upath import UPath
 
+from jql_engine.errors import EngineError, OutputError
 from jql_engine.files.location import OBJECT_STORES, Location, is_remote
 from jql_engine.files.retries import T, retry
 from jql_engine.files.storage import REMOTE_BLOCK, open_read, remove_existing, remove_file
@@ -191,3 +192,21 @@ def remove_version(location: Location, expected: tuple[int, str], aside: Locatio
         with suppress(FileExistsError):
             os.link(aside, location)
     aside.unlink()
+
+
+@contextmanager
+def explained(output: Location, done: str = "written") -> Iterator[None]:
+    """What the file system says, as an OutputError."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except OSError as error:
+        place = f" in {tempfile.gettempdir()}" if is_remote(output) else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = f"free some space{place}" if full else "check the folder"
+        raise OutputError(f"{output} cannot be {done}: {error.strerror or error}; {advice} and start again") from error
+    except Exception as error:  # every file system has errors of its own
+        if not is_remote(output):
+            raise
+        raise OutputError(f"{output} cannot be {done}: {type(error).__name__}: {error}; start again") from error

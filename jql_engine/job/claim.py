@@ -22,10 +22,10 @@ import pyarrow as pa
 
 from jql_engine.errors import OutputError
 from jql_engine.files.location import Location
-from jql_engine.files.output import differences, explained, shown
 from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, find_leftovers, key_of
+from jql_engine.files.settings import differences, shown
 from jql_engine.files.storage import exists, read_file, remove_empty_folders, remove_file
-from jql_engine.files.writing import write
+from jql_engine.files.writing import explained, write
 from jql_engine.names import RelativeName
 
 RECORD = "job.json"

@@ -12,9 +12,10 @@ from jql_engine.errors import InputError, PartsError, UnreadableError
 from jql_engine.files.chunks import ChunkDone, Task
 from jql_engine.files.inputs import SourceFile
 from jql_engine.files.location import Location
-from jql_engine.files.output import OutputFile, explained
+from jql_engine.files.output import OutputFile
 from jql_engine.files.parts import Leftovers, find_leftovers
 from jql_engine.files.storage import exists
+from jql_engine.files.writing import explained
 from jql_engine.job.apart import Child, CrashError
 from jql_engine.job.claim import Claim
 from jql_engine.job.plan import Work, tidy

@@ -22,10 +22,9 @@ import pyarrow as pa
 from jql_engine.errors import OutputError, UnsafeNameError
 from jql_engine.files.inputs import SourceFile
 from jql_engine.files.location import Location
-from jql_engine.files.output import explained
 from jql_engine.files.parts import JOB, PARTS, aside_for
 from jql_engine.files.storage import list_files, read_file, remove_empty_folders, remove_file
-from jql_engine.files.writing import write
+from jql_engine.files.writing import explained, write
 from jql_engine.job.ranks import Rank, share
 from jql_engine.names import RelativeName
 from jql_engine.printing import redact

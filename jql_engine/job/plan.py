@@ -15,11 +15,12 @@ from jql_engine.errors import EngineError, OutputError, UnreadableError
 from jql_engine.files.chunks import Chunk, Task, split
 from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files, with_shared_schemas
 from jql_engine.files.location import Location
-from jql_engine.files.output import Kind, OutputFile, check_settings, explained, is_finished, is_written_by_us
+from jql_engine.files.output import Kind, OutputFile
 from jql_engine.files.parts import JOB, PARTS, Leftovers, Part, aside_for, find_leftovers, key_of, parts_folder
+from jql_engine.files.settings import check_settings, is_finished, is_written_by_us
 from jql_engine.files.storage import list_files, remove_empty_folders, remove_file, remove_files
 from jql_engine.files.versions import version_of
-from jql_engine.files.writing import remove_version
+from jql_engine.files.writing import explained, remove_version
 from jql_engine.job.apart import Child, CrashError, in_threads
 from jql_engine.job.check import check_apart, check_output, with_usable_names
 from jql_engine.job.claim import Claim

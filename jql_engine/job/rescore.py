@@ -22,9 +22,10 @@ from jql_engine.files.dictionaries import encode, is_text
 from jql_engine.files.formats import look
 from jql_engine.files.inputs import Columns, InputFile, SourceFile
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import METADATA_KEY, OutputFile, is_finished
+from jql_engine.files.output import OutputFile
 from jql_engine.files.parquet import describe_whole
 from jql_engine.files.reading import Cursor
+from jql_engine.files.settings import METADATA_KEY, is_finished
 from jql_engine.job.claim import Claim
 from jql_engine.job.finished import check_finished
 from jql_engine.job.pipeline import Stage, in_laps

@@ -14,8 +14,9 @@ from jql_engine.errors import BundleError, InputError, UnreadableError
 from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import Columns, InputFile, SourceFile, find_files
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import OutputFile, is_finished, settings_of
+from jql_engine.files.output import OutputFile
 from jql_engine.files.parts import Settings
+from jql_engine.files.settings import is_finished, settings_of
 from jql_engine.job.apart import Child
 from jql_engine.job.check import check_names
 from jql_engine.job.claim import Claim

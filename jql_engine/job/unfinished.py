@@ -22,10 +22,11 @@ import pyarrow as pa
 
 from jql_engine.errors import OutputError
 from jql_engine.files.location import Location, locate
-from jql_engine.files.output import OF_SCORES, OF_SOURCE, OutputFile, differences, explained, stored_settings
+from jql_engine.files.output import OutputFile
 from jql_engine.files.parts import JOB, PARTS, Settings, aside_for, find_leftovers, key_of, parts_folder
+from jql_engine.files.settings import OF_SCORES, OF_SOURCE, differences, stored_settings
 from jql_engine.files.storage import list_files, read_file, remove_empty_folders, remove_file
-from jql_engine.files.writing import write
+from jql_engine.files.writing import explained, write
 from jql_engine.job.ranks import Rank
 from jql_engine.names import RelativeName
 from jql_engine.printing import redact

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jql_engine.files.output import METADATA_KEY
+from jql_engine.files.settings import METADATA_KEY
 
 SETTINGS = {"bundle": "b" * 64, "variant": "cpu-fp32", "output": "sidecar", "jql-engine": "0.1.0"}
 

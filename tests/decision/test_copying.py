@@ -25,7 +25,8 @@ from jql_engine.decision.threshold import decide
 from jql_engine.errors import EngineError, InputError, OutputError
 from jql_engine.files.chunks import Segment
 from jql_engine.files.inputs import Columns, InputFile, find_files
-from jql_engine.files.output import METADATA_KEY, OutputFile
+from jql_engine.files.output import OutputFile
+from jql_engine.files.settings import METADATA_KEY
 from jql_engine.files.versions import version_of
 from jql_engine.job.plan import Job
 from jql_engine.job.progress import RunLog

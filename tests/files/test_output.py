@@ -19,8 +19,9 @@ from jql_engine.files.chunks import Segment
 from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import Columns, InputFile, SourceFile
 from jql_engine.files.location import locate
-from jql_engine.files.output import METADATA_KEY, OutputFile, check_settings, is_finished
+from jql_engine.files.output import OutputFile
 from jql_engine.files.parts import Part, find_leftovers
+from jql_engine.files.settings import METADATA_KEY, check_settings, is_finished
 from jql_engine.files.versions import version_of
 from jql_engine.files.writing import remove_version
 from jql_engine.job.check import check_apart, check_names, check_output

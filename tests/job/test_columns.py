@@ -13,7 +13,7 @@ import pytest
 from jql_engine import Engine, probe_texts
 from jql_engine.bundle import MANIFEST, Bundle
 from jql_engine.errors import InputError, OutputError
-from jql_engine.files.output import METADATA_KEY
+from jql_engine.files.settings import METADATA_KEY
 from jql_engine.job.plan import Job
 from jql_engine.job.scoring import prepare
 from jql_export.tolerances import TOLERANCES

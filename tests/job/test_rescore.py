@@ -20,7 +20,7 @@ from jql_engine import Engine, probe_texts, readouts
 from jql_engine.bundle import READOUTS, Bundle
 from jql_engine.cli.rescore import main
 from jql_engine.errors import InputError, OutputError
-from jql_engine.files.output import METADATA_KEY
+from jql_engine.files.settings import METADATA_KEY
 from jql_engine.job import rescore
 from jql_engine.job.launch import Machine, score
 from jql_engine.job.launch import rescore as apply_heads

@@ -15,8 +15,8 @@ import pytest
 
 from jql_engine import Engine
 from jql_engine.errors import OutputError
-from jql_engine.files.output import METADATA_KEY
 from jql_engine.files.parts import Part, key_of
+from jql_engine.files.settings import METADATA_KEY
 from jql_engine.job.finish import run
 from jql_engine.job.plan import CHUNK_ROWS, Job
 from jql_engine.job.progress import Meter, RunLog

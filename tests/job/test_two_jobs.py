@@ -16,7 +16,7 @@ import pytest
 
 from jql_engine import Engine
 from jql_engine.bundle import Bundle
-from jql_engine.files.output import METADATA_KEY
+from jql_engine.files.settings import METADATA_KEY
 from jql_export.tolerances import TOLERANCES
 from tests.conftest import export
 from tests.job.test_run import visible, write
