@@ -74,19 +74,18 @@ def locked(file: Path, waiting: Callable[[], object]) -> Iterator[None]:
         descriptor = _open_itself(str(file), os.O_WRONLY | os.O_CREAT)
     with os.fdopen(descriptor, "wb") as lock:
         _check(file, os.fstat(lock.fileno()))
-        if not _take(lock):
+        if not _take(file, lock):
             waiting()
-            while not _take(lock):
+            while not _take(file, lock):
                 time.sleep(LOCK_SECONDS)
         yield
 
 
-def _take(lock: IO[bytes]) -> bool:
-    try:
+def _take(file: Path, lock: IO[bytes]) -> bool:
+    with _explained(file), suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _open_itself(path: str, flags: int) -> int:
@@ -98,10 +97,13 @@ def _check(path: Path, found: os.stat_result) -> None:
     """Raise CacheError where anybody but this user can have written what is at `path`."""
     others = stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
     if found.st_uid != os.geteuid() or others:
+        advice = (
+            "delete it, or take the permission away (chmod go-w)" if others else "delete it, or take it over (chown)"
+        )
         raise CacheError(
             f"{path} belongs to user {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):04o}: it must belong to "
             f"user {os.geteuid()}, who runs this, and nobody else may write it, since what is there is executed: "
-            f"delete it or take the permission away (chmod go-w), or name another folder by {OTHER_FOLDER}"
+            f"{advice}, or name another folder by {OTHER_FOLDER}"
         )
 
 

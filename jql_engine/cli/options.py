@@ -82,7 +82,11 @@ Rank = Annotated[
 WorldSize = Annotated[int | None, typer.Option(help="Number of machines on this job.", rich_help_panel=MACHINES)]
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, help="Worker processes; by default one. On GPUs each has one.", rich_help_panel=DEVICE),
+    typer.Option(
+        min=1,
+        help="Worker processes on the CPU, by default one; a GPU has always one of its own.",
+        rich_help_panel=DEVICE,
+    ),
 ]
 GroupColumn = Annotated[
     str | None,

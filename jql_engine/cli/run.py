@@ -30,7 +30,7 @@ def run(
     group_column: Annotated[
         str | None,
         typer.Option(
-            help="Column with each document's group, a language for one, to copy: thresholds are taken by it.",
+            help="Column with each document's group, a language for one, to copy: jql-cut takes thresholds by it.",
             rich_help_panel=INPUT,
         ),
     ] = None,

@@ -100,11 +100,11 @@ def keep_rows(
     out = locate(job.out)
     _check_apart(out, joined, scores)
     claim = Claim(out, joined.decided)
-    look = partial(_describe_unfinished, joined, job.assume_unchanged, None if job.overwrite else out)
+    describe = partial(_describe_unfinished, joined, job.assume_unchanged, None if job.overwrite else out)
     work = plan(
         replace(job, chunk_rows=WHOLE_ROWS),
         claim,
-        look,
+        describe,
         partial(_output, out, joined),
         WHOLE_BYTES,
         description=thresholds,

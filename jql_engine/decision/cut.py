@@ -119,7 +119,7 @@ def _announce_ties(decision: Decision) -> None:
     apart = [(one, one.counts, f" in group {one.group!r}" if grouped else "") for one in decision.groups]
     parts = [part for part in apart if not part[0].is_pooled]
     if pooled := next((one for one in decision.groups if one.is_pooled), None):
-        parts.append((pooled, decision.counts, " for all groups together" if grouped else ""))
+        parts.append((pooled, decision.counts, " over all groups" if grouped else ""))
     excess: list[tuple[float, float, str, str]] = []  # and what it is reached by, of which head and where
     for group, counts, where in parts:
         total = counts.scored if weight == "documents" else counts.tokens or 0

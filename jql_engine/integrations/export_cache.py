@@ -29,6 +29,8 @@ def exported(encoder: str, heads: Mapping[str, str | Path] | None = None, embed_
     cache folder that cannot be written or that others can write in.
     """
     out = cache_folder("bundles") / _key(encoder, heads, embed_only)
+    if (out / MANIFEST).is_file():  # also in a folder that cannot be written
+        return out
     with locked(out.with_suffix(".lock"), lambda: say(f"jql: another process is exporting {encoder}; waiting for it")):
         if not (out / MANIFEST).is_file():
             say(f"jql: exporting {encoder} to {out}, once; this takes minutes")

@@ -69,9 +69,10 @@ def score(job: Job, bundle: Bundle, machine: Machine, log: RunLog, stop: threadi
     log.check((job.out, *job.inputs))
     choice = machine.choose(bundle)
     devices = machine.devices(choice)
-    notes = choice.notes()
+    notes: list[str] = []
     bundle = with_proven_tokenizer(bundle, notes.append)
     work = prepare(job, bundle, choice.variant, choice.chunk_bytes)
+    notes = [*(choice.notes() if work.tasks else ()), *notes]
     options = machine.shared(devices)
     specs = [Scoring(bundle, device, choice, options, job.embedding_dtype, work.claim) for device in devices]
     on = f"variant {choice.variant} on {','.join(choice.devices)}, heads {', '.join(bundle.heads)}"

@@ -43,9 +43,9 @@ def prepare_rescoring(job: Job, bundle: Bundle) -> Work:
     out = locate(job.out)
     claim = Claim(out, {"rescored": True, "bundle": bundle.hash, "heads": list(bundle.heads)})
     output_of = partial(_output, out, bundle)
-    look = partial(_describe_unfinished, bundle, None if job.overwrite else out)
+    describe = partial(_describe_unfinished, bundle, None if job.overwrite else out)
     unfinished = [one for given in job.inputs for one in check_finished(given)]  # has no vectors, and no scores then
-    return plan(replace(job, chunk_rows=WHOLE_ROWS), claim, look, output_of, WHOLE_BYTES, unfinished)
+    return plan(replace(job, chunk_rows=WHOLE_ROWS), claim, describe, output_of, WHOLE_BYTES, unfinished)
 
 
 def _describe_unfinished(
@@ -62,6 +62,8 @@ def _describe_unfinished(
 
 def _describe(bundle: Bundle, source: SourceFile) -> InputFile:
     """What is in a file of vectors; raises UnreadableError where they are none, or another encoder's."""
+    if source.format != "parquet":
+        raise UnreadableError(f"{source.location} is no parquet file; give outputs of jql-run --embeddings")
     file = describe_whole(source)
     schema = file.schema
     try:

@@ -26,10 +26,7 @@ def unavailable_reason(precision: str) -> str | None:
     if importlib.util.find_spec("openvino") is None:
         return "the package openvino is not installed; pip install 'jql-engine[openvino]'"
     if precision == "bf16" and "BF16" not in (found := _capabilities()):
-        return (
-            f"this CPU has no bf16 instructions (OpenVINO finds {', '.join(found)}); ask for another variant, "
-            "openvino-fp32 or cpu-fp32"
-        )
+        return f"this CPU has no bf16 instructions (OpenVINO finds {', '.join(found)})"
     return None
 
 
@@ -50,7 +47,7 @@ class OpenVinoSession:
         """
         info = bundle.manifest.variants[variant]
         if reason := unavailable_reason(info.precision):
-            raise DeviceError(f"variant {variant}: {reason}")
+            raise DeviceError(f"variant {variant}: {reason}; or take a variant in fp32")
         import openvino
 
         self.variant, self.n_overflowed, self.fallback = variant, 0, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from jql_engine.bundle import Bundle, Variant
@@ -65,11 +66,14 @@ class Choice:
     devices: tuple[str, ...]  # cpu, or cuda:N of each GPU
     variant: str
     tolerance: float | None = None  # what was asked for of the scores, if anything
-    passed_over: Mapping[str, str] = field(default_factory=dict, compare=False)  # faster graphs, and why not they
+    passed_over: Mapping[str, str] = field(default_factory=dict, compare=False)  # graphs that come first, and why not
 
     def notes(self) -> list[str]:
-        """A line for each faster graph that was not taken."""
-        return [f"variant {name} is faster, and is not taken: {why}" for name, why in self.passed_over.items()]
+        """A line for each graph that comes before this one by speed and was not taken."""
+        return [
+            f"variant {name}, which is taken first where it can be, is not: {why}"
+            for name, why in self.passed_over.items()
+        ]
 
     @property
     def chunk_bytes(self) -> int:
@@ -97,18 +101,19 @@ def choose(
     if not DEVICE.fullmatch(device):
         raise DeviceError(f"device {device!r} is unknown; known are auto, cpu, cuda, cuda:N and cuda:N,cuda:M")
     limit = Limit.of(bundle, tolerance, max_flips)
+    passed_over: Mapping[str, str] = {}
     if device == "auto":
-        device = _best_kind(bundle, variant, limit)
+        device, passed_over = _best_kind(bundle, variant, limit)
     kind = device.partition(":")[0]
     gpus = every_gpu(device) if kind == "cuda" else ()  # before anything of the bundle: the GPU was asked for
-    name, passed_over = (_named(bundle, kind, variant, limit), {}) if variant else _fastest(bundle, kind, limit)
+    name, slower = (_named(bundle, kind, variant, limit), {}) if variant else _fastest(bundle, kind, limit)
     if device != "cuda":
         if len(set(named := device.split(","))) < len(named):
             raise DeviceError(f"device {device} names a GPU twice; a GPU has one worker")
         if missing := sorted(set(named) - {"cpu", *gpus}):
             raise DeviceError(f"device {missing[0]} was requested; the NVIDIA driver shows {', '.join(gpus)}")
         gpus = tuple(named)
-    return Choice(gpus, name, tolerance, passed_over)
+    return Choice(gpus, name, tolerance, {**passed_over, **slower})
 
 
 def runnable(bundle: Bundle, kind: str) -> list[str]:
@@ -144,6 +149,8 @@ def _named(bundle: Bundle, kind: str, name: str, limit: Limit) -> str:
             f"{bundle.path} has no variant {name!r} for {kind}; it has {have}: choose one of these, or export again "
             "with the --variant you need"
         )
+    if reason := unavailable_reason(variants[name]):
+        raise DeviceError(f"variant {name}: {reason}")
     if limit.tolerance is not None and (reason := exceeds_tolerance(variants[name], limit.tolerance)):
         raise BundleError(f"variant {name}: {reason}; ask for another variant or allow more with --tolerance")
     if limit.max_flips is not None and (reason := limit.reason_against(name, variants[name])):
@@ -176,16 +183,25 @@ def unavailable_reason(variant: Variant) -> str | None:
     return None
 
 
-def _best_kind(bundle: Bundle, variant: str | None, limit: Limit) -> str:
-    """What a named variant is for; else cuda where a GPU is there and a graph for it would be taken, else cpu."""
+def _best_kind(bundle: Bundle, variant: str | None, limit: Limit) -> tuple[str, Mapping[str, str]]:
+    """What a named variant is for; else cuda where a GPU is there and a graph for it would be taken, else cpu.
+
+    And why the graphs for a GPU that is there are not taken.
+    """
     variants = bundle.manifest.variants
     if variant is not None:
-        return "cuda" if variant in variants and variants[variant].provider in ON_GPU else "cpu"
+        return ("cuda" if variant in variants and variants[variant].provider in ON_GPU else "cpu"), {}
     for_gpus = {name: v for name, v in variants.items() if (v.provider, v.precision) in SPEED["cuda"]}
-    wanted = {
-        name: v for name, v in for_gpus.items() if limit.max_flips is not None or not needs_opt_in(v, limit.tolerance)
-    }
-    return "cuda" if wanted and _has_gpu_for(wanted) else "cpu"
+    reasons = (
+        {} if limit.max_flips is not None else {name: needs_opt_in(v, limit.tolerance) for name, v in for_gpus.items()}
+    )
+    wanted = {name: v for name, v in for_gpus.items() if not reasons.get(name)}
+    if wanted:
+        return ("cuda" if _has_gpu_for(wanted) else "cpu"), {}
+    with suppress(DeviceError):
+        every_gpu("auto")
+        return "cpu", {name: reason for name, reason in reasons.items() if reason}
+    return "cpu", {}
 
 
 def _has_gpu_for(graphs: Mapping[str, Variant]) -> bool:

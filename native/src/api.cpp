@@ -69,7 +69,10 @@ jql_status jql_open(const char* bundle_dir, const jql_options* options, jql_engi
   });
 }
 
-void jql_close(jql_engine* engine) { delete reinterpret_cast<Engine*>(engine); }
+void jql_close(jql_engine* engine) {
+  jql::NoCancel no_cancel;  // threads of the runtime are joined
+  delete reinterpret_cast<Engine*>(engine);
+}
 
 size_t jql_head_count(const jql_engine* engine) {
   return engine ? reinterpret_cast<const Engine*>(engine)->heads().size() : 0;

@@ -212,6 +212,7 @@ const char* get_last_error(ArrowArrayStream* exported) {
 }
 
 void release(ArrowArrayStream* exported) {
+  NoCancel no_cancel;
   delete static_cast<Stream*>(exported->private_data);
   exported->release = nullptr;
 }

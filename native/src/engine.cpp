@@ -34,7 +34,7 @@ int64_t n_ids_of(JsonValue root) {
   auto model = root.find_value("model");
   auto vocabulary = model ? model->find_value("vocab") : std::nullopt;
   if (vocabulary && vocabulary->kind() == JsonValue::Kind::object) {
-    for (JsonValue id : vocabulary->items()) n = std::max(n, id.integer(0, INT32_MAX) + 1);
+    for (JsonValue id : vocabulary->members()) n = std::max(n, id.integer(0, INT32_MAX) + 1);
   } else if (vocabulary) {
     n = static_cast<int64_t>(vocabulary->items().size());
   }

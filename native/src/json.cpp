@@ -312,13 +312,17 @@ JsonValue JsonValue::at(std::string_view name) const {
 
 std::vector<JsonValue> JsonValue::members() const {
   expect(Kind::object);
-  return items();
+  return children();
 }
 
 std::vector<JsonValue> JsonValue::items() const {
+  expect(Kind::array);
+  return children();
+}
+
+std::vector<JsonValue> JsonValue::children() const {
   const auto& nodes = json_->nodes_;
   const Json::Node& node = nodes[node_];
-  if (node.kind != Kind::object) expect(Kind::array);
   std::vector<JsonValue> found;
   for (uint32_t at = node_ + 1; at < node.next; at = nodes[at].next) {
     if (node.kind == Kind::object) ++at;

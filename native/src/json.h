@@ -35,9 +35,9 @@ class JsonValue {
   // The same, where null counts as missing.
   std::optional<JsonValue> find_value(std::string_view name) const;
 
-  // Elements of an array; values of an object, whose names name() gives.
+  // Elements of an array.
   std::vector<JsonValue> items() const;
-  // Values of an object alone.
+  // Values of an object, whose names name() gives.
   std::vector<JsonValue> members() const;
   std::string name() const;
 
@@ -45,6 +45,7 @@ class JsonValue {
   friend class Json;
   JsonValue(const Json* json, uint32_t node) : json_(json), node_(node) {}
   void expect(Kind kind) const;
+  std::vector<JsonValue> children() const;
   std::string described() const;  // where it is, for messages
 
   const Json* json_;

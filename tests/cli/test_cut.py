@@ -95,7 +95,7 @@ def test_ties_at_a_quantile_are_said_aloud(jql_cut, tmp_path):
     tied = write_many(tmp_path / "tied", columns_of([np.minimum(np.arange(2_500, dtype=np.float32), 2_000)],
                       np.full(2_500, 9), ["en"] * 2_000 + ["de"] * 500))  # fmt: skip
     said = jql_cut(tied, *RULE, "--quantile", 0.9, "--thresholds", tmp_path / "t.json").stderr
-    assert "1 of 2 thresholds keep more than the 10.0%" in said and "a for all groups together keeps 20.0%" in said
+    assert "1 of 2 thresholds keep more than the 10.0%" in said and "a over all groups keeps 20.0%" in said
     few = write_many(tmp_path / "few", columns_of([np.arange(9, dtype=np.float32)], np.full(9, 9)), 1)
     assert jql_cut(few, "--quantile", 0.6, "--thresholds", tmp_path / "t.json").stderr == ""
 
@@ -103,11 +103,12 @@ def test_ties_at_a_quantile_are_said_aloud(jql_cut, tmp_path):
 def test_a_pipe_gets_the_thresholds_and_stays_a_pipe(jql_cut, scores, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     found: list[bytes] = []
-    reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_bytes()))
+    reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_bytes()), daemon=True)
     reader.start()
     assert jql_cut(scores, "--quantile", 0.6, "--thresholds", tmp_path / "pipe").code == 0
-    reader.join()
-    assert json.loads(found[0])["quantile"] == 0.6 and (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "pipe").is_fifo()
+    reader.join(30)
+    assert json.loads(found[0])["quantile"] == 0.6
 
 
 def test_standard_output_gets_the_thresholds_before_the_summary(scores, tmp_path):

@@ -67,7 +67,7 @@ def test_nothing_more_is_handed_out_of_a_file_that_failed():
 
 
 @dataclass(frozen=True, slots=True)
-class DeadlyTarget(OutputFile):
+class DeadlyOutput(OutputFile):
     """Kills its worker where it commits row 300; as a chunk that runs out of memory does."""
 
     def commit(self, segment: Segment, scores: pa.Table, copied: Sequence[pa.ChunkedArray] = ()) -> None:
@@ -77,7 +77,7 @@ class DeadlyTarget(OutputFile):
 
 
 @dataclass(frozen=True, slots=True)
-class FullTarget(OutputFile):
+class FullOutput(OutputFile):
     def commit(self, segment: Segment, scores: pa.Table, copied: Sequence[pa.ChunkedArray] = ()) -> None:
         raise OutputError(f"{self.final} cannot be written")
 
@@ -102,7 +102,7 @@ def scoring(bundle, work: Work) -> Scoring:
 
 
 def test_a_chunk_on_which_two_workers_died_is_given_up_and_the_others_are_done(bundle, tmp_path):
-    work, said = prepared(bundle, tmp_path, DeadlyTarget), []
+    work, said = prepared(bundle, tmp_path, DeadlyOutput), []
     done = list(run(bundle, work, said))
     assert Counter(d.task.number for d in done) == Counter(range(10))
     [lost] = [d for d in done if d.failures]
@@ -115,13 +115,13 @@ def test_a_chunk_on_which_two_workers_died_is_given_up_and_the_others_are_done(b
 
 
 def test_one_worker_too_can_be_replaced(bundle, tmp_path):
-    done = list(run(bundle, prepared(bundle, tmp_path, DeadlyTarget), [], n_workers=1))
+    done = list(run(bundle, prepared(bundle, tmp_path, DeadlyOutput), [], n_workers=1))
     assert len(done) == 10 and sum(bool(d.failures) for d in done) == 1
 
 
 def test_what_no_worker_can_go_on_after_ends_the_job(bundle, tmp_path):
     with pytest.raises(OutputError, match=r"a\.parquet cannot be written"):
-        list(run(bundle, prepared(bundle, tmp_path, FullTarget), []))
+        list(run(bundle, prepared(bundle, tmp_path, FullOutput), []))
 
 
 def test_workers_that_die_before_they_begin_end_the_job(bundle, tmp_path):
@@ -147,7 +147,7 @@ def test_a_job_without_tasks_starts_no_worker(bundle, tmp_path):
 
 
 @dataclass(frozen=True, slots=True)
-class DeadliestTarget(OutputFile):
+class DeadliestOutput(OutputFile):
     """Kills its worker wherever a chunk of it is committed."""
 
     def commit(self, segment: Segment, scores: pa.Table, copied: Sequence[pa.ChunkedArray] = ()) -> None:
@@ -156,7 +156,7 @@ class DeadliestTarget(OutputFile):
 
 def test_a_file_that_kills_on_every_chunk_does_not_end_the_job(bundle, tmp_path):
     deadly, sound = (
-        prepared(bundle, tmp_path / name, kind) for name, kind in (("a", DeadliestTarget), ("b", OutputFile))
+        prepared(bundle, tmp_path / name, kind) for name, kind in (("a", DeadliestOutput), ("b", OutputFile))
     )
     tasks = [Task(t.number + 10, Chunk(tuple(replace(s, file=1) for s in t.chunk.segments))) for t in sound.tasks]
     work = replace(deadly, outputs=[*deadly.outputs, *sound.outputs], tasks=[*deadly.tasks, *tasks])
@@ -185,7 +185,7 @@ def test_a_worker_that_dies_while_it_starts_is_replaced_however_many_files_there
     assert len(said) == 1 and "died with exit code -9" in said[0]
 
 
-def test_a_worker_holds_the_targets_of_what_it_has_in_hand_only(bundle, tmp_path):
+def test_a_worker_holds_the_outputs_of_what_it_has_in_hand_only(bundle, tmp_path):
     work, held = prepared(bundle, tmp_path, OutputFile), pool._Held()
     first, second = work.tasks[:2]
     for t in (first, second):

@@ -90,6 +90,8 @@ def test_a_damaged_file_is_not_noticed_where_nobody_looks(library, copy):
         ("tokenizer/suffix", [0], "JQL_INVALID_BUNDLE", "have other ids at their ends"),
         ("tokenizer/prefix", [-1], "JQL_INVALID_BUNDLE", "is -1, expected a whole number from 0"),
         ("readouts/0/layers", [], "JQL_INVALID_BUNDLE", "readout edu has no layers"),
+        ("readouts/0/layers", {"a": {}}, "JQL_INVALID_BUNDLE", '"layers" is an object, expected an array'),
+        ("tokenizer/prefix", {"a": 0}, "JQL_INVALID_BUNDLE", '"prefix" is an object, expected an array'),
         ("variants", [], "JQL_INVALID_BUNDLE", '"variants" is an array, expected an object'),
         ("max_tokens", "many", "JQL_INVALID_BUNDLE", '"max_tokens" is a string, expected a number'),
         ("max_tokens", 2**40, "JQL_INVALID_BUNDLE", '"max_tokens" is 1099511627776, expected a whole number from 1'),

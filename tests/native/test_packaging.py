@@ -96,6 +96,7 @@ static void *use(void *given) {
   jql_options options = JQL_OPTIONS_INIT;
   jql_engine *engine = NULL;
   options.onnxruntime = arguments[2];
+  options.threads = 8;
   pthread_cancel(pthread_self());
   if (jql_open(arguments[1], &options, &engine, err, sizeof err) != JQL_OK) puts(err);
   after = 1;

@@ -124,6 +124,12 @@ def test_without_a_graph_that_would_be_taken_there_the_gpu_does_not_matter(machi
     assert choose(with_graphs(bundle, *graphs), "auto") == CPU
 
 
+def test_why_a_gpu_that_is_there_is_not_taken_is_known(machine, driver, bundle):
+    driver(0, 1)
+    choice = choose(with_graphs(bundle, "cuda-bf16"), "auto")
+    assert choice == CPU and "bf16 is taken on a GPU only where" in choice.passed_over["cuda-bf16"]
+
+
 def test_a_graph_that_is_asked_for_counts(machine, bundle):
     machine(GPU["device"])
     with pytest.raises(DeviceError, match=TAKE_CPU):
