@@ -94,6 +94,8 @@ def export_bundle(
         (folder / "graphs").mkdir()
         write_readouts(folder / READOUTS, readouts)
         tokenizer = _write_tokenizer(folder, checkpoint, encoder, readouts, report)
+        if limit <= (around := len(tokenizer.prefix) + len(tokenizer.suffix)):
+            raise CheckpointError(f"--max-tokens {limit} leaves no room for text between {around} special tokens")
         draft = _manifest(checkpoint, encoder, readouts, pooling=chosen_pooling, max_tokens=limit, tokenizer=tokenizer)
         draft = _with_documents(draft, template, windows)
         write_graphs(folder, draft, encoder, readouts, report)

@@ -11,8 +11,9 @@ without running their repository's code; for them the native class of the same a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from transformers import (
 
 from jql_engine.bundle import Activation, Pooling
 from jql_engine.data import TokenBatch
-from jql_engine.errors import CheckpointError
+from jql_engine.errors import CheckpointError, EngineError
 from jql_engine.sessions.certify import Expected
 from jql_export.families.base import read_config
 from jql_export.families.jina_v3 import LORA_TASK, is_jina_v3
@@ -46,6 +47,7 @@ ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
 }
 
 
+Load: TypeAlias = Callable[[Path, Mapping[str, Any], torch.dtype], Any]
 # Whatever config.json asks for.
 PLAIN = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 
@@ -114,31 +116,26 @@ def load_encoder(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Modu
     """The checkpoint's transformers class, without remote code; raises CheckpointError for a random layer."""
     config = read_config(directory)
     layout = "jina-embeddings-v3" if is_jina_v3(config) else config.get("model_type")
-    load = LOADERS.get(str(layout), _load_native)
-    encoder: nn.Module = load(directory, config, dtype)
-    return encoder.eval()
+    return _loaded(directory, config, dtype, LOADERS.get(str(layout), partial(_load_auto, AutoModel)))
 
 
 def load_classifier(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The sequence classifier's transformers class; raises CheckpointError for a random layer."""
     config = read_config(directory)
-    if config.get("model_type") == "new":
-        model: nn.Module = _load_new(directory, config, dtype, GteForSequenceClassification)
-    else:
-        model = _load_auto(AutoModelForSequenceClassification, directory, config, dtype)
-    return model.eval()
+    is_new = config.get("model_type") == "new"
+    load = (
+        partial(_load_new, GteForSequenceClassification)
+        if is_new
+        else partial(_load_auto, AutoModelForSequenceClassification)
+    )
+    return _loaded(directory, config, dtype, load)
 
 
-def _load_native(directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    return _load_auto(AutoModel, directory, config, dtype)
-
-
-def _load_auto(kind: Any, directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """What transformers has for the checkpoint, of the auto class `kind`."""
+def _loaded(directory: Path, config: Mapping[str, Any], dtype: torch.dtype, load: Load) -> nn.Module:
     try:
-        encoder, report = kind.from_pretrained(
-            directory, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, local_files_only=True
-        )
+        model: nn.Module = load(directory, config, dtype)
+    except EngineError:
+        raise
     except Exception as error:  # of its checks of config.json, of torch, of a missing class: they share none
         own = " without code of its repository" if config.get("auto_map") else ""
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -146,11 +143,23 @@ def _load_auto(kind: Any, directory: Path, config: Mapping[str, Any], dtype: tor
             f"{directory}: transformers cannot load model_type {config.get('model_type')!r}{own}, so there is no "
             f"reference to certify a graph against ({what})"
         ) from error
+    for module in model.modules():
+        if hasattr(module, "chunk_size_feed_forward"):
+            setattr(module, "chunk_size_feed_forward", 0)  # noqa: B010 (no attribute of every module); it changes no result, and fails for lengths that it does not divide
+    return model.eval()
+
+
+def _load_auto(kind: Any, directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:  # noqa: ARG001
+    """What transformers has for the checkpoint, of the auto class `kind`."""
+    model, report = kind.from_pretrained(
+        directory, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, local_files_only=True,
+        trust_remote_code=False,
+    )  # fmt: skip
     _check(directory, report, kind is AutoModel)
-    return encoder
+    return model
 
 
-def _load_new(directory: Path, config: Mapping[str, Any], dtype: torch.dtype, kind: Any = GteModel) -> Any:
+def _load_new(kind: Any, directory: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """GteModel, or the classifier around it, with the frequencies of new-impl's NTKScalingRotaryEmbedding, in fp32."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = rope.get("rope_theta", config.get("rope_theta"))
@@ -197,8 +206,8 @@ def _load_jina_v3(directory: Path, config: Mapping[str, Any], dtype: torch.dtype
 
 
 # Of layouts that AutoModel cannot load, by model_type, which Jina's shares with XLM-R.
-LOADERS: dict[str, Callable[[Path, Mapping[str, Any], torch.dtype], Any]] = {
-    "new": _load_new,
+LOADERS: dict[str, Load] = {
+    "new": partial(_load_new, GteModel),
     "jina-embeddings-v3": _load_jina_v3,
 }
 

@@ -79,7 +79,9 @@ def check_texts(directory: Path) -> None:
     file = directory / "config_sentence_transformers.json"
     settings = read_settings(file, dict)
     name = settings.get("default_prompt_name")
-    if name is not None and (prompt := (settings.get("prompts") or {}).get(name, name)):
+    prompts = settings.get("prompts") or {}
+    known = isinstance(prompts, dict) and isinstance(name, str)
+    if name is not None and (prompt := prompts.get(name, name) if known else name):
         raise CheckpointError(
             f"{file} has default_prompt_name = {name!r}, to put {prompt!r} before every text; supported is none: if "
             "your heads were trained without it, set default_prompt_name to null in a copy"

@@ -24,7 +24,9 @@ from jql_engine.errors import CheckpointError
 from jql_engine.names import RelativeName
 
 Array = NDArray[np.float32]
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 WORD = "embeddings.word_embeddings"
 # Where torch.nn.utils.parametrize keeps a weight that something is added to.
 PARAMETRIZED = "parametrizations.weight"
@@ -85,7 +87,7 @@ class TensorFile:
                 f"the checkpoint holds {_some(self._tensors)}"
             )
         self.prefix = prefixes[0]
-        self.vocab_size = len(self._tensors[self.prefix + word]())
+        self.vocab_size = len(self._read(self.prefix + word, 2))
         self._left = set(self._tensors)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Array:
@@ -93,7 +95,7 @@ class TensorFile:
         full = self.prefix + name
         if full not in self._tensors:
             raise CheckpointError(f"{self.path}: tensor {full} is missing; the checkpoint holds {_some(self._tensors)}")
-        tensor = self._tensors[full]()
+        tensor = self._read(full, len(shape))
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{self.path}: tensor {full} is {list(tensor.shape)}, config.json says {list(shape)}")
         self._left.discard(full)
@@ -101,6 +103,16 @@ class TensorFile:
         if not np.isfinite(array).all():  # of a row for a rare token no probe document need tell
             raise CheckpointError(f"{self.path}: tensor {full} holds NaN, or what is infinite in fp32; copy it again")
         return array
+
+    def _read(self, full: str, n_dimensions: int) -> torch.Tensor:
+        tensor = self._tensors[full]()
+        if wrong := not_plain(tensor):
+            raise CheckpointError(f"{self.path}: {full} is {wrong}")
+        if tensor.dim() != n_dimensions:
+            raise CheckpointError(
+                f"{self.path}: tensor {full} is {list(tensor.shape)}, expected {n_dimensions} dimensions"
+            )
+        return tensor.detach()
 
     def linear(self, name: str, n_in: int, n_out: int) -> Linear:
         """`name`.weight [n_out, n_in] and `name`.bias [n_out]."""
@@ -128,7 +140,9 @@ class TensorFile:
     def unused(self) -> tuple[str, ...]:
         """Names never taken; raises CheckpointError where one of them belongs to the encoder."""
         roots = "|".join(map(re.escape, self._roots))
-        part_of_encoder = re.compile(rf"{re.escape(self.prefix)}({roots})\.(?!position_ids$)")
+        part_of_encoder = re.compile(
+            rf"{re.escape(self.prefix)}({roots})\.(?!(position|token_type)_ids$)"
+        )  # of buffers
         if lost := sorted(filter(part_of_encoder.match, self._left)):
             raise CheckpointError(
                 f"{self.path}: {len(lost)} tensors of the encoder have no place in the model that config.json "
@@ -144,10 +158,6 @@ def open_tensors(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
         if not file.is_file():
             continue
         try:
-            if name.endswith(".bin"):
-                check_zip(file)
-                state = torch.load(file, map_location="cpu", weights_only=True)
-                return {_current(key): partial(_same, tensor) for key, tensor in state.items()}
             shards = {name}
             if name.endswith(".index.json"):
                 shards = set(read_json(file)["weight_map"].values())
@@ -159,6 +169,10 @@ def open_tensors(directory: Path) -> dict[str, Callable[[], torch.Tensor]]:
 
 def _open_shard(directory: Path, name: str) -> dict[str, Callable[[], torch.Tensor]]:
     file = directory / RelativeName(name).text
+    if name.endswith(".bin"):
+        check_zip(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return {_current(key): partial(_same, tensor) for key, tensor in state.items()}
     shard: Any = safe_open(file, framework="pt")  # untyped; reads a tensor when asked for it
     return {_current(key): partial(shard.get_tensor, key) for key in shard.keys()}  # noqa: SIM118 (no mapping)
 
@@ -181,6 +195,16 @@ def check_zip(file: Path) -> None:
                 raise zipfile.BadZipFile(f"{member.filename} is marked as a folder; it is damaged")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} is not what its checksum says; copy or save the file again")
+
+
+def not_plain(tensor: object) -> str | None:
+    """What it is instead of a strided tensor of floating-point numbers, and what is expected; None for one."""
+    if not isinstance(tensor, torch.Tensor):
+        return f"a {type(tensor).__name__}, expected a tensor"
+    if tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta:
+        return None
+    what = "meta" if tensor.is_meta else f"{tensor.layout}".removeprefix("torch.")
+    return f"a {what} tensor of {tensor.dtype}, expected a strided one of floating point"
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

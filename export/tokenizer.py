@@ -77,7 +77,7 @@ def difference_to_auto(source: Path, file: Path, texts: Sequence[str]) -> str | 
     """
     oracle = parse_oracle(file)
     try:
-        auto = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        auto = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         found = [auto(text)["input_ids"] for text in texts]
     except Exception as error:  # of transformers' own checks, of a missing library, of custom classes
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from jql_engine.bundle import Activation, LayerInfo, Pooling, ReadoutInfo
 from jql_engine.errors import HeadError
-from jql_export.tensors import Array, Linear, Norm
+from jql_export.tensors import Array, Linear, Norm, not_plain
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a readout: a part of columns and tensors
 
@@ -76,11 +76,8 @@ class Readout:
 
 def to_fp32(where: str, key: str, tensor: torch.Tensor) -> Array:
     """A weight as an array; raises HeadError, begun with `where`, for what holds no finite floating-point numbers."""
-    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-        what = "meta" if tensor.is_meta else f"{tensor.layout}".removeprefix("torch.")
-        raise HeadError(
-            f"{where}: {key} is a {what} tensor of {tensor.dtype}, expected a strided one of floating point"
-        )
+    if wrong := not_plain(tensor):
+        raise HeadError(f"{where}: {key} is {wrong}")
     array: Array = tensor.detach().to(torch.float32).numpy()
     if not np.isfinite(array).all():
         raise HeadError(f"{where}: {key} holds NaN, or what is infinite in fp32; train the head again")

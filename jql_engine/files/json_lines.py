@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -53,9 +54,14 @@ def _schema_of_lines(location: Location, block: bytes, columns: Columns) -> pa.S
 def _type_of(values: list[Any]) -> pa.DataType:
     """Of a column that is copied: of all values, else of the first, which the others will be measured by."""
     values = [value for value in values if value is not None]
-    for some, kind in (values, None), (values, pa.uint64()), (values[:1], None):
+    if not values or isinstance(values[0], str):  # which may be no UTF-8: pyarrow refuses it
+        return pa.string()
+    tries = [(values, None), (values[:1], None)]
+    if all(type(value) is int for value in values):  # of others pyarrow would cut off fractions
+        tries.insert(1, (values, pa.uint64()))
+    for some, kind in tries:
         with suppress(ValueError, TypeError, OverflowError):
-            return pa.array(some, kind).type if some else pa.string()
+            return pa.array(some, kind).type
     return pa.int64()  # an integer beyond 64 bits
 
 
@@ -127,8 +133,8 @@ def _exactly(stream: pa.NativeFile, n_bytes: int) -> bytes:
 
 
 def _lines(block: bytes) -> list[bytes]:
-    """Those that are not blank."""
-    return [line for line in block.split(b"\n") if line and not line.isspace()]
+    """Those that are not blank, nor a byte order mark alone."""
+    return [line for line in block.split(b"\n") if (bare := line.removeprefix(codecs.BOM_UTF8)) and not bare.isspace()]
 
 
 def _parse(location: Location, block: bytes, before: int, schema: pa.Schema) -> pa.Table:
@@ -162,7 +168,9 @@ def _objects(location: Location, lines: list[bytes], before: int) -> Iterator[di
         try:
             # Bytes that are not UTF-8 stay what they are until the text is looked at.
             value = json.loads(line.decode("utf-8-sig", "surrogateescape"))
-        except (ValueError, RecursionError) as error:
+        except RecursionError as error:
+            raise UnreadableError(f"{location}: document {number} is nested too deeply; leave it out") from error
+        except ValueError as error:
             raise UnreadableError(f"{location}: document {number} is no JSON: {error}") from error
         if not isinstance(value, dict):
             raise UnreadableError(f"{location}: document {number} is a {type(value).__name__}, expected an object")
@@ -172,8 +180,7 @@ def _objects(location: Location, lines: list[bytes], before: int) -> Iterator[di
 def _array(location: Location, values: list[Any], before: int, field: pa.Field) -> pa.Array:
     try:
         if pa.types.is_string(field.type):
-            # Lone surrogates become bytes that are not UTF-8, as they are in a damaged parquet file.
-            encoded = [value if value is None else value.encode(errors="surrogatepass") for value in values]
+            encoded = [value if value is None else _as_bytes(value) for value in values]
             return pa.array(encoded, pa.binary()).view(pa.string())
         if _loses(values, field.type):
             raise TypeError("pyarrow would make it fit")
@@ -182,10 +189,19 @@ def _array(location: Location, values: list[Any], before: int, field: pa.Field) 
         if len(values) > 1:  # which one?
             for i, value in enumerate(values):
                 _array(location, [value], before + i, field)
-        expected = "text" if pa.types.is_string(field.type) else f"{field.type} as in the documents before it"
+        as_before = " as in the documents before it" if before else ""
+        expected = "text" if pa.types.is_string(field.type) else f"{field.type}{as_before}"
         raise UnreadableError(
             f"{location}: document {before + 1}: {field.name!r} is a {type(values[0]).__name__}, expected {expected}"
         ) from error
+
+
+def _as_bytes(text: str) -> bytes:
+    """The bytes that were read; of a lone surrogate some that are no UTF-8, as those of a damaged parquet file."""
+    try:
+        return text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode(errors="surrogatepass")
 
 
 def _loses(values: list[Any], kind: pa.DataType) -> bool:

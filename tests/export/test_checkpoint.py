@@ -76,6 +76,57 @@ def test_pytorch_model_bin_is_read(encoders, bert):
     assert_same(read_encoder(bert), read_encoder(encoders["bert"]))
 
 
+def test_a_sharded_pytorch_model_bin_is_read(encoders, bert):
+    tensors = load_file(bert / "model.safetensors")
+    (bert / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"pytorch_model-1.bin": names[:9], "pytorch_model-2.bin": names[9:]}
+    for file, some in shards.items():
+        torch.save({name: tensors[name] for name in some}, bert / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, some in shards.items() for name in some}}
+    (bert / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert_same(read_encoder(bert), read_encoder(encoders["bert"]))
+    assert load_encoder(bert) is not None
+
+
+def test_parameters_that_were_saved_as_such_are_read(encoders, bert):
+    state = {name: torch.nn.Parameter(value) for name, value in load_file(bert / "model.safetensors").items()}
+    torch.save(state, bert / "pytorch_model.bin")
+    (bert / "model.safetensors").unlink()
+    assert_same(read_encoder(bert), read_encoder(encoders["bert"]))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "is a NoneType, expected a tensor"),
+        (torch.ones(2, 2).to_sparse(), "is a sparse_coo tensor of torch.float32, expected a strided one"),
+        (torch.ones(2, 2, dtype=torch.int8), "is a strided tensor of torch.int8"),
+        (torch.ones(2, 2, device="meta"), "is a meta tensor"),
+        (torch.tensor(1.0), r"is \[\], expected 2 dimensions"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_named(bert, value, message):
+    torch.save(load_file(bert / "model.safetensors") | {WORD: value}, bert / "pytorch_model.bin")
+    (bert / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=rf"{WORD} {message}"):
+        read_encoder(bert)
+
+
+def test_buffers_of_older_releases_are_no_part_of_the_encoder(bert):
+    extra = {f"embeddings.{name}_ids": torch.zeros(1, MAX_TOKENS).long() for name in ("position", "token_type")}
+    change_tensors(bert, lambda tensors: tensors | extra)
+    assert set(extra) <= set(read_encoder(bert).unused_tensors)
+
+
+def test_chunks_of_the_feed_forward_layers_change_nothing(encoders, bert):
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps(config | {"chunk_size_feed_forward": 8}))
+    ids = torch.arange(3, 10)[None]
+    found, expected = (load_encoder(place)(input_ids=ids).last_hidden_state for place in (bert, encoders["bert"]))
+    assert torch.equal(found, expected)
+
+
 def test_bf16_weights_are_widened_without_change(encoders, gte, tmp_path):
     widened = shutil.copytree(gte, tmp_path / "widened")
     change_tensors(gte, lambda tensors: {name: value.bfloat16() for name, value in tensors.items()})

@@ -54,6 +54,19 @@ def test_a_published_model_is_read_and_certified(tmp_path, name):
         assert np.ptp(scores, axis=0).min() > 1e-3, "a column that says nothing"
 
 
+def test_code_of_a_repository_is_neither_run_nor_asked_for(tmp_path, monkeypatch):
+    """transformers asks on the terminal whether to run it, where nobody said that it must not."""
+    name = "WebOrganizer/TopicClassifier"
+    write_model(tmp_path / "model", name, auto_map={"AutoConfig": "configuration.NewConfig"})
+    write_tokenizer(tmp_path / "model")
+    (tmp_path / "model/configuration.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass NewConfig: pass\n")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+    readouts = [read_classifier("q", tmp_path / "model")]
+    export_bundle(Checkpoint(tmp_path / "model", name, None), readouts, tmp_path / "out", "mean", MAX_TOKENS)
+    assert not asked and not (tmp_path / "ran").exists()
+
+
 def test_the_columns_of_weborganizers_topics(tmp_path):
     write_model(tmp_path, "WebOrganizer/TopicClassifier")
     outputs = read_classifier("topic", tmp_path).outputs

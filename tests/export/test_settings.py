@@ -122,6 +122,13 @@ def test_a_default_prompt_is_an_error_that_says_what_to_do(tmp_path, prompts):
         check_texts(tmp_path)
 
 
+@pytest.mark.parametrize("settings", [{"prompts": ["a"], "default_prompt_name": "a"}, {"default_prompt_name": ["a"]}])
+def test_prompts_of_another_shape_are_refused_alike(tmp_path, settings):
+    write(tmp_path / "config_sentence_transformers.json", settings)
+    with pytest.raises(CheckpointError, match=r"_transformers\.json has default_prompt_name = "):
+        check_texts(tmp_path)
+
+
 @pytest.mark.parametrize("file", ["sentence_bert_config.json", "sentence_xlm-roberta_config.json"])
 def test_lower_case_of_sentence_transformers_is_an_error_that_says_what_to_do(tmp_path, file):
     write(tmp_path / file, {"max_seq_length": 128, "do_lower_case": True})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import random
@@ -310,6 +311,29 @@ def test_other_columns_may_hold_anything(tmp_path, small_blocks):
     assert found == [{"text": document["text"], "id": document["id"]} for document in documents]
 
 
+@pytest.mark.parametrize("first", [b"", codecs.BOM_UTF8, b'{"id": "\\ud800", "text": "x"}\n'])
+def test_ids_that_are_not_utf8_stay_the_bytes_that_they_are(tmp_path, first):
+    (tmp_path / "a.jsonl").write_bytes(first + b'{"id": "caf\xe9", "text": "x"}\n{"id": "b", "text": "y"}\n')
+    file = opened(tmp_path / "a.jsonl")
+    [batch] = batches(file, 0, ["id"])
+    assert file.copied[0].type == pa.string()
+    assert batch["id"].view(pa.binary()).to_pylist()[-2:] == [b"caf\xe9", b"b"]
+
+
+@pytest.mark.parametrize("content", [codecs.BOM_UTF8, codecs.BOM_UTF8 + b"\r\n", codecs.BOM_UTF8 + b"\n\n"])
+def test_a_byte_order_mark_alone_is_no_document(tmp_path, content):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert opened(tmp_path / "a.jsonl").n_rows == 0
+    (tmp_path / "a.jsonl").write_bytes(content + b'{"text": "x"}\n')
+    assert opened(tmp_path / "a.jsonl").n_rows == 1
+
+
+def test_an_integer_beyond_64_bits_is_named(tmp_path):
+    path = lines(tmp_path / "a.jsonl", {"text": "x", "id": 2**64})
+    with pytest.raises(UnreadableError, match=r"document 1: 'id' is a int, expected int64$"):
+        opened(path)
+
+
 @pytest.mark.parametrize(
     ("ids", "kind"),
     [
@@ -365,7 +389,7 @@ def test_a_key_that_no_document_of_the_first_block_has_is_an_error_that_lists_th
         (b"text", "is no JSON"),
         (b'{"text": "x"} {"text": "y"}', "is no JSON"),
         (b'{"text": "x"},', "is no JSON"),
-        (b"[" * 100_000, "is no JSON"),
+        (b"[" * 100_000, "is nested too deeply"),
         (b"null", "is a NoneType, expected an object"),
         (b"[1]", "is a list, expected an object"),
         (b'"x"', "is a str, expected an object"),
