@@ -19,12 +19,15 @@ from jql_engine.sessions.base import Session, run_in_order
 
 LONG_TOKENS = 512
 SHORT_TOKENS = 64
+# Scores beyond this are held to limits that grow with them, as fp32's own rounding does: of some models they are 0 to
+# 100, and there PyTorch itself is further from fp64 than the limit for scores of 0 to 5.
+LARGE_SCORE = 10
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """Largest absolute differences to the reference that are allowed."""
+    """Largest absolute differences to the reference that are allowed; of a score s times max(1, |s| / LARGE_SCORE)."""
 
     embedding: float  # documents up to LONG_TOKENS tokens
     embedding_long: float  # longer ones: attention sums more terms
@@ -60,6 +63,7 @@ def certify(session: Session, tokens: TokenBatch, expected: Expected, tolerance:
         if (of := getattr(found, name).shape) != (wanted := getattr(expected, name).shape):
             raise ParityError(f"variant {session.variant} gives {name} {list(of)}, the reference {list(wanted)}")
     long = tokens.lengths > LONG_TOKENS
+    scaled: dict[str, NDArray[np.float64]] = {}
     errors = {
         "embedding": np.where(long, 0, _largest(found.embeddings, expected.embeddings)),
         "embedding_long": np.where(long, _largest(found.embeddings, expected.embeddings), 0),
@@ -67,8 +71,13 @@ def certify(session: Session, tokens: TokenBatch, expected: Expected, tolerance:
     if expected.scores.shape[1]:
         alone = run_in_order(session, tokens, replace(session.budget, tokens=1)).scores
         errors |= {"score": _largest(found.scores, expected.scores), "batch": _largest(found.scores, alone)}
+        scale = np.maximum(1, np.abs(expected.scores) / LARGE_SCORE)
+        scaled = {
+            "score": _largest(found.scores, expected.scores, scale),
+            "batch": _largest(found.scores, alone, scale),
+        }
     limits = asdict(tolerance)
-    for name, error in errors.items():
+    for name, error in (errors | scaled).items():
         _check(session.variant, name, error, limits[name], tokens)
     figures = {f"max_abs_{name}": float(f"{error.max(initial=0):.2e}") for name, error in errors.items()}
     return {"documents": len(tokens.rows), "tokens": len(tokens.ids), "longest": int(tokens.lengths.max()), **figures}
@@ -145,9 +154,9 @@ def _check_manifest(bundle: Bundle, ids: NDArray[np.int32], offsets: NDArray[np.
         )
 
 
-def _largest(found: Array, expected: Array) -> NDArray[np.float64]:
-    """Largest absolute difference of each document, float64 [N]; NaN counts as infinite."""
-    difference = np.abs(found.astype(np.float64) - expected).max(axis=1)
+def _largest(found: Array, expected: Array, scale: float | Array = 1) -> NDArray[np.float64]:
+    """Largest absolute difference of each document, over `scale`, float64 [N]; NaN counts as infinite."""
+    difference = (np.abs(found.astype(np.float64) - expected) / scale).max(axis=1)
     return np.where(np.isnan(difference), np.inf, difference)
 
 

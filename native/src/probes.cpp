@@ -15,6 +15,7 @@ namespace jql {
 namespace {
 
 constexpr int64_t short_tokens = 64;
+constexpr double large_score = 10;  // as in certify.py
 
 struct Probes {
   std::vector<int32_t> ids;
@@ -81,11 +82,13 @@ Probes short_ones(const Probes& all, size_t n_heads, size_t width) {
   return some;
 }
 
-// The largest absolute difference; NaN counts as infinite.
-double largest_difference(const std::vector<float>& found, const std::vector<float>& expected) {
+// The largest absolute difference, of `scores` that are large as a part of them; NaN counts as infinite.
+double largest_difference(const std::vector<float>& found, const std::vector<float>& expected,
+                          const std::vector<float>* scores = nullptr) {
   double largest = 0;
   for (size_t i = 0; i < found.size(); ++i) {
     double difference = std::fabs(static_cast<double>(found[i]) - static_cast<double>(expected[i]));
+    if (scores) difference /= std::max(1.0, std::fabs(static_cast<double>((*scores)[i])) / large_score);
     if (!(difference <= largest)) largest = std::isnan(difference) ? INFINITY : difference;
   }
   return largest;
@@ -143,8 +146,8 @@ void certify(const std::string& folder, const Manifest& manifest, const std::str
                                 ". It must not be used; please report this with the machine");
   };
   check("embedding", largest_difference(embeddings, probes.embeddings));
-  check("score", largest_difference(scores, probes.scores));
-  check("batch", largest_difference(scores, alone));
+  check("score", largest_difference(scores, probes.scores, &probes.scores));
+  check("batch", largest_difference(scores, alone, &probes.scores));
 }
 
 }  // namespace jql

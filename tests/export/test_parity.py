@@ -218,3 +218,27 @@ def test_a_refusal_names_the_figure_the_worst_document_and_the_limit(certify):
     pattern = r"score differs by (\S+) on a probe document of (\d+) tokens, allowed is (\S+); (\d+) of (\d+) probe"
     difference, length, limit, failed, n_docs = map(float, re.search(pattern, str(caught.value)).groups())
     assert limit == FP32.score < difference and 2 <= length <= 96 and failed == n_docs
+
+
+class Shifted:
+    """A session whose scores are off by so much."""
+
+    def __init__(self, session, by):
+        self._session, self._by = session, by
+
+    def __getattr__(self, name):
+        return getattr(self._session, name)
+
+    def run(self, batch):
+        output = self._session.run(batch)
+        return replace(output, scores=output.scores + np.float32(self._by))
+
+
+def test_limits_grow_with_scores_beyond_ten(bundles, oracle):
+    tokens, expected = oracle["gte"]
+    session, large = CpuSession(bundles["gte"], "cpu-fp32"), replace(expected, scores=expected.scores + np.float32(100))
+    figures = parity.certify(Shifted(session, 100 + 5e-4), tokens, large, FP32)
+    assert figures["max_abs_score"] == pytest.approx(5e-4, abs=1e-4)
+    for by, scores in ((100 + 2e-3, large), (5e-4, expected), (np.nan, large)):
+        with pytest.raises(ParityError, match="out of tolerance: score differs"):
+            parity.certify(Shifted(session, by), tokens, scores, FP32)

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pyarrow as pa
 import pytest
+import torch
+from safetensors.numpy import load_file, save
 
-from jql_engine.bundle import MANIFEST
+from jql_engine.bundle import MANIFEST, PROBES
+from tests.conftest import export, write_head
 from tests.native.binding import ROOT, JqlError, NativeEngine, Options, package_file
 from tests.native.conftest import VARIANTS, copy_of, needs_openvino, replace_file
 
@@ -133,6 +137,24 @@ def test_a_template_or_windows_leave_ids(library, copy, feature):
 def test_a_manifest_that_is_none(library, copy, content):
     replace_file(copy, MANIFEST, content)
     refused(library, copy, "JQL_INVALID_BUNDLE", str(copy))
+
+
+def test_limits_grow_with_scores_beyond_ten(library, xlmr, tmp_path):
+    encoder = ROOT / "examples/demo/encoder"
+    head = write_head(tmp_path / "edu.ckpt", json.loads((encoder / "config.json").read_text())["hidden_size"])
+    checkpoint = torch.load(head, weights_only=True)
+    checkpoint["state_dict"]["layer2.bias"] += 100
+    torch.save(checkpoint, head)
+    bundle = export(encoder, {"edu": head}, tmp_path / "bundle")
+    probes = load_file(bundle.path / PROBES)
+    assert probes["scores"].min() > 50
+    for by in (4e-4, 4e-3):
+        copy = copy_of(bundle, tmp_path / str(by))
+        replace_file(copy, PROBES, save(probes | {"scores": probes["scores"] + np.float32(by)}))
+        if by == 4e-4:
+            NativeEngine(copy, library).close()
+        else:
+            refused(library, copy, "JQL_PARITY", "score differs by")
 
 
 def test_a_hidden_file_is_weights_where_a_graph_names_it(library, copy):
