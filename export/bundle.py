@@ -30,7 +30,7 @@ from jql_engine.bundle import (
 )
 from jql_engine.errors import BundleError, CheckpointError
 from jql_engine.sessions.base import ON_GPU
-from jql_engine.sessions.certify import Tolerance, certify, write_probes
+from jql_engine.sessions.certify import SCALED, Tolerance, certify, write_probes
 from jql_engine.sessions.open import open_variant
 from jql_engine.template import Template
 from jql_engine.tokenizer import Tokenizer, prove_fast
@@ -95,7 +95,10 @@ def export_bundle(
         write_readouts(folder / READOUTS, readouts)
         tokenizer = _write_tokenizer(folder, checkpoint, encoder, readouts, report)
         if limit <= (around := len(tokenizer.prefix) + len(tokenizer.suffix)):
-            raise CheckpointError(f"--max-tokens {limit} leaves no room for text between {around} special tokens")
+            raise CheckpointError(
+                f"{limit} tokens, by --max-tokens or {checkpoint.directory}, leave no room for text between {around} "
+                "special tokens"
+            )
         draft = _manifest(checkpoint, encoder, readouts, pooling=chosen_pooling, max_tokens=limit, tokenizer=tokenizer)
         draft = _with_documents(draft, template, windows)
         write_graphs(folder, draft, encoder, readouts, report)
@@ -203,7 +206,8 @@ def _certify(
 def _summary(figures: Mapping[str, float], tolerance: Mapping[str, float]) -> str:
     kind = "score" if "max_abs_score" in figures else "embedding"
     found, allowed = figures[f"max_abs_{kind}"], tolerance[kind]
-    return f"{kind}s of {figures['documents']} documents within {found:.1e} of PyTorch, allowed are {allowed:.0e}"
+    allows = f"allowed are {allowed:.0e}{SCALED if found > allowed else ''}"
+    return f"{kind}s of {figures['documents']} documents within {found:.1e} of PyTorch, {allows}"
 
 
 def _manifest(

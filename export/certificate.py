@@ -34,7 +34,7 @@ from jql_engine.files.formats import open_file
 from jql_engine.files.inputs import Columns, InputFile, find_files
 from jql_engine.files.reading import Cursor, documents
 from jql_engine.printing import redact
-from jql_engine.sessions.certify import tolerance_of
+from jql_engine.sessions.certify import SCALED, scale_of, tolerance_of
 from jql_engine.sessions.select import runnable
 from jql_engine.tokenizer import Tokenizer
 from jql_engine.windows import Windows
@@ -85,7 +85,7 @@ def certify_bundle(
             report(f"variant {name}")
             scores = Engine(bundle, kind, name).score_tokens(sample.tokens)
             found[name] = _compared(bundle, sample.tokens, expected, scores.values)
-            _check_tolerance(bundle, name, found[name])
+            _check_tolerance(bundle, name, found[name], expected, scores.values)
     certificate = _describe(bundle, corpus, sample, found)
     write_text(bundle.path / PAGE, certificate_page(certificate))
     write_json(bundle.path / CERTIFICATE, certificate)
@@ -185,18 +185,23 @@ def _compared(
     return compare(Paired(bundle.heads, expected.T, found.T, tokens.lengths, nobody, (None,)))
 
 
-def _check_tolerance(bundle: Bundle, variant: str, found: Comparison) -> None:
+def _check_tolerance(
+    bundle: Bundle, variant: str, found: Comparison, expected: NDArray[np.float32], scores: NDArray[np.float32]
+) -> None:
     allowed = tolerance_of(bundle, variant).score
     if found.compared < found.documents:
         raise ParityError(
             f"variant {variant}: {found.documents - found.compared:,} of {found.documents:,} documents have no finite "
             "score by it or by PyTorch; there is no certificate, export the bundle again"
         )
-    for difference in found.whole.differences:
-        if not difference.greatest <= allowed:
+    for head, ours, reference in zip(bundle.heads, scores.T, expected.T, strict=True):
+        scale = scale_of(reference)
+        greatest = (np.abs(ours.astype(np.float64) - reference) / scale).max()
+        if not greatest <= allowed:
+            note = SCALED if scale.max() > 1 else ""
             raise ParityError(
-                f"variant {variant} is out of tolerance: score_{difference.head} differs by {difference.greatest:.2e} "
-                f"on the documents given, allowed are {allowed:.0e}; there is no certificate, export the bundle again"
+                f"variant {variant} is out of tolerance: score_{head} differs by {greatest:.2e} on the documents given, "
+                f"allowed are {allowed:.0e}{note}; there is no certificate, export the bundle again"
             )
 
 

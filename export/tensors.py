@@ -142,7 +142,7 @@ class TensorFile:
         roots = "|".join(map(re.escape, self._roots))
         part_of_encoder = re.compile(
             rf"{re.escape(self.prefix)}({roots})\.(?!(position|token_type)_ids$)"
-        )  # of buffers
+        )  # buffers of older transformers
         if lost := sorted(filter(part_of_encoder.match, self._left)):
             raise CheckpointError(
                 f"{self.path}: {len(lost)} tensors of the encoder have no place in the model that config.json "

@@ -97,13 +97,11 @@ def _check(path: Path, found: os.stat_result) -> None:
     """Raise CacheError where anybody but this user can have written what is at `path`."""
     others = stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
     if found.st_uid != os.geteuid() or others:
-        advice = (
-            "delete it, or take the permission away (chmod go-w)" if others else "delete it, or take it over (chown)"
-        )
+        advice = "take the permission away (chmod go-w)" if found.st_uid == os.geteuid() else "take it over (chown)"
         raise CacheError(
             f"{path} belongs to user {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):04o}: it must belong to "
             f"user {os.geteuid()}, who runs this, and nobody else may write it, since what is there is executed: "
-            f"{advice}, or name another folder by {OTHER_FOLDER}"
+            f"delete it, {advice}, or name another folder by {OTHER_FOLDER}"
         )
 
 

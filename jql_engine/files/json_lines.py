@@ -17,6 +17,7 @@ from jql_engine.files.inputs import READ_BYTES, Columns, InputFile, SourceFile, 
 from jql_engine.files.location import Location
 from jql_engine.files.storage import open_read
 
+RAW_BYTES = frozenset(map(chr, range(0xDC80, 0xDD00)))  # what surrogateescape makes of bytes that are no UTF-8
 LINE_BYTES = 256 << 20  # of a line of JSON, which is held whole
 
 
@@ -197,11 +198,15 @@ def _array(location: Location, values: list[Any], before: int, field: pa.Field) 
 
 
 def _as_bytes(text: str) -> bytes:
-    """The bytes that were read; of a lone surrogate some that are no UTF-8, as those of a damaged parquet file."""
+    """The bytes that were read; of an escaped lone surrogate some that are no UTF-8, as those of a damaged file."""
+    with suppress(UnicodeEncodeError):
+        return text.encode()
+    kept = b"".join(c.encode(errors="surrogateescape" if c in RAW_BYTES else "surrogatepass") for c in text)
     try:
-        return text.encode(errors="surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode(errors="surrogatepass")
+        kept.decode()
+    except UnicodeDecodeError:
+        return kept
+    return text.encode(errors="surrogatepass")  # not the bytes, which would not be here: escapes that spell them
 
 
 def _loses(values: list[Any], kind: pa.DataType) -> bool:

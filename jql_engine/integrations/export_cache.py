@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from jql_engine.bundle import MANIFEST, sha256_of
-from jql_engine.cache import cache_folder, locked
+from jql_engine.cache import cache_folder, locked, private_folder
 from jql_engine.errors import BundleError, HeadError
 from jql_engine.printing import say
 
@@ -29,7 +29,8 @@ def exported(encoder: str, heads: Mapping[str, str | Path] | None = None, embed_
     cache folder that cannot be written or that others can write in.
     """
     out = cache_folder("bundles") / _key(encoder, heads, embed_only)
-    if (out / MANIFEST).is_file():  # also in a folder that cannot be written
+    private_folder(out.parent)
+    if (out / MANIFEST).is_file():  # also where no lock can be written
         return out
     with locked(out.with_suffix(".lock"), lambda: say(f"jql: another process is exporting {encoder}; waiting for it")):
         if not (out / MANIFEST).is_file():

@@ -22,6 +22,7 @@ SHORT_TOKENS = 64
 # Scores beyond this are held to limits that grow with them, as fp32's own rounding does: of some models they are 0 to
 # 100, and there PyTorch itself is further from fp64 than the limit for scores of 0 to 5.
 LARGE_SCORE = 10
+SCALED = f" (of a score s beyond {LARGE_SCORE}: both over |s| / {LARGE_SCORE})"
 Array = NDArray[np.float32]
 
 
@@ -71,14 +72,15 @@ def certify(session: Session, tokens: TokenBatch, expected: Expected, tolerance:
     if expected.scores.shape[1]:
         alone = run_in_order(session, tokens, replace(session.budget, tokens=1)).scores
         errors |= {"score": _largest(found.scores, expected.scores), "batch": _largest(found.scores, alone)}
-        scale = np.maximum(1, np.abs(expected.scores) / LARGE_SCORE)
+        scale = scale_of(expected.scores)
         scaled = {
             "score": _largest(found.scores, expected.scores, scale),
             "batch": _largest(found.scores, alone, scale),
         }
     limits = asdict(tolerance)
     for name, error in (errors | scaled).items():
-        _check(session.variant, name, error, limits[name], tokens)
+        note = SCALED if name in scaled and scale.max() > 1 else ""
+        _check(session.variant, name, error, limits[name], tokens, note)
     figures = {f"max_abs_{name}": float(f"{error.max(initial=0):.2e}") for name, error in errors.items()}
     return {"documents": len(tokens.rows), "tokens": len(tokens.ids), "longest": int(tokens.lengths.max()), **figures}
 
@@ -154,17 +156,22 @@ def _check_manifest(bundle: Bundle, ids: NDArray[np.int32], offsets: NDArray[np.
         )
 
 
-def _largest(found: Array, expected: Array, scale: float | Array = 1) -> NDArray[np.float64]:
+def scale_of(scores: Array) -> NDArray[np.float64]:
+    """What a limit is multiplied by for each of the reference's scores: 1 up to LARGE_SCORE, NaN's too."""
+    return np.fmax(1, np.abs(scores.astype(np.float64)) / LARGE_SCORE)
+
+
+def _largest(found: Array, expected: Array, scale: float | NDArray[np.float64] = 1) -> NDArray[np.float64]:
     """Largest absolute difference of each document, over `scale`, float64 [N]; NaN counts as infinite."""
     difference = (np.abs(found.astype(np.float64) - expected) / scale).max(axis=1)
     return np.where(np.isnan(difference), np.inf, difference)
 
 
-def _check(variant: str, name: str, errors: NDArray[np.float64], limit: float, tokens: TokenBatch) -> None:
+def _check(variant: str, name: str, errors: NDArray[np.float64], limit: float, tokens: TokenBatch, note: str) -> None:
     worst = int(errors.argmax())
     if errors[worst] > limit:
         raise ParityError(
             f"variant {variant} is out of tolerance: {name} differs by {errors[worst]:.2e} on a probe document of "
-            f"{tokens.lengths[worst]} tokens, allowed is {limit:.2g}; {int((errors > limit).sum())} of {len(errors)} "
-            "probe documents fail. It must not be used; please report this with the encoder's name and the machine"
+            f"{tokens.lengths[worst]} tokens, allowed is {limit:.2g}{note}; "
+            f"{int((errors > limit).sum())} of {len(errors)} probe documents fail. It must not be used; please report this with the encoder's name and the machine"
         )

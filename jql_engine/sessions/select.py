@@ -106,14 +106,14 @@ def choose(
         device, passed_over = _best_kind(bundle, variant, limit)
     kind = device.partition(":")[0]
     gpus = every_gpu(device) if kind == "cuda" else ()  # before anything of the bundle: the GPU was asked for
-    name, slower = (_named(bundle, kind, variant, limit), {}) if variant else _fastest(bundle, kind, limit)
+    name, faster = (_named(bundle, kind, variant, limit), {}) if variant else _fastest(bundle, kind, limit)
     if device != "cuda":
         if len(set(named := device.split(","))) < len(named):
             raise DeviceError(f"device {device} names a GPU twice; a GPU has one worker")
         if missing := sorted(set(named) - {"cpu", *gpus}):
             raise DeviceError(f"device {missing[0]} was requested; the NVIDIA driver shows {', '.join(gpus)}")
         gpus = tuple(named)
-    return Choice(gpus, name, tolerance, {**passed_over, **slower})
+    return Choice(gpus, name, tolerance, {**passed_over, **faster})
 
 
 def runnable(bundle: Bundle, kind: str) -> list[str]:
@@ -150,7 +150,7 @@ def _named(bundle: Bundle, kind: str, name: str, limit: Limit) -> str:
             "with the --variant you need"
         )
     if reason := unavailable_reason(variants[name]):
-        raise DeviceError(f"variant {name}: {reason}")
+        raise DeviceError(f"variant {name}: {reason}; or take another --variant")
     if limit.tolerance is not None and (reason := exceeds_tolerance(variants[name], limit.tolerance)):
         raise BundleError(f"variant {name}: {reason}; ask for another variant or allow more with --tolerance")
     if limit.max_flips is not None and (reason := limit.reason_against(name, variants[name])):
@@ -198,9 +198,10 @@ def _best_kind(bundle: Bundle, variant: str | None, limit: Limit) -> tuple[str, 
     wanted = {name: v for name, v in for_gpus.items() if not reasons.get(name)}
     if wanted:
         return ("cuda" if _has_gpu_for(wanted) else "cpu"), {}
-    with suppress(DeviceError):
-        every_gpu("auto")
-        return "cpu", {name: reason for name, reason in reasons.items() if reason}
+    if reasons:
+        with suppress(DeviceError):
+            every_gpu("auto")
+            return "cpu", {name: reason for name, reason in reasons.items() if reason}
     return "cpu", {}
 
 

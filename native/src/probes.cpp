@@ -137,17 +137,20 @@ void certify(const std::string& folder, const Manifest& manifest, const std::str
   compute(session, slots, documents, batch_tokens, {scores.data(), embeddings.data(), n_heads, width, nullptr});
   if (n_heads) compute(session, slots, documents, 1, {alone.data(), nullptr, n_heads, width, nullptr});
   const auto& limits = manifest.variant(variant).tolerance;
-  auto check = [&](const char* name, double difference) {
+  auto is_large = [](float score) { return std::fabs(score) > large_score; };
+  const bool scaled = std::any_of(probes.scores.begin(), probes.scores.end(), is_large);
+  auto check = [&](const char* name, double difference, bool is_of_scores) {
     auto limit = limits.find(name);
     if (limit == limits.end()) throw invalid_bundle("bundle.json: tolerance of " + variant + " lacks " + name);
     if (difference <= limit->second) return;
     throw Error(JQL_PARITY, "variant " + variant + " is out of tolerance on this machine: " + name + " differs by " +
                                 number(difference) + " on a probe document, allowed is " + number(limit->second) +
+                                (scaled && is_of_scores ? " (of a score s beyond 10: both over |s| / 10)" : "") +
                                 ". It must not be used; please report this with the machine");
   };
-  check("embedding", largest_difference(embeddings, probes.embeddings));
-  check("score", largest_difference(scores, probes.scores, &probes.scores));
-  check("batch", largest_difference(scores, alone, &probes.scores));
+  check("embedding", largest_difference(embeddings, probes.embeddings), false);
+  check("score", largest_difference(scores, probes.scores, &probes.scores), true);
+  check("batch", largest_difference(scores, alone, &probes.scores), true);
 }
 
 }  // namespace jql

@@ -201,7 +201,7 @@ void Tokenizer::cut_at(const Trie& tokens, std::string_view text, Gap gap, Token
     at += length;
     const size_t stop = added.takes_right ? skip_white_space(text, at) : at;
     if (!added.takes_left || stop > done) token(added.id);  // else the one before has taken all of it
-    done = std::max(done, stop);
+    done = stop;  // as tokenizers: back into white space that the token before has taken
   }
   if (done < text.size()) gap(text.substr(done));
 }

@@ -320,6 +320,20 @@ def test_ids_that_are_not_utf8_stay_the_bytes_that_they_are(tmp_path, first):
     assert batch["id"].view(pa.binary()).to_pylist()[-2:] == [b"caf\xe9", b"b"]
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (b'"caf\xe9 \\ud800"', b"caf\xe9 \xed\xa0\x80"),
+        (b'"\\udcc3\\udca9"', "\udcc3\udca9".encode(errors="surrogatepass")),  # no "\u00e9" was written
+        (b'"\\udcc3\xe9"', b"\xc3\xe9"),
+    ],
+)
+def test_escaped_surrogates_and_raw_bytes_make_no_text(tmp_path, written, read):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x", "id": ' + written + b"}\n")
+    [batch] = batches(opened(tmp_path / "a.jsonl"), 0, ["id"])
+    assert batch["id"].view(pa.binary()).to_pylist() == [read]
+
+
 @pytest.mark.parametrize("content", [codecs.BOM_UTF8, codecs.BOM_UTF8 + b"\r\n", codecs.BOM_UTF8 + b"\n\n"])
 def test_a_byte_order_mark_alone_is_no_document(tmp_path, content):
     (tmp_path / "a.jsonl").write_bytes(content)

@@ -132,6 +132,17 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path, monkeypatch):
         cache.exported(str(tmp_path), {"edu": tmp_path / "gone.ckpt"})
 
 
+def test_a_bundle_that_somebody_else_can_have_put_there_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    planted = tmp_path / "jql-engine/bundles" / cache._key("some/encoder", {}, False)
+    planted.mkdir(parents=True)
+    (planted / "bundle.json").touch()
+    assert cache.exported("some/encoder", {}) == planted
+    planted.parent.chmod(0o777)
+    with pytest.raises(CacheError, match=r"has mode 0777: it must belong to user .* take the permission away"):
+        cache.exported("some/encoder", {})
+
+
 def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -154,7 +154,7 @@ def test_limits_grow_with_scores_beyond_ten(library, xlmr, tmp_path):
         if by == 4e-4:
             NativeEngine(copy, library).close()
         else:
-            refused(library, copy, "JQL_PARITY", "score differs by")
+            refused(library, copy, "JQL_PARITY", "score differs by", "both over |s| / 10")
 
 
 def test_a_hidden_file_is_weights_where_a_graph_names_it(library, copy):

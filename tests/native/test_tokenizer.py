@@ -102,6 +102,12 @@ def test_white_space_that_one_added_token_has_taken_is_no_other(library, xlmr, t
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
     for engine, oracle in opened_with(tmp_path / "tokenizer.json", library, xlmr, tmp_path):
         assert differences(engine, oracle, ["a\n\nb", "a \n b", "\n", "\n \n\n", "a\nb"]) == []
+    fields["added_tokens"][-1] = line
+    fields["added_tokens"].append(line | {"id": line["id"] + 1, "content": "<a>", "rstrip": True})
+    fields |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581"}}
+    (tmp_path / "other.json").write_text(json.dumps(fields))
+    for engine, oracle in opened_with(tmp_path / "other.json", library, xlmr, tmp_path / "other"):
+        assert differences(engine, oracle, ["<a>\n ", "x<a> \n\n y", "<a>\n \nb", "\n<a> \n"]) == []
 
 
 def whole(engine, text):
