@@ -200,8 +200,8 @@ def _check_tolerance(
         if not greatest <= allowed:
             note = SCALED if scale.max() > 1 else ""
             raise ParityError(
-                f"variant {variant} is out of tolerance: score_{head} differs by {greatest:.2e} on the documents given, "
-                f"allowed are {allowed:.0e}{note}; there is no certificate, export the bundle again"
+                f"variant {variant} is out of tolerance: score_{head} differs by {greatest:.2e} on the documents "
+                f"given, allowed are {allowed:.0e}{note}; there is no certificate, export the bundle again"
             )
 
 
