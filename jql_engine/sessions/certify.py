@@ -173,6 +173,6 @@ def _check(variant: str, name: str, errors: NDArray[np.float64], limit: float, t
         n_failed = int((errors > limit).sum())
         raise ParityError(
             f"variant {variant} is out of tolerance: {name} differs by {errors[worst]:.2e} on a probe document of "
-            f"{tokens.lengths[worst]} tokens, allowed is {limit:.2g}{note}; {n_failed} of {len(errors)} probe documents "
-            "fail. It must not be used; please report this with the encoder's name and the machine"
+            f"{tokens.lengths[worst]} tokens, allowed is {limit:.2g}{note}; {n_failed} of {len(errors)} probe "
+            "documents fail. It must not be used; please report this with the encoder's name and the machine"
         )
