@@ -83,7 +83,7 @@ def rows_of(file: InputFile, runs: list[list[Chunk]]) -> tuple[list[str | None],
     texts, ids = [], []
     for chunks in runs:
         n_expected, n_read = sum(chunk.n_docs for chunk in chunks), 0
-        for item in read([file], [Task(number, chunk) for number, chunk in enumerate(chunks)]):
+        for item in read(lambda _: file, [Task(number, chunk) for number, chunk in enumerate(chunks)]):
             if isinstance(item, Piece):
                 texts += item.texts.to_pylist()
                 ids += [value for column in item.copied for value in as_values(column)]
