@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import random
@@ -108,7 +109,7 @@ def _documents(file: Path) -> list[bytes]:
         content = _gunzipped(content)
     elif file.suffix == ".zst" and content:
         content = zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True).read()
-    return [line for line in content.split(b"\n") if line and not line.isspace()]
+    return [line for line in content.split(b"\n") if line.removeprefix(codecs.BOM_UTF8).strip()]
 
 
 def _gunzipped(content: bytes) -> bytes:
