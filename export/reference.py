@@ -122,12 +122,9 @@ def load_encoder(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Modu
 def load_classifier(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The sequence classifier's transformers class; raises CheckpointError for a random layer."""
     config = read_config(directory)
-    is_new = config.get("model_type") == "new"
-    load = (
-        partial(_load_new, GteForSequenceClassification)
-        if is_new
-        else partial(_load_auto, AutoModelForSequenceClassification)
-    )
+    load = partial(_load_auto, AutoModelForSequenceClassification)
+    if config.get("model_type") == "new":
+        load = partial(_load_new, GteForSequenceClassification)
     return _loaded(directory, config, dtype, load)
 
 
@@ -143,9 +140,10 @@ def _loaded(directory: Path, config: Mapping[str, Any], dtype: torch.dtype, load
             f"{directory}: transformers cannot load model_type {config.get('model_type')!r}{own}, so there is no "
             f"reference to certify a graph against ({what})"
         ) from error
+    # Chunks of the feed-forward layers change no result, and fail for lengths that they do not divide.
     for module in model.modules():
         if hasattr(module, "chunk_size_feed_forward"):
-            setattr(module, "chunk_size_feed_forward", 0)  # noqa: B010 (no attribute of every module); it changes no result, and fails for lengths that it does not divide
+            vars(module)["chunk_size_feed_forward"] = 0
     return model.eval()
 
 

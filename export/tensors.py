@@ -140,9 +140,8 @@ class TensorFile:
     def unused(self) -> tuple[str, ...]:
         """Names never taken; raises CheckpointError where one of them belongs to the encoder."""
         roots = "|".join(map(re.escape, self._roots))
-        part_of_encoder = re.compile(
-            rf"{re.escape(self.prefix)}({roots})\.(?!(position|token_type)_ids$)"
-        )  # buffers of older transformers
+        buffers = r"(position|token_type)_ids$"  # of older transformers
+        part_of_encoder = re.compile(rf"{re.escape(self.prefix)}({roots})\.(?!{buffers})")
         if lost := sorted(filter(part_of_encoder.match, self._left)):
             raise CheckpointError(
                 f"{self.path}: {len(lost)} tensors of the encoder have no place in the model that config.json "

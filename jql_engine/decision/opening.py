@@ -38,11 +38,11 @@ def open_scores(
     `columns` names the score columns; without it they are those that jql-run wrote. `extra_columns` are read besides.
     Raises InputError.
     """
-    _check_all_finished(inputs)  # before: a job that ends while files are listed is not seen after it
+    # Before: a job that ends while files are listed is not seen after it. After: one that has begun; one that begins
+    # later changes files, which is noticed.
+    _check_all_finished(inputs)
     listing = find_files(inputs)
-    unfinished = _check_all_finished(
-        inputs
-    )  # one that has begun; one that begins later changes files, which is noticed
+    unfinished = _check_all_finished(inputs)
     if unfinished:
         say(f"jql: {_warning(inputs, list(unfinished.values()))}")
     if listing.refused:

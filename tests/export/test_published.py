@@ -51,7 +51,7 @@ def test_a_published_model_is_read_and_certified(tmp_path, name):
     if readouts:
         assert len(bundle.heads) == len(config["id2label"]) and not [name for name in unused if "classifier" in name]
         scores = Engine(bundle.path, "cpu").score(TEXTS).values
-        assert np.ptp(scores, axis=0).min() > 1e-3, "a column that says nothing"
+        assert np.ptp(scores, axis=0).min() > 0.01, "a column that says nothing"
 
 
 def test_code_of_a_repository_is_neither_run_nor_asked_for(tmp_path, monkeypatch):
